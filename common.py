@@ -1,0 +1,782 @@
+"""ConTrans (Dong et al.), step by step: what every experiment script needs, in the order of the paper.
+
+    1  Options        shared by all scripts; bad input ends in one line and exit code 2
+    2  Model          any causal LM of the hub or of a folder, as an nnsight model with .layers
+    3  Hidden states  last token, output of block k (0-based), float32 on the CPU            Sec. 3
+    4  Refine         v = mean(h_pos - h_neg)                                                Eq. 1
+    5  Reformulate    v^ = v F,  F = V S^-1 U^T Y                                            Eq. 2, App. A
+    6  Transplant     h^k + alpha v^ at every position                                       Eq. 3
+    7  Scoring        next token, labels, choices, text, perplexity, logit lens: all under a transplant
+    8  Records        run folder, intervals, tables, concept vectors on disk
+
+No data set and no plot lives here. The file is read from top to bottom; each room uses only rooms above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+
+def _on_first_use(name: str):
+    """A module that is loaded when it is first used, so that --help and a mistyped option answer at once."""
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+torch = sys.modules.get("torch") or _on_first_use("torch")
+
+# ================================================================ 1  Options
+
+
+def fail(message: str):
+    """End the program: one line that says what is wrong and what to do, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        fail(f"{message} (see python {self.prog} --help)")
+
+
+def option_parser(doc: str, families: dict[str, dict]) -> Parser:
+    """The options of every script. `families` maps a name to values of src, src_base, tgt, tgt_chat, layer, alpha …"""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--family", choices=families, help="fills the models and their settings from the table in the script (default: toy)")
+    add("--src", metavar="MODEL", help="source model that the concept is refined from: hub id or folder, REPO@REVISION")
+    add("--src-base", metavar="MODEL", help="base model of the source, for the affine map (default: --src)")
+    add("--tgt", metavar="MODEL", nargs="+", help="target base models, one table each")
+    add("--tgt-chat", metavar="MODEL", nargs="+", help="aligned models of the targets' sizes, in the same order")
+    add("--layer", metavar="K", help="block to read and to edit: index, fraction of depth, SOURCE,TARGET, or auto")
+    add("--alpha", type=float, nargs="+", help="steering strengths")
+    add("--norm", choices=["as-is", "match"], default="as-is", help="match: rescale v^ to the source's ratio of |v| to stream norm")
+    add("--refine", choices=["mean", "pca", "probe"], default="mean", help="how v is taken from the pairs (Eq. 1: mean)")
+    add("--sentences", type=int, metavar="N", help="plain sentences of one affine map; 80 %% of them fit it (paper: 2000)")
+    add("--intercept", action="store_true", help="affine map with an intercept (paper: none)")
+    add("--rcond", type=float, default=0.0, help="drop singular values below this share of the largest (paper: 0)")
+    add("--ridge", type=float, default=0.0, help="ridge penalty in units of the mean squared singular value (paper: 0)")
+    add("--data", type=Path, metavar="FOLDER", help="data folder, e.g. data/paper (default: data/toy)")
+    add("--limit", type=int, help="at most so many evaluation items, after a fixed shuffle; -1: all")
+    add("--seed", type=int, default=0, help="of shuffles, random directions and sampling")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: float32 on CPU, bfloat16 on GPU")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; auto spreads a model over all GPUs")
+    add("--remote", action="store_true", help="run the target on NDIF (key in NDIF_API_KEY)")
+    add("--batch-tokens", type=int, default=16384, help="tokens of one forward pass; lower it when memory runs out")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where the run folder is made")
+    add("--fresh", action="store_true", help="start over instead of continuing the run folder of the same arguments")
+    return parser
+
+
+def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, fill in the family, and refuse what cannot work; touches no model weights."""
+    args = parser.parse_args(argv)
+    if args.family is None and bool(args.src) != bool(args.tgt):
+        fail("--src and --tgt go together (or name a --family that fills in the rest)")
+    # Models of one's own take no setting from the toy family: the paper's stand at the top of each table.
+    args.family = args.family or ("custom" if args.src else "toy")
+    for name, value in families.get(args.family, families["custom"]).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.src_base = args.src_base or args.src
+    args.tgt_chat = args.tgt_chat or []
+    args.data = args.data or Path(__file__).parent / "data" / "toy"
+
+    if not args.data.is_dir():
+        fail(f"no data folder {args.data}; python data/prepare.py makes data/paper, --data data/toy comes with the repo")
+    if args.tgt_chat and len(args.tgt_chat) != len(args.tgt):
+        fail(f"{len(args.tgt_chat)} --tgt-chat models for {len(args.tgt)} --tgt models: give one each")
+    if not all(math.isfinite(alpha) for alpha in args.alpha):
+        fail("--alpha must be finite numbers")
+    for name in ("limit", "sentences", "batch_tokens"):
+        if getattr(args, name) < 1 and not (name == "limit" and args.limit == -1):
+            fail(f"--{name.replace('_', '-')} must be positive{' or -1 (all)' if name == 'limit' else ''}")
+    if args.rcond < 0 or args.ridge < 0:
+        fail("--rcond and --ridge must not be negative")
+    if not re.fullmatch(r"auto|[\d.]+(,[\d.]+)?", args.layer):
+        fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
+    if args.remote and not os.environ.get("NDIF_API_KEY"):
+        fail("--remote needs an NDIF key in the environment variable NDIF_API_KEY; https://login.ndif.us gives one")
+    return args
+
+
+def block_index(layer: str, blocks: int, side: int = 0) -> int:
+    """The 0-based block that `layer` means in a model of so many blocks; side 0 is the source, 1 the target.
+
+    A number with a point is a fraction of depth, rounded down: 0.75 of 32 blocks is block 24, of 40 block 30."""
+    value = layer.split(",")[min(side, layer.count(","))]
+    index = int(float(value) * blocks) if "." in value else int(value)
+    if not 0 <= index < blocks:
+        fail(f"--layer {layer}: block {index} does not exist in a model of {blocks} blocks (0 to {blocks - 1})")
+    return index
+
+
+# ================================================================ 2  Model
+
+PATHS = {  # one path to blocks, final norm and unembedding on every architecture; unmatched keys are skipped by nnsight
+    "model.layers": "layers", "gpt_neox.layers": "layers", "transformer.h": "layers", "model.decoder.layers": "layers",
+    "model.norm": "final_norm", "gpt_neox.final_layer_norm": "final_norm", "transformer.ln_f": "final_norm",
+    "model.decoder.final_layer_norm": "final_norm", "lm_head": "unembed", "embed_out": "unembed",
+}
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    name, _, revision = str(name).partition("@")
+    return name, revision or None
+
+
+def model_config(name: str):
+    """(config, tokenizer) of a model: all that can be known before its weights are loaded. Fails in one line."""
+    from transformers import AutoConfig, AutoTokenizer
+    repo, revision = _split_revision(name)
+    if os.path.sep in repo and not Path(repo).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        fail(f"no model folder {repo}")
+    if Path(repo).is_dir() and not (Path(repo) / "config.json").exists():
+        fail(f"{repo} is not a model folder: it has no config.json")
+    try:
+        return (AutoConfig.from_pretrained(repo, revision=revision), AutoTokenizer.from_pretrained(repo, revision=revision))
+    except (OSError, ValueError) as error:
+        gated = "gated" in str(error) or "401" in str(error)
+        fail(f"cannot read model {name}: " + (f"accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
+                                             if gated else str(error).strip().splitlines()[0]))
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: bool = False, batch_tokens: int = 16384):
+    """An nnsight model of any causal LM.
+
+    name: hub id or folder, `REPO@REVISION` for a revision. dtype "auto": float32 on the CPU, bfloat16 on a GPU.
+    The result has .layers, .final_norm and .unembed on every architecture, a tokenizer that pads on the left, and
+    carries .name, .fingerprint, .remote and .batch_tokens, which the functions below read. With remote=True no
+    weights are loaded here. Raises ValueError where the blocks are not found, naming the module lists that are there."""
+    from nnsight.modeling.transformers import TransformersModel
+    repo, revision = _split_revision(name)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
+    options = {} if remote else {"dispatch": True, "dtype": dtype,
+                                 "device_map": device if device != "auto" else "auto" if on_gpu else "cpu"}
+    model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
+    if not all(hasattr(model, part) for part in ("layers", "final_norm", "unembed")):
+        lists = [path for path, module in model._module.named_modules() if isinstance(module, torch.nn.ModuleList)]
+        raise ValueError(f"{name}: no known path to the blocks of {type(model._module).__name__}; it has the module lists "
+                         f"{', '.join(lists) or '(none)'}: add the right one to PATHS in common.py")
+    model._module.requires_grad_(False)
+    model._module.eval()
+    if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
+        model.tokenizer.pad_token = model.tokenizer.eos_token
+    model.name, model.remote, model.batch_tokens = str(name), remote, batch_tokens
+    model.fingerprint = fingerprint(name, getattr(model.config, "_commit_hash", None))
+    return model
+
+
+def fingerprint(name: str, commit: str | None = None) -> str:
+    """What tells this model from every other: the hub id with its commit, or a hash of the folder's files."""
+    repo, revision = _split_revision(name)
+    if not Path(repo).is_dir():
+        return f"{repo}@{commit or revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(repo).glob("*")):
+        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}:
+            stat = path.stat()                  # reading tens of gigabytes would take longer than the experiment
+            content = path.read_bytes() if stat.st_size < 2**28 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
+            digest.update(path.name.encode() + b"\0" + content)
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def context_length(config) -> int:
+    """Positions that the model was made for [tokens]."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or sys.maxsize
+
+
+def residual(output):
+    """The residual stream in a block's output: a tensor on most architectures, the first of a tuple on GPT-Neo."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def encode(model, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with the special tokens that the tokenizer adds (BOS where the model has one)."""
+    ids = model.tokenizer(list(texts)).input_ids
+    longest, limit = max(map(len, ids)), context_length(model.config)
+    if longest > limit:
+        raise ValueError(f"a prompt of {longest} tokens does not fit the context of {model.name} ({limit} tokens)")
+    if not all(ids):
+        raise ValueError("an empty prompt has no last token")
+    return ids
+
+
+def _batches(lengths: list[int], tokens: int, rows_each: int = 1, label: str = ""):
+    """Yield lists of indices, prompts of like length together, so that rows x longest stays within `tokens`."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64, mininterval=1) as bar:
+        while start < len(order):
+            size = max(1, tokens // (lengths[order[start]] * rows_each))
+            yield order[start:start + size]
+            bar.update(len(order[start:start + size]))
+            start += size
+
+
+def _padded(model, rows: list[list[int]], prefix: int = 0) -> dict:
+    """Left-padded ids, mask and positions; `prefix` tokens before the rows are already in a cache."""
+    width, pad = max(map(len, rows)), model.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    positions = prefix + (mask.cumsum(1) - 1).clamp(min=0)
+    if prefix:
+        mask = torch.cat([torch.ones(len(rows), prefix, dtype=mask.dtype), mask], 1)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+# ================================================================ 3  Hidden states
+
+CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
+
+
+def hidden_states(model, texts: list[str], layers: list[int] | None = None, transplant: Transplant | None = None,
+                  label: str = "hidden states") -> torch.Tensor:
+    """Residual stream after each block of `layers` (default: all) at the last token of each text.
+
+    Returns [n, len(layers), d], float32 on the CPU. The forward pass stops after the last block that is needed.
+    States without a transplant are kept on disk (folder `cache`, or CONTRANS_CACHE), keyed by model and content."""
+    layers = list(range(len(model.layers))) if layers is None else list(layers)
+    for layer in layers:
+        if not 0 <= layer < len(model.layers):
+            raise ValueError(f"block {layer} does not exist in {model.name} (0 to {len(model.layers) - 1})")
+    key = json.dumps([model.fingerprint, str(model.dtype), torch.__version__, layers, texts])
+    path = CACHE / f"states-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if transplant is None and path.exists():
+        return torch.from_numpy(np.load(path))
+
+    ids = encode(model, texts)
+    shifts = _shifts([transplant or Transplant()])
+    result = torch.empty(len(texts), len(layers), model.config.hidden_size)
+    for batch in _batches([len(row) for row in ids], model.batch_tokens, label=label):
+        inputs = _padded(model, [ids[i] for i in batch])
+        with torch.no_grad():
+            with model.trace(inputs, use_cache=False, remote=model.remote) as tracer:
+                states = []
+                for layer in range(max(layers) + 1):
+                    h = residual(model.layers[layer].output)
+                    if layer in shifts:
+                        h += shifts[layer][:, None].to(h)
+                    if layer in layers:
+                        states.append(h[:, -1].float().cpu())
+                states = torch.stack([states[sorted(layers).index(layer)] for layer in layers], 1).save()
+                tracer.stop()
+        result[batch] = states
+    _require_finite(result, f"hidden states of {model.name} ({model.dtype})")
+    if transplant is None:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: np.save(file, result.numpy()))
+    return result
+
+
+def _require_finite(values: torch.Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(f"NaN or infinity in {what}; float16 overflows easily, try --dtype bfloat16 or float32")
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(file) on a temporary file that takes its place only when it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ================================================================ 4  Refine
+
+
+def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean") -> torch.Tensor:
+    """Concept vector of each layer from paired states [n, layers, d]; returns [layers, d] (Eq. 1).
+
+    mean: the mean of h_pos - h_neg, as in the paper. pca: first principal direction of the paired differences
+    (uncentred), pointing to the positives. probe: direction of a logistic regression. The last two are scaled to
+    the norm of the mean difference, so that one alpha means the same for all three."""
+    if positive.shape != negative.shape or positive.dim() != 3 or not len(positive):
+        raise ValueError(f"positives and negatives must be pairs [n, layers, d]; got {tuple(positive.shape)} and {tuple(negative.shape)}")
+    difference = (positive - negative).double()
+    mean = difference.mean(0)
+    if method == "mean":
+        return mean.float()
+    directions = []
+    for layer in range(difference.shape[1]):
+        if method == "pca":
+            direction = torch.linalg.svd(difference[:, layer], full_matrices=False).Vh[0]
+        elif method == "probe":
+            from sklearn.linear_model import LogisticRegression
+            x = torch.cat([positive[:, layer], negative[:, layer]]).double()
+            scale = x.std(0).mean()
+            fitted = LogisticRegression(max_iter=1000).fit((x / scale).numpy(), [1] * len(positive) + [0] * len(negative))
+            direction = torch.from_numpy(fitted.coef_[0])
+        else:
+            raise ValueError(f"unknown refine method {method!r}: mean, pca or probe")
+        if direction @ mean[layer] < 0:         # a principal direction has no sign of its own
+            direction = -direction
+        directions.append(direction / direction.norm() * mean[layer].norm())
+    return torch.stack(directions).float()
+
+
+# ================================================================ 5  Reformulate
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """x -> (x - x_mean) F + y_mean with F = V S^-1 U^T Y (Eq. 2), kept in factors: a mapped vector is a weighted sum
+    of the target's own hidden states, so F [d1, d2] is never built. Both means are zero unless fitted with an intercept."""
+    u: torch.Tensor                             # [n, r] float64
+    inverse: torch.Tensor                       # [r]    1/s, or s/(s^2 + ridge); 0 where cut off
+    vt: torch.Tensor                            # [r, d1]
+    y: torch.Tensor                             # [n, d2]
+    x_mean: torch.Tensor
+    y_mean: torch.Tensor
+    r2: float = math.nan                        # on held-out sentences, all dimensions pooled
+    cosine: float = math.nan                    # mean over held-out sentences, after subtracting the mean of y
+    n: int = 0                                  # sentences that it was fitted on
+
+    def vector(self, v: torch.Tensor) -> torch.Tensor:
+        """Map concept vectors [..., d1] to [..., d2], float32. A difference of states: the intercept cancels."""
+        return ((v.double() @ self.vt.T * self.inverse) @ self.u.T @ self.y).float()
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        """Predict the target's hidden states [n, d2] from the source's [n, d1], float32."""
+        return (self.vector(x.double() - self.x_mean).double() + self.y_mean).float()
+
+
+def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond: float = 0.0, ridge: float = 0.0,
+               held_out: float = 0.2) -> AffineMap:
+    """Least squares from source states x [n, d1] to target states y [n, d2] of the same sentences (Eq. 2, App. A).
+
+    As in the paper by default: no intercept, no ridge, no cut-off but for singular values that float64 cannot tell
+    from zero. The last `held_out` share of the rows is kept for R² and cosine; with fewer rows than d1 the training
+    rows are interpolated, so only held-out numbers say anything. All in float64."""
+    x, y = x.double(), y.double()
+    if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
+        raise ValueError(f"x and y must be [n, d] with equal n; got {tuple(x.shape)} and {tuple(y.shape)}")
+    _require_finite(x, "x"), _require_finite(y, "y")
+    n = len(x) - int(len(x) * held_out)
+    if n < 2:
+        raise ValueError(f"{len(x)} sentences are too few to fit a map")
+    x_mean = x[:n].mean(0) if intercept else torch.zeros(x.shape[1], dtype=x.dtype)
+    y_mean = y[:n].mean(0) if intercept else torch.zeros(y.shape[1], dtype=y.dtype)
+    u, s, vt = torch.linalg.svd(x[:n] - x_mean, full_matrices=False)
+    keep = s > s[0] * max(rcond, torch.finfo(s.dtype).eps * max(x[:n].shape))
+    inverse = torch.where(keep, s / (s**2 + ridge * (s**2).mean()), 0.0).nan_to_num(0.0)
+    fitted = AffineMap(u, inverse, vt, y[:n] - y_mean, x_mean, y_mean, n=n)
+    if n == len(x):
+        return fitted
+    return AffineMap(**{**vars(fitted), **held_out_fit(fitted.states(x[n:]), y[n:], y[:n].mean(0))})
+
+
+def held_out_fit(predicted: torch.Tensor, y: torch.Tensor, mean: torch.Tensor) -> dict[str, float]:
+    """R² (all dimensions pooled) and mean cosine of predicted states [n, d] against y, both about the training mean."""
+    predicted, y = predicted.double() - mean, y.double() - mean
+    r2 = 1 - ((y - predicted)**2).sum() / (y**2).sum()
+    return {"r2": r2.item(), "cosine": torch.cosine_similarity(predicted, y, dim=1).mean().item()}
+
+
+def random_directions(v: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """[count, d] random directions of v's norm: the control of every transplant."""
+    directions = torch.randn(count, len(v), generator=torch.Generator().manual_seed(seed))
+    return directions / directions.norm(dim=1, keepdim=True) * v.norm()
+
+
+# ================================================================ 6  Transplant
+
+
+@dataclass(frozen=True)
+class Transplant:
+    """Which vectors go to which blocks at which strength; a sum of several is one. Transplant() changes nothing.
+
+        Transplant.of(v, layer=6, alpha=2.0)
+        Transplant.of(honesty, 6, 2.0) + Transplant.of(fairness, 6, 1.0)"""
+    parts: tuple[tuple[int, float, torch.Tensor], ...] = ()
+
+    @staticmethod
+    def of(vector: torch.Tensor, layer: int, alpha: float) -> Transplant:
+        """alpha * vector [d] after block `layer` (0-based), at every position of prompt and continuation (Eq. 3)."""
+        return Transplant(((layer, float(alpha), vector),))
+
+    def __add__(self, other: Transplant) -> Transplant:
+        return Transplant(self.parts + other.parts)
+
+
+BASE = Transplant()
+
+
+def _shifts(transplants: list[Transplant]) -> dict[int, torch.Tensor]:
+    """{block: [len(transplants), d] float32}: what each transplant adds there, blocks in forward order.
+
+    α = 0 adds exact zeros, which leave every bit of the stream as it was."""
+    shifts = {}
+    for row, transplant in enumerate(transplants):
+        for layer, alpha, vector in transplant.parts:
+            if layer not in shifts:
+                shifts[layer] = torch.zeros(len(transplants), len(vector))
+            shifts[layer][row] += alpha * vector.float().cpu()
+    return dict(sorted(shifts.items()))
+
+
+# ================================================================ 7  Scoring
+
+
+def _last_logits(model, ids: list[list[int]], keep: list[int], transplants: list[Transplant], label: str):
+    """Yield (rows of `transplants`, indices of `ids`, logits [T, B, positions, V]) for the last keep[i] positions of each.
+
+    Every row of a batch has a transplant of its own, so a sweep over strengths, vectors and controls is one batch.
+    Tokens that all prompts begin with (a few-shot prefix) are computed once a transplant, steered, and kept as a cache."""
+    prefix = 0 if model.remote else _common_prefix(ids, max(keep))
+    lengths = [len(row) for row in ids]
+    group = max(1, min(len(transplants), model.batch_tokens // max(lengths)))
+    for start in range(0, len(transplants), group):
+        members = range(start, min(start + group, len(transplants)))
+        shifts = _shifts([transplants[t] for t in members])
+        cached = _prefix_cache(model, ids[0][:prefix], len(members), shifts) if prefix else None
+        skip = prefix if cached else 0
+        for batch in _batches(lengths, model.batch_tokens, len(members), label):
+            rows = [ids[i][skip:] for _ in members for i in batch]
+            inputs = _padded(model, rows, skip)
+            positions = max(keep[i] for i in batch)
+            options = {"logits_to_keep": positions, **_cache_options(cached, len(batch))}
+            with torch.no_grad():
+                with model.trace(inputs, remote=model.remote, **options):
+                    for layer, shift in shifts.items():
+                        h = residual(model.layers[layer].output)
+                        h += shift.repeat_interleave(len(batch), 0)[:, None].to(h)
+                    logits = model.output.logits.float().save()
+            _require_finite(logits, f"logits of {model.name} ({model.dtype})")
+            yield members, batch, logits.view(len(members), len(batch), positions, -1)
+
+
+def _common_prefix(ids: list[list[int]], keep: int) -> int:
+    """Tokens that all rows share at their start, worth a cache of their own; 0 where it would not pay."""
+    shortest = min(map(len, ids)) - keep
+    shared = 0
+    while shared < shortest and all(row[shared] == ids[0][shared] for row in ids):
+        shared += 1
+    return shared if shared >= 32 and len(ids) > 1 else 0
+
+
+def _prefix_cache(model, prefix: list[int], rows: int, shifts: dict) -> list | None:
+    """Keys and values [rows, heads, len(prefix), d_head] of each block, the prefix being steered row by row.
+
+    None where a block does not keep the whole prefix (a sliding window): then the prompts are computed in full."""
+    inputs = _padded(model, [prefix] * rows)
+    with torch.no_grad():
+        with model.trace(inputs, use_cache=True, logits_to_keep=1):
+            for layer, shift in shifts.items():
+                h = residual(model.layers[layer].output)
+                h += shift[:, None].to(h)
+            cache = model.output.past_key_values.save()
+    if any(getattr(block, "keys", None) is None or block.keys.shape[-2] != len(prefix) for block in cache.layers):
+        return None
+    return [(block.keys, block.values) for block in cache.layers]
+
+
+def _cache_options(cached: list | None, repeats: int) -> dict:
+    """A fresh cache a batch, since a forward pass appends to it; each row of the prefix serves `repeats` prompts."""
+    if cached is None:
+        return {"use_cache": False}
+    from transformers import DynamicCache
+    return {"past_key_values": DynamicCache([(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in cached])}
+
+
+def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (BASE,), label: str = "next token") -> torch.Tensor:
+    """Logits of the token after each text, under each transplant: [transplants, texts, vocabulary] float32 on the CPU."""
+    ids = encode(model, texts)
+    result = None
+    for members, batch, logits in _last_logits(model, ids, [1] * len(ids), list(transplants), label):
+        if result is None:
+            result = torch.empty(len(transplants), len(texts), logits.shape[-1])
+        for row, member in enumerate(members):
+            result[member, batch] = logits[row, :, -1].cpu()
+    return result
+
+
+def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Transplant] = (BASE,), label: str = "choices"):
+    """Log-probability [nats] of each continuation given its context, and whether it is the greedy one.
+
+    pairs: (context, continuation). Both are encoded together and split where the context's own tokens end; it is an
+    error if they do not begin with those. Returns two tensors [transplants, pairs]: float32 sums, booleans."""
+    contexts, ids = encode(model, [context for context, _ in pairs]), encode(model, [context + text for context, text in pairs])
+    for context, whole, pair in zip(contexts, ids, pairs):
+        if whole[:len(context)] != context or len(whole) == len(context):
+            raise ValueError(f"the tokens of context and continuation do not split at the context: {pair!r}")
+    return _tail_logprobs(model, ids, [len(whole) - len(context) for context, whole in zip(contexts, ids)], list(transplants), label)
+
+
+def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: list[Transplant], label: str):
+    """Sum of log-probabilities of the last tails[i] tokens of each row, and whether each of them is the most likely."""
+    total = torch.empty(len(transplants), len(ids))
+    greedy = torch.empty(len(transplants), len(ids), dtype=torch.bool)
+    for members, batch, logits in _last_logits(model, ids, [tail + 1 for tail in tails], transplants, label):
+        for column, i in enumerate(batch):
+            scores = logits[:, column, -tails[i] - 1:-1].log_softmax(-1)
+            tokens = torch.tensor(ids[i][-tails[i]:], device=scores.device)
+            picked = scores.gather(-1, tokens.expand(len(members), -1)[..., None])[..., 0]
+            for row, member in enumerate(members):
+                total[member, i] = picked[row].sum()
+                greedy[member, i] = (scores[row].argmax(-1) == tokens).all()
+    return total, greedy
+
+
+def label_tokens(model, prompt: str, labels: list[str]) -> list[list[int]]:
+    """The tokens of each label after the prompt, cut as soon as it differs from all others; one token as a rule."""
+    start = len(encode(model, [prompt])[0])
+    words = [ids[start:] for ids in encode(model, [f"{prompt} {label}" for label in labels])]
+    size = next((n for n in range(1, max(map(len, words)) + 1) if len({tuple(word[:n]) for word in words}) == len(words)), None)
+    if size is None or any(len(word) < size and sum(other[:len(word)] == word for other in words) > 1 for word in words):
+        raise ValueError(f"the labels {', '.join(labels)} cannot be told apart by their tokens")
+    return [word[:size] for word in words]
+
+
+def score_labels(model, prompts: list[str], labels: list[str], transplants: list[Transplant] = (BASE,), label: str = "labels"):
+    """Which label each prompt is continued with, under each transplant: two integer tensors [transplants, prompts].
+
+    said: index of the label that the model's most likely next token begins, -1 for none (Token Acc). preferred: index
+    of the label whose first token has the highest logit among the labels (Logit Acc). Where labels share their first
+    token (a character-level tokenizer), as many tokens as tell them apart take its place, scored by log-probability."""
+    tokens = label_tokens(model, prompts[0], labels)
+    if len(tokens[0]) == 1:
+        logits = next_token_logits(model, prompts, transplants, label)
+        first = torch.tensor(tokens)[:, 0]
+        preferred = logits[..., first].argmax(-1)
+        said = torch.where(logits.argmax(-1) == first[preferred], preferred, -1)
+        return said, preferred
+    ids = encode(model, prompts)
+    rows = [row + word for row in ids for word in tokens]
+    total, greedy = _tail_logprobs(model, rows, [len(word) for _ in ids for word in tokens], list(transplants), label)
+    preferred = total.view(len(transplants), len(prompts), len(labels)).argmax(-1)
+    greedy = greedy.view(len(transplants), len(prompts), len(labels))
+    return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), preferred
+
+
+def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tokens: int = 32, sample: bool = False,
+             temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, label: str = "generate") -> list[str]:
+    """The continuation of each text (without the text), every token of prompt and continuation steered.
+
+    Greedy, or sampled from a generator of its own (`seed`). A row ends at the end-of-sequence token."""
+    ids = encode(model, texts)
+    if max(map(len, ids)) + max_new_tokens > context_length(model.config):
+        raise ValueError(f"{max(map(len, ids))} tokens and {max_new_tokens} new ones do not fit the context of {model.name} "
+                         f"({context_length(model.config)} tokens)")
+    shifts = _shifts([transplant])
+    options = {"do_sample": sample, **({"temperature": temperature, "top_p": top_p} if sample else {})}
+    result = [""] * len(texts)
+    for batch in _batches([len(row) + max_new_tokens for row in ids], model.batch_tokens, label=label):
+        inputs = _padded(model, [ids[i] for i in batch])
+        inputs.pop("position_ids")              # generate makes its own from the mask
+        width = inputs["input_ids"].shape[1]
+        with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
+            warnings.filterwarnings("ignore", message=".*was never reached.*")   # rows may end before max_new_tokens
+            torch.manual_seed(seed)
+            with model.generate(remote=model.remote, max_new_tokens=max_new_tokens, pad_token_id=model.tokenizer.pad_token_id, **options) as tracer:
+                with tracer.invoke(inputs):
+                    for step in tracer.iter[:max_new_tokens]:
+                        for layer, shift in shifts.items():
+                            h = residual(model.layers[layer].output)
+                            h += shift[:, None].to(h)
+                with tracer.invoke():           # runs even when the loop above is cut short
+                    new = tracer.result.save()
+        for row, i in enumerate(batch):
+            result[i] = model.tokenizer.decode(new[row, width:], skip_special_tokens=True)
+    return result
+
+
+def perplexity(model, texts: list[str], transplants: list[Transplant] = (BASE,), window: int | None = None,
+               label: str = "perplexity") -> tuple[torch.Tensor, int]:
+    """Perplexity of the texts under each transplant [transplants], and the number of tokens it is taken over.
+
+    A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that overlap by half;
+    each token but a text's first is counted once, with all the context that its window has."""
+    window = window or min(context_length(model.config), 1024)
+    if window < 2:
+        raise ValueError("a window of fewer than 2 tokens predicts nothing")
+    rows, tails = [], []
+    for ids in model.tokenizer(list(texts)).input_ids:
+        end = min(window, len(ids))
+        if end > 1:
+            rows.append(ids[:end]), tails.append(end - 1)
+        while end < len(ids):
+            tails.append(min(window // 2, len(ids) - end))
+            end += tails[-1]
+            rows.append(ids[end - window:end])
+    if not rows:
+        raise ValueError("no text has two tokens or more, so there is nothing to predict")
+    total, _ = _tail_logprobs(model, rows, tails, list(transplants), label)
+    return (-total.double().sum(1) / sum(tails)).exp(), sum(tails)
+
+
+def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,), label: str = "logit lens") -> torch.Tensor:
+    """Token probabilities [transplants, texts, vocabulary] read off the residual stream after block `layer`, last token:
+    final norm and unembedding applied there, the rest of the model skipped (App. B.3)."""
+    states = [hidden_states(model, texts, [layer], transplant, label)[:, 0] for transplant in transplants]
+    with torch.no_grad():
+        with model.trace(_padded(model, encode(model, texts[:1])), use_cache=False, remote=model.remote) as tracer:
+            h = residual(model.layers[layer].output)
+            moved = torch.stack(states).to(h)
+            probabilities = model.unembed(model.final_norm(moved)).float().softmax(-1).cpu().save()
+            tracer.stop()
+    return probabilities
+
+
+# ================================================================ 8  Records
+
+RECORD = ["experiment", "item", "source", "target", "concept", "method", "layer", "alpha", "split", "metric", "value",
+          "low", "high", "n", "paper"]
+
+
+def record(**fields) -> dict:
+    """One number with what it is about. Rates are fractions; α = 0 is method `base`; `paper` is the paper's number."""
+    if unknown := set(fields) - set(RECORD):
+        raise ValueError(f"unknown record fields {sorted(unknown)}")
+    return {name: fields.get(name) for name in RECORD}
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson score)."""
+    if not n:
+        return 0.0, 1.0
+    rate, z2n = successes / n, z * z / n
+    middle, half = (rate + z2n / 2) / (1 + z2n), z * math.sqrt(rate * (1 - rate) / n + z2n / (4 * n)) / (1 + z2n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(before, after) -> float:
+    """Exact two-sided p of a paired difference between two lists of booleans about the same items."""
+    gained, lost = (sum(bool(b) > bool(a) for a, b in pairs) for pairs in (list(zip(before, after)), list(zip(after, before))))
+    n = gained + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n) if n else 1.0
+
+
+def percentile(value: float, among) -> float:
+    """Share [%] of `among` that lies below `value`, ties counted half."""
+    among = np.asarray(list(among), float)
+    return float(100 * ((among < value).mean() + (among == value).mean() / 2))
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A table that reads well both as text and as Markdown."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+class Run:
+    """The folder of one run, named by its arguments, so that the same command continues it where it stopped.
+
+        run = Run("exp_emotion", args, inputs)      inputs: what the numbers depend on beside the arguments
+        result = run.step("steer llama-m", lambda: …)      computed once, then read back; any JSON value
+        run.save(records, examples, tables), run.figure(figure, "figure_2a")"""
+
+    def __init__(self, script: str, args: argparse.Namespace, inputs: dict):
+        settings = {name: [str(v) for v in value] if isinstance(value, list) and name != "alpha" else
+                    str(value) if isinstance(value, Path) else value
+                    for name, value in sorted(vars(args).items()) if name not in ("out", "fresh")}
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
+        self.folder = args.out / script / f"{short[0]}--{'+'.join(short[1:])}--{digest}"
+        self.steps = self.folder / "steps"
+        if args.fresh and self.steps.exists():
+            for path in self.steps.iterdir():
+                path.unlink()
+        stamp = self.folder / "args.json"
+        if stamp.exists() and self.steps.exists() and any(self.steps.iterdir()) and json.loads(stamp.read_text())["inputs"] != inputs:
+            fail(f"models or data have changed since {self.folder} was begun; --fresh starts it over")
+        try:
+            self.steps.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot make the run folder {self.folder}: {error.strerror}")
+        self._write("args.json", json.dumps({"command": [script, *sys.argv[1:]], "args": settings, "inputs": inputs}, indent=1))
+        self._write("environment.json", json.dumps(environment(), indent=1))
+
+    def step(self, name: str, compute):
+        """compute()'s value, which must be JSON, from the run folder if an earlier run got that far."""
+        path = self.steps / (re.sub(r"[^\w.-]+", "-", name) + ".json")
+        if not path.exists():
+            content = json.dumps(compute())
+            write_whole(path, lambda file: file.write(content.encode()))
+        return json.loads(path.read_text())
+
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self.folder / name, lambda file: file.write((text + "\n").encode()))
+
+    def save(self, records: list[dict], examples: list[dict], tables: str) -> None:
+        """Write records.csv, records.jsonl, examples.jsonl and tables.md; print the tables and the folder."""
+        self._write("records.jsonl", "\n".join(map(json.dumps, records)))
+        self._write("examples.jsonl", "\n".join(map(json.dumps, examples)))
+        self._write("tables.md", tables)
+
+        def write_csv(file):
+            import io
+            text = io.StringIO()
+            rows = csv.DictWriter(text, RECORD, lineterminator="\n")
+            rows.writeheader(), rows.writerows(records)
+            file.write(text.getvalue().encode())
+        write_whole(self.folder / "records.csv", write_csv)
+        print(f"\n{tables}\n\n{self.folder}")
+
+    def figure(self, figure, name: str) -> None:
+        """Save a matplotlib figure as PNG and PDF."""
+        for suffix in ("png", "pdf"):
+            write_whole(self.folder / f"{name}.{suffix}", lambda file: figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight"))
+
+
+def environment() -> dict:
+    """Versions, commit and hardware: what somebody needs to get the same numbers."""
+    from importlib.metadata import version
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+                         capture_output=True, text=True)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "machine": platform.machine(),
+            "cores": os.cpu_count(), "gpus": gpus,
+            **{name: version(name) for name in ("torch", "transformers", "nnsight", "numpy", "scikit-learn")}}
+
+
+def save_concept(path: Path, vector: torch.Tensor, **about) -> None:
+    """Write a concept vector [d] as safetensors that says what it is.
+
+    about: concept, source, target, fingerprint (of the model it is made for), layer, method, pairs, first_prompt, r2, cosine …"""
+    from safetensors.torch import save
+    missing = {"concept", "source", "target", "fingerprint", "layer", "method", "pairs", "first_prompt"} - set(about)
+    if missing:
+        raise ValueError(f"a concept vector must say what it is; missing: {', '.join(sorted(missing))}")
+    about = {"site": "residual stream after the block", "token": "last", "sign": "positive minus negative", **about}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = save({"vector": vector.float().contiguous()}, {"concept_vector": json.dumps(about)})
+    write_whole(path, lambda file: file.write(content))
+
+
+def load_concept(path: Path, model=None) -> tuple[torch.Tensor, dict]:
+    """(vector [d], what it says of itself). With a model, refuses a vector that was made for another one."""
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        if "concept_vector" not in (file.metadata() or {}):
+            raise ValueError(f"{path} is not a concept vector: it does not say what it is")
+        vector, about = file.get_tensor("vector"), json.loads(file.metadata()["concept_vector"])
+    if model is not None and about["fingerprint"] != model.fingerprint:
+        raise ValueError(f"{path} was made for {about['target']} ({about['fingerprint']}), not for {model.name} ({model.fingerprint})")
+    return vector, about
