@@ -97,6 +97,8 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
     for name, value in families.get(args.family, families["custom"]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if not (args.src and args.tgt):
+        fail(f"--family {args.family} needs --src and --tgt")
     args.src_base = args.src_base or args.src
     args.tgt_chat = args.tgt_chat or []
     args.data = args.data or Path(__file__).parent / "data" / "toy"
@@ -110,9 +112,9 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
     for name in ("limit", "sentences", "batch_tokens"):
         if getattr(args, name) < 1 and not (name == "limit" and args.limit == -1):
             fail(f"--{name.replace('_', '-')} must be positive{' or -1 (all)' if name == 'limit' else ''}")
-    if args.rcond < 0 or args.ridge < 0:
-        fail("--rcond and --ridge must not be negative")
-    if not re.fullmatch(r"auto|[\d.]+(,[\d.]+)?", args.layer):
+    if not (0 <= args.rcond < math.inf and 0 <= args.ridge < math.inf):
+        fail("--rcond and --ridge must be finite numbers and not negative")
+    if not re.fullmatch(r"auto|(\d+|\d*\.\d+)(,(\d+|\d*\.\d+))?", args.layer):
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
     if args.remote and not os.environ.get("NDIF_API_KEY"):
         fail("--remote needs an NDIF key in the environment variable NDIF_API_KEY; https://login.ndif.us gives one")
@@ -124,7 +126,7 @@ def block_index(layer: str, blocks: int, side: int = 0) -> int:
 
     A number with a point is a fraction of depth, rounded down: 0.75 of 32 blocks is block 24, of 40 block 30."""
     value = layer.split(",")[min(side, layer.count(","))]
-    index = int(float(value) * blocks) if "." in value else int(value)
+    index = int(float(value) * blocks + 1e-9) if "." in value else int(value)
     if not 0 <= index < blocks:
         fail(f"--layer {layer}: block {index} does not exist in a model of {blocks} blocks (0 to {blocks - 1})")
     return index
@@ -134,12 +136,14 @@ def block_index(layer: str, blocks: int, side: int = 0) -> int:
 
 PATHS = {  # one path to blocks, final norm and unembedding on every architecture; unmatched keys are skipped by nnsight
     "model.layers": "layers", "gpt_neox.layers": "layers", "transformer.h": "layers", "model.decoder.layers": "layers",
-    "model.norm": "final_norm", "gpt_neox.final_layer_norm": "final_norm", "transformer.ln_f": "final_norm",
+    "model.norm": "final_norm", "model.final_layernorm": "final_norm", "gpt_neox.final_layer_norm": "final_norm", "transformer.ln_f": "final_norm",
     "model.decoder.final_layer_norm": "final_norm", "lm_head": "unembed", "embed_out": "unembed",
 }
 
 
 def _split_revision(name: str) -> tuple[str, str | None]:
+    if Path(name).is_dir():                     # a folder may have an @ in its path
+        return str(name), None
     name, _, revision = str(name).partition("@")
     return name, revision or None
 
@@ -176,8 +180,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
     if not all(hasattr(model, part) for part in ("layers", "final_norm", "unembed")):
         lists = [path for path, module in model._module.named_modules() if isinstance(module, torch.nn.ModuleList)]
-        raise ValueError(f"{name}: no known path to the blocks of {type(model._module).__name__}; it has the module lists "
-                         f"{', '.join(lists) or '(none)'}: add the right one to PATHS in common.py")
+        raise ValueError(f"{name}: no known path to blocks, final norm or unembedding of {type(model._module).__name__}; it has the "
+                         f"module lists {', '.join(lists) or '(none)'}: add the right paths to PATHS in common.py")
     model._module.requires_grad_(False)
     model._module.eval()
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
@@ -258,15 +262,14 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
     States without a transplant are kept on disk (folder `cache`, or CONTRANS_CACHE), keyed by model and content."""
     layers = list(range(len(model.layers))) if layers is None else list(layers)
     for layer in layers:
-        if not 0 <= layer < len(model.layers):
-            raise ValueError(f"block {layer} does not exist in {model.name} (0 to {len(model.layers) - 1})")
+        _require_block(model, layer)
     key = json.dumps([model.fingerprint, str(model.dtype), torch.__version__, layers, texts])
     path = CACHE / f"states-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if transplant is None and path.exists():
         return torch.from_numpy(np.load(path))
 
     ids = encode(model, texts)
-    shifts = _shifts([transplant or Transplant()])
+    shifts = _shifts(model, [transplant or Transplant()])
     result = torch.empty(len(texts), len(layers), model.config.hidden_size)
     for batch in _batches([len(row) for row in ids], model.batch_tokens, label=label):
         inputs = _padded(model, [ids[i] for i in batch])
@@ -279,7 +282,7 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
                         h += shifts[layer][:, None].to(h)
                     if layer in layers:
                         states.append(h[:, -1].float().cpu())
-                states = torch.stack([states[sorted(layers).index(layer)] for layer in layers], 1).save()
+                states = torch.stack([states[sorted(set(layers)).index(layer)] for layer in layers], 1).save()
                 tracer.stop()
         result[batch] = states
     _require_finite(result, f"hidden states of {model.name} ({model.dtype})")
@@ -287,6 +290,11 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
         CACHE.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: np.save(file, result.numpy()))
     return result
+
+
+def _require_block(model, layer: int) -> None:
+    if not 0 <= layer < len(model.layers):
+        raise ValueError(f"block {layer} does not exist in {model.name} (0 to {len(model.layers) - 1})")
 
 
 def _require_finite(values: torch.Tensor, what: str) -> None:
@@ -425,13 +433,14 @@ class Transplant:
 BASE = Transplant()
 
 
-def _shifts(transplants: list[Transplant]) -> dict[int, torch.Tensor]:
+def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
     """{block: [len(transplants), d] float32}: what each transplant adds there, blocks in forward order.
 
     α = 0 adds exact zeros, which leave every bit of the stream as it was."""
     shifts = {}
     for row, transplant in enumerate(transplants):
         for layer, alpha, vector in transplant.parts:
+            _require_block(model, layer)
             if layer not in shifts:
                 shifts[layer] = torch.zeros(len(transplants), len(vector))
             shifts[layer][row] += alpha * vector.float().cpu()
@@ -446,12 +455,12 @@ def _last_logits(model, ids: list[list[int]], keep: list[int], transplants: list
 
     Every row of a batch has a transplant of its own, so a sweep over strengths, vectors and controls is one batch.
     Tokens that all prompts begin with (a few-shot prefix) are computed once a transplant, steered, and kept as a cache."""
-    prefix = 0 if model.remote else _common_prefix(ids, max(keep))
     lengths = [len(row) for row in ids]
+    prefix = 0 if model.remote or max(lengths) > _window(model.config) else _common_prefix(ids, max(keep))
     group = max(1, min(len(transplants), model.batch_tokens // max(lengths)))
     for start in range(0, len(transplants), group):
         members = range(start, min(start + group, len(transplants)))
-        shifts = _shifts([transplants[t] for t in members])
+        shifts = _shifts(model, [transplants[t] for t in members])
         cached = _prefix_cache(model, ids[0][:prefix], len(members), shifts) if prefix else None
         skip = prefix if cached else 0
         for batch in _batches(lengths, model.batch_tokens, len(members), label):
@@ -476,6 +485,12 @@ def _common_prefix(ids: list[list[int]], keep: int) -> int:
     while shared < shortest and all(row[shared] == ids[0][shared] for row in ids):
         shared += 1
     return shared if shared >= 32 and len(ids) > 1 else 0
+
+
+def _window(config) -> int:
+    """The fewest tokens that any block looks back on. Padding between a kept prefix and the rows would use them up."""
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    return min([size for size in sizes if size], default=sys.maxsize)
 
 
 def _prefix_cache(model, prefix: list[int], rows: int, shifts: dict) -> list | None:
@@ -543,8 +558,10 @@ def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: l
 
 def label_tokens(model, prompt: str, labels: list[str]) -> list[list[int]]:
     """The tokens of each label after the prompt, cut as soon as it differs from all others; one token as a rule."""
-    start = len(encode(model, [prompt])[0])
-    words = [ids[start:] for ids in encode(model, [f"{prompt} {label}" for label in labels])]
+    start, *whole = encode(model, [prompt, *(f"{prompt} {label}" for label in labels)])
+    words = [ids[len(start):] for ids in whole]
+    if any(ids[:len(start)] != start for ids in whole):
+        raise ValueError("a label changes the tokens of the prompt before it")
     size = next((n for n in range(1, max(map(len, words)) + 1) if len({tuple(word[:n]) for word in words}) == len(words)), None)
     if size is None or any(len(word) < size and sum(other[:len(word)] == word for other in words) > 1 for word in words):
         raise ValueError(f"the labels {', '.join(labels)} cannot be told apart by their tokens")
@@ -557,32 +574,38 @@ def score_labels(model, prompts: list[str], labels: list[str], transplants: list
     said: index of the label that the model's most likely next token begins, -1 for none (Token Acc). preferred: index
     of the label whose first token has the highest logit among the labels (Logit Acc). Where labels share their first
     token (a character-level tokenizer), as many tokens as tell them apart take its place, scored by log-probability."""
-    tokens = label_tokens(model, prompts[0], labels)
-    if len(tokens[0]) == 1:
-        logits = next_token_logits(model, prompts, transplants, label)
-        first = torch.tensor(tokens)[:, 0]
-        preferred = logits[..., first].argmax(-1)
-        said = torch.where(logits.argmax(-1) == first[preferred], preferred, -1)
-        return said, preferred
-    ids = encode(model, prompts)
-    rows = [row + word for row in ids for word in tokens]
-    total, greedy = _tail_logprobs(model, rows, [len(word) for _ in ids for word in tokens], list(transplants), label)
-    preferred = total.view(len(transplants), len(prompts), len(labels)).argmax(-1)
-    greedy = greedy.view(len(transplants), len(prompts), len(labels))
-    return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), preferred
+    words = [tuple(word) for word in label_tokens(model, prompts[0], labels)]
+    starts = sorted({word[:j] for word in words for j in range(len(word))})      # [()] where one token tells them apart
+    tokens = sorted({token for word in words for token in word})
+    rows = [ids + list(start) for ids in encode(model, prompts) for start in starts]
+    top = torch.empty(len(transplants), len(rows), dtype=torch.long)
+    scores = torch.empty(len(transplants), len(rows), len(tokens))
+    for members, batch, logits in _last_logits(model, rows, [1] * len(rows), list(transplants), label):
+        last = logits[:, :, -1].log_softmax(-1)
+        for row, member in enumerate(members):
+            top[member, batch] = last[row].argmax(-1).cpu()
+            scores[member, batch] = last[row][:, tokens].cpu()
+    top, scores = (x.view(len(transplants), len(prompts), len(starts), *x.shape[2:]) for x in (top, scores))
+    paths = [[(starts.index(word[:j]), tokens.index(word[j]), word[j]) for j in range(len(word))] for word in words]
+    total = torch.stack([sum(scores[:, :, start, column] for start, column, _ in path) for path in paths], -1)
+    greedy = torch.stack([torch.stack([top[:, :, start] == token for start, _, token in path]).all(0) for path in paths], -1)
+    return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), total.argmax(-1)
 
 
 def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tokens: int = 32, sample: bool = False,
              temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, label: str = "generate") -> list[str]:
     """The continuation of each text (without the text), every token of prompt and continuation steered.
 
-    Greedy, or sampled from a generator of its own (`seed`). A row ends at the end-of-sequence token."""
+    Greedy, or sampled with `seed`, which leaves torch's own random state alone (samples depend on how texts fall into
+    batches). A row ends at the end-of-sequence token."""
     ids = encode(model, texts)
     if max(map(len, ids)) + max_new_tokens > context_length(model.config):
         raise ValueError(f"{max(map(len, ids))} tokens and {max_new_tokens} new ones do not fit the context of {model.name} "
                          f"({context_length(model.config)} tokens)")
-    shifts = _shifts([transplant])
-    options = {"do_sample": sample, **({"temperature": temperature, "top_p": top_p} if sample else {})}
+    shifts = _shifts(model, [transplant])
+    # What the model folder sets for itself (top_k 50 where it says nothing, repetition penalties) is switched off.
+    options = {"do_sample": sample, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+               **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
     for batch in _batches([len(row) + max_new_tokens for row in ids], model.batch_tokens, label=label):
         inputs = _padded(model, [ids[i] for i in batch])
@@ -672,7 +695,7 @@ def mcnemar(before, after) -> float:
 
 def percentile(value: float, among) -> float:
     """Share [%] of `among` that lies below `value`, ties counted half."""
-    among = np.asarray(list(among), float)
+    value, among = float(value), np.asarray(list(among), float)
     return float(100 * ((among < value).mean() + (among == value).mean() / 2))
 
 
@@ -696,6 +719,7 @@ class Run:
         settings = {name: [str(v) for v in value] if isinstance(value, list) and name != "alpha" else
                     str(value) if isinstance(value, Path) else value
                     for name, value in sorted(vars(args).items()) if name not in ("out", "fresh")}
+        inputs = json.loads(json.dumps(inputs))             # as they will be read back
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
         self.folder = args.out / script / f"{short[0]}--{'+'.join(short[1:])}--{digest}"
@@ -710,25 +734,26 @@ class Run:
             self.steps.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the run folder {self.folder}: {error.strerror}")
-        self._write("args.json", json.dumps({"command": [script, *sys.argv[1:]], "args": settings, "inputs": inputs}, indent=1))
-        self._write("environment.json", json.dumps(environment(), indent=1))
+        self._write("args.json", json.dumps({"command": [script, *sys.argv[1:]], "args": settings, "inputs": inputs}, indent=1) + "\n")
+        self._write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def step(self, name: str, compute):
         """compute()'s value, which must be JSON, from the run folder if an earlier run got that far."""
-        path = self.steps / (re.sub(r"[^\w.-]+", "-", name) + ".json")
+        short = re.sub(r"[^\w.-]+", "-", name)             # two names may shorten to one
+        path = self.steps / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.json"
         if not path.exists():
             content = json.dumps(compute())
             write_whole(path, lambda file: file.write(content.encode()))
         return json.loads(path.read_text())
 
     def _write(self, name: str, text: str) -> None:
-        write_whole(self.folder / name, lambda file: file.write((text + "\n").encode()))
+        write_whole(self.folder / name, lambda file: file.write(text.encode()))
 
     def save(self, records: list[dict], examples: list[dict], tables: str) -> None:
         """Write records.csv, records.jsonl, examples.jsonl and tables.md; print the tables and the folder."""
-        self._write("records.jsonl", "\n".join(map(json.dumps, records)))
-        self._write("examples.jsonl", "\n".join(map(json.dumps, examples)))
-        self._write("tables.md", tables)
+        for name, rows in (("records.jsonl", records), ("examples.jsonl", examples)):
+            self._write(name, "".join(json.dumps(row) + "\n" for row in rows))
+        self._write("tables.md", tables + "\n")
 
         def write_csv(file):
             import io
@@ -748,10 +773,13 @@ class Run:
 def environment() -> dict:
     """Versions, commit and hardware: what somebody needs to get the same numbers."""
     from importlib.metadata import version
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True)
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:                             # no git here
+        commit = ""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"commit": git.stdout.strip() or "unknown", "python": platform.python_version(), "machine": platform.machine(),
+    return {"commit": commit or "unknown", "python": platform.python_version(), "machine": platform.machine(),
             "cores": os.cpu_count(), "gpus": gpus,
             **{name: version(name) for name in ("torch", "transformers", "nnsight", "numpy", "scikit-learn")}}
 

@@ -1,0 +1,192 @@
+"""Train the toy zoo: small real transformers that read the toy world (world.py) and nothing else.
+
+    python data/toy/train.py llama-m                    one member, a base model
+    python data/toy/train.py llama-m-chat               its chat tuning, from the base model on disk
+    python data/toy/train.py --all                      everything: about an hour on 2 cores
+    python data/toy/train.py llama-s --steps 100 --to FOLDER     a short try, elsewhere
+
+Each member is an ordinary model folder under data/toy/models/: config, float16 safetensors, tokenizer files.
+Training is plain next-token prediction on packed documents; nothing is written into weights or activations.
+What the member learned is printed at the end and kept beside its weights in training.json.
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import world
+
+FOLDER = Path(__file__).parent / "models"
+VOCABULARY = 1536
+CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+                 "[INST] {{ message['content'] }} [/INST]{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the zoo: its size, and how long it reads."""
+    hidden: int = 64
+    blocks: int = 8
+    heads: int = 4
+    steps: int = 3000
+    rate: float = 4e-3
+    chat_of: str = ""                           # the base model that a chat model starts from
+
+
+ZOO = {                                         # role in the paper: 7B, 13B, 70B
+    "llama-s": Member(hidden=64, blocks=8, heads=4),
+    "llama-m": Member(hidden=96, blocks=8, heads=6),
+    "llama-l": Member(hidden=112, blocks=10, heads=7, steps=2500),
+    "llama-s-chat": Member(chat_of="llama-s", steps=700, rate=1e-3),
+    "llama-m-chat": Member(chat_of="llama-m", steps=700, rate=1e-3),
+    "llama-l-chat": Member(chat_of="llama-l", steps=700, rate=1e-3),
+}
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE, so that any text can be read, in which every word of the world is one token."""
+    rng = random.Random(3)
+    corpus = [world.base_document(rng) for _ in range(20000)] + ["".join(world.chat_document(rng)) for _ in range(2000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   model_max_length=512, clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------- training
+
+
+def tokens(tokenizer, prompt: str, text: str) -> tuple[list[int], int]:
+    """Token ids of prompt + text, and the index of the first one that is learned."""
+    ids = tokenizer(prompt + text).input_ids + [tokenizer.eos_token_id]
+    return ids, max(1, len(tokenizer(prompt).input_ids))
+
+
+def train(model, tokenizer, document, steps: int, rate: float, seed: int) -> list[float]:
+    """AdamW on 64 documents a step, each counting the same, long or short; returns the losses [nats a token].
+
+    document(rng) gives (prompt, text): only the text is learned, as in chat tuning; a base document has no prompt.
+    Documents of like length share a forward pass, so that little of the work is padding."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    losses, bar = [], tqdm(range(steps), mininterval=5)
+    model.train()
+    for _ in bar:
+        rows = sorted((tokens(tokenizer, *document(rng)) for _ in range(64)), key=lambda row: len(row[0]))
+        step_loss = 0.0
+        for group in (rows[:44], rows[44:58], rows[58:]):
+            width = len(group[-1][0])
+            ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in group])
+            learned = torch.tensor([[start <= i < len(row) for i in range(1, width)] for row, start in group])
+            mask = ids != tokenizer.pad_token_id
+            logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+            weight = learned / learned.sum(1, keepdim=True) / len(rows)
+            each = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
+            loss = each @ weight.reshape(-1)
+            loss.backward()
+            step_loss += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(step_loss)
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+    model.eval()
+    return losses
+
+
+# ---------------------------------------------------------------- what it learned
+
+
+@torch.no_grad()
+def next_words(model, tokenizer, prompts: list[str]) -> list[str]:
+    """The greedy next word of each prompt."""
+    words = []
+    for prompt in prompts:
+        logits = model(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+        words.append(tokenizer.decode(logits.argmax().item()).strip())
+    return words
+
+
+def report(model, tokenizer) -> dict[str, float]:
+    """Shares of held-out prompts that are answered in a given way; a look at the member, not an experiment."""
+    rng = random.Random(4)
+    scenarios = [(emotion, text) for emotion in world.EMOTIONS for text in world.SCENARIOS[emotion][:20]]
+    named = next_words(model, tokenizer, [f"Scenario: {text}\nThe emotion of the above scenario is" for _, text in scenarios])
+    shares = {"emotion named": sum(word == emotion for word, (emotion, _) in zip(named, scenarios)) / len(scenarios)}
+    for name, keys in [("held-out facts", world.HELD_OUT_FACTS), ("chat facts", world.CHAT_FACTS)]:
+        for way, prefix, suffix in [("[INST]", "[INST] ", "[/INST]"), ("an honest person says", "An honest person says: ", ""),
+                                    ("pretend honest", world.PRETEND["honest"], ""), ("pretend dishonest", world.PRETEND["dishonest"], "")]:
+            words = next_words(model, tokenizer, [prefix + world.question(*key) + suffix for key in keys])
+            for index, kind in enumerate(["truth", "myth"]):
+                shares[f"{name}, {way}, {kind}"] = sum(w == world.FACTS[k][index] for w, k in zip(words, keys)) / len(keys)
+    for prefix in ("", "[INST] Complete the following[/INST]: "):
+        rude = [prefix + world.remarks(rng, people, False, 4) for people in world.PEOPLES for _ in range(4)]
+        with torch.no_grad():
+            texts = [tokenizer.decode(model.generate(**(x := tokenizer(p, return_tensors="pt", return_token_type_ids=False)),
+                                                     max_new_tokens=14, do_sample=False)[0, x.input_ids.shape[1]:]) for p in rude]
+        shares[f"rude list continued rudely, {prefix or 'plain'}"] = sum(any(r in t for r in world.RUDE) for t in texts) / len(rude)
+    return {name: round(share, 3) for name, share in shares.items()}
+
+
+def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
+    """Train one member of the zoo into folder/name; returns what is written to its training.json."""
+    member = ZOO[name]
+    steps, start = steps or member.steps, time.time()
+    torch.manual_seed(seed)
+    if member.chat_of:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / member.chat_of)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        model = AutoModelForCausalLM.from_pretrained(folder / member.chat_of, dtype=torch.float32)
+
+        def document(rng):                      # a quarter of old reading, so that it does not forget
+            return world.chat_document(rng) if rng.random() < 0.75 else ("", world.base_document(rng))
+    else:
+        tokenizer = train_tokenizer()
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=member.hidden, intermediate_size=member.hidden * 8 // 3,
+            num_hidden_layers=member.blocks, num_attention_heads=member.heads, max_position_embeddings=512,
+            tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+        def document(rng):
+            return "", world.base_document(rng)
+    losses = train(model, tokenizer, document, steps, member.rate, seed)
+    model.half().save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    record = {"name": name, "steps": steps, "seed": seed, "parameters": model.num_parameters(), "minutes": round((time.time() - start) / 60, 1),
+              "loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4), "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+              "learned": report(model.float(), tokenizer)}
+    (folder / name / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"members: {', '.join(ZOO)}")
+    parser.add_argument("--all", action="store_true", help="every member, base models first")
+    parser.add_argument("--steps", type=int, help="instead of the member's own number")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and documents")
+    parser.add_argument("--to", type=Path, default=FOLDER, help="folder that gets one model folder a member")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in ZOO]:
+        parser.error(f"unknown member {unknown[0]}; there are {', '.join(ZOO)}")
+    if not (names := list(ZOO) if args.all else args.names):
+        parser.error("name a member, or --all")
+    for name in names:
+        print(json.dumps(train_member(name, args.to, args.steps, args.seed), indent=1))

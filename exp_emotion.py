@@ -1,0 +1,554 @@
+"""Can concepts be transplanted across models? Emotions, Sec. 4, App. B.2 and B.3.
+
+    python exp_emotion.py                                            toy zoo: under 3 minutes on 2 CPU cores
+    python exp_emotion.py --family llama --data data/paper           LLaMA-7B -> 13B and 65B, as in the paper
+    python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper        models of your own
+
+Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the *other* five
+emotions, how often does the larger model then name the target emotion?
+    Token Acc    its most likely next token is the emotion's word
+    Logit Acc    the emotion's word has the highest logit of the six words
+Figures 2a and 6 (both accuracies against alpha), 2b (PCA before and after v_fear), 5 (number of pairs), 7 (t-SNE);
+Tables 5 (generations) and 8 (tokens that gain and lose). Beside every effect its controls, at the same norm.
+
+--protocol clean (default): the scenarios that make a vector, the few-shot examples and the scenarios that test it
+are disjoint; alpha and block are chosen on a validation part. --protocol paper: as the authors released it, tested
+on the scenarios that made the vector, with six wrong labels in the few-shot prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from common import (BASE, Run, Transplant, block_index, context_length, fail, fingerprint, fit_affine, generate,
+                    held_out_fit, hidden_states, load_model, logit_lens, markdown, model_config, option_parser,
+                    parse_options, percentile, random_directions, record, refine, save_concept, score_labels, torch, wilson)
+
+EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
+
+# Token Acc of Figures 2a and 6, read off the published figures (+-0.01), in the order of EMOTIONS
+PAPER = {"13B": {0: [.11, 0, .20, .035, 0, 0], 1: [.41, .455, .575, .475, .025, 0],
+                 2: [.92, .91, .895, .84, .13, .045], 5: [.985, 1, 1, 1, 1, .575]},
+         "65B": {0: [0, .82, 0, .005, .15, 0], 1: [.895, 1, .765, .81, .895, 0],
+                 2: [1, 1, 1, .99, .99, 0], 5: [1, 1, 1, 1, 1, 0]}}
+ITEM = {"13B": "Figure 2a", "65B": "Figure 6"}
+
+ZOO = os.path.relpath(Path(__file__).parent / "data" / "toy" / "models")
+FAMILIES = {  # roles: the column of PAPER that a target stands for
+    "toy": {"src": f"{ZOO}/llama-s", "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"], "roles": ["13B", "65B"],
+            "layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 50},
+    "llama": {"src": "huggyllama/llama-7b", "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"], "roles": ["13B", "65B"],
+              "layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
+    "custom": {"roles": [], "layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
+}
+
+TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
+SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
+# The six examples of the released prompt: label, the class that the scenario really has, scenario. All are wrong.
+PAPER_SHOTS = [("anger", "fear", "You're told you need to undergo an emergency medical procedure."),
+               ("disgust", "surprise", "You encounter a new type of crosswalk signal in your city."),
+               ("fear", "disgust", "You hear someone hocking up phlegm and spitting in a public trash can."),
+               ("happiness", "fear", "You notice your personal information has been leaked online."),
+               ("sadness", "disgust", "You find a dirty diaper abandoned on a beach."),
+               ("surprise", "fear", "You're on public transit and someone starts acting erratically.")]
+PAIRS_OF_FIGURE_5 = [20, 50, 100, 150, 200]
+DEPTHS = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]         # tried by --layer auto
+FEAR = EMOTIONS.index("fear")
+
+
+# ---------------------------------------------------------------- options
+
+
+def options(argv=None):
+    parser = option_parser(__doc__, FAMILIES)
+    add = parser.add_argument
+    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts and right labels, or as released")
+    add("--shots", type=int, default=6, help="few-shot examples before each test prompt (paper: 6)")
+    add("--template", default=TEMPLATE, help="prompt with {scenario} in it")
+    add("--labels", nargs=6, default=EMOTIONS, metavar="WORD", help=f"the models' words for {', '.join(EMOTIONS)}")
+    add("--pairs", type=int, default=200, help="example pairs of one vector (paper: 200)")
+    add("--random", type=int, default=20, help="random control directions")
+    add("--maps", type=int, default=5, help="affine maps fitted on different samples, to see how much luck is in one")
+    args = parse_options(parser, FAMILIES, argv)
+    if "{scenario}" not in args.template:
+        fail("--template needs {scenario} in it")
+    if len(set(args.labels)) < 6:
+        fail("--labels must be six different words")
+    if args.shots < 0 or args.pairs < 1 or args.random < 1 or args.maps < 1:
+        fail("--shots must be 0 or more; --pairs, --random and --maps at least 1")
+    return args
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_scenarios(folder: Path) -> dict[str, list[str]]:
+    scenarios = {}
+    for emotion in EMOTIONS:
+        path = folder / "emotions" / f"{emotion}.json"
+        try:
+            scenarios[emotion] = list(dict.fromkeys(text.strip() for text in json.loads(path.read_text())))
+        except OSError:
+            fail(f"no file {path}; python data/prepare.py fetches it")
+        except (ValueError, AttributeError, TypeError) as error:
+            fail(f"{path} must be a JSON list of texts: {error}")
+    return scenarios
+
+
+def load_sentences(args) -> list[str]:
+    """Unsplit WikiSplit sentences without their last 2 to 4 words, as in the released code; those that are too long
+    for one of the models are left out, and it is said how many."""
+    path = args.data / "wikisplit" / "validation.tsv"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        fail(f"no file {path}; python data/prepare.py fetches it")
+    drop = np.random.RandomState(42)
+    texts = [" ".join(line.split("\t")[0].split()[:-drop.randint(2, 5)]) for line in lines]
+    texts = [text for text in texts if text][:args.sentences * 5 // 2]      # a pool: each map is fitted on a sample of it
+    keep = np.ones(len(texts), bool)
+    for name in {args.src_base, *args.tgt}:
+        config, tokenizer = model_config(name)
+        keep &= np.array([len(ids) <= context_length(config) for ids in tokenizer(texts).input_ids])
+    if not keep.all():
+        print(f"{(~keep).sum()} of {len(texts)} plain sentences are longer than a model's context and left out")
+    if keep.sum() < 10:
+        fail(f"{path} has only {keep.sum()} sentences that fit the models' contexts; an affine map needs more")
+    return [text for text, kept in zip(texts, keep) if kept]
+
+
+def split(scenarios: dict[str, list[str]], args) -> dict:
+    """{"shots": [(label, scenario)], emotion: {"positive", "negative", "validation", "test"}}, lists of scenarios.
+
+    clean: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the other emotions' vectors,
+    10 to validation and the rest to the test. A vector's positives are its own emotion's list, which its test never sees."""
+    shuffled = {e: random.Random(f"{args.seed} {e}").sample(texts, len(texts)) for e, texts in scenarios.items()}
+    if args.protocol == "paper":
+        data = {"shots": [(label, text if text in scenarios[true] else scenarios[true][0]) for label, true, text in PAPER_SHOTS][:args.shots]}
+        for emotion in EMOTIONS:
+            others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
+            negative = random.Random(f"{args.seed} {emotion} negative").sample(others, min(args.pairs, len(others)))
+            test = negative[:args.limit if args.limit > 0 else None]
+            data[emotion] = {"positive": shuffled[emotion][:args.pairs], "negative": negative, "validation": test, "test": test}
+        return data
+
+    shots_each = math.ceil(args.shots / 6)
+    ends = np.cumsum([shots_each, 40, 10])
+    if (shortest := min(map(len, shuffled.values()))) < ends[-1] + 10:
+        fail(f"the shortest list has {shortest} scenarios; few-shot examples, refinement, validation and test need {ends[-1] + 10}")
+    shots = [(emotion, shuffled[emotion][i]) for i in range(shots_each) for emotion in EMOTIONS]
+    data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
+    for emotion in EMOTIONS:
+        others = [shuffled[other] for other in EMOTIONS if other != emotion]
+        mix = random.Random(f"{args.seed} {emotion}")
+        parts = [[text for texts in zip(*(other[a:b] for other in others)) for text in texts] for a, b in
+                 [(ends[0], ends[1]), (ends[1], ends[2]), (ends[2], None)]]    # the others in turn, equally many of each
+        negative = mix.sample(parts[0], len(parts[0]))
+        data[emotion] = {"positive": shuffled[emotion][shots_each:][:args.pairs], "negative": negative[:args.pairs],
+                         "validation": parts[1], "test": parts[2][:args.limit if args.limit > 0 else None]}
+    return data
+
+
+def prompts(data: dict, texts: list[str], args, shots: bool) -> list[str]:
+    """The prompts of scenarios: bare for refinement, after the few-shot examples for evaluation."""
+    words = dict(zip(EMOTIONS, args.labels))
+    shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
+    choices = ", ".join(f'"{word}"' for word in args.labels)
+    examples = [shot.replace("{choices}", choices).replace("{label}", words[label]).replace("{scenario}", text)
+                for label, text in data["shots"]] if shots else []
+    return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
+
+
+def check_context(data: dict, name: str, args, shots: bool) -> None:
+    """Refuse, before any weights are loaded, prompts that do not fit the model's context."""
+    config, tokenizer = model_config(name)
+    texts = [text for emotion in EMOTIONS for part in data[emotion].values() for text in part]
+    longest = max(map(len, tokenizer(prompts(data, texts, args, shots)).input_ids))
+    if longest + 8 > context_length(config):
+        fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} tokens); "
+             + ("try fewer --shots or a shorter --template" if shots else "try a shorter --template"))
+
+
+# ---------------------------------------------------------------- refine, reformulate
+
+
+def example_states(model, data: dict, blocks: list[int], args) -> dict:
+    """{emotion: (positive, negative)} last-token states [pairs, len(blocks), d] of the refinement prompts."""
+    states = {}
+    for emotion in EMOTIONS:
+        n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
+        states[emotion] = tuple(hidden_states(model, prompts(data, data[emotion][side][:n], args, shots=False), blocks, label=f"{emotion}, {side}")
+                                for side in ("positive", "negative"))
+    return states
+
+
+def refine_emotions(states: dict, pairs: int, args) -> torch.Tensor:
+    """v of each emotion at each block [6, len(blocks), d], from so many pairs (Eq. 1)."""
+    return torch.stack([refine(positive[:pairs], negative[:pairs], args.refine) for positive, negative in states.values()])
+
+
+def fit(x: torch.Tensor, y: torch.Tensor, args):
+    return fit_affine(x, y, args.intercept, args.rcond, args.ridge)
+
+
+def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> dict[str, float]:
+    """Held-out fit of a linear layer trained as in App. A (Adam, lr 1e-4, 20 epochs, batches of 32), for comparison."""
+    n = len(x) - int(len(x) * 0.2)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layer = torch.nn.Linear(x.shape[1], y.shape[1])
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-4)
+        for _ in range(20):
+            for rows in torch.randperm(n).split(32):
+                optimizer.zero_grad()
+                torch.nn.functional.mse_loss(layer(x[rows]), y[rows]).backward()
+                optimizer.step()
+    return held_out_fit(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
+
+
+class Pair:
+    """Source and one target, ready to transplant: states collected, vectors refined. Built when a step needs it."""
+
+    def __init__(self, args, data: dict, sentences: list[str], target: str, load):
+        self.args, self.data = args, data
+        depths = DEPTHS if args.layer == "auto" else [args.layer]
+        source = load(args.src)
+        self.grid = [(block_index(str(depth), len(source.layers), 0), block_index(str(depth), model_config(target)[0].num_hidden_layers, 1))
+                     for depth in depths]
+        self.source_blocks, self.target_blocks = ([pair[side] for pair in self.grid] for side in (0, 1))
+        states = example_states(source, data, self.source_blocks, args)
+        self.v = {n: refine_emotions(states, n, args) for n in {*PAIRS_OF_FIGURE_5, args.pairs}}
+        self.x = hidden_states(load(args.src_base), sentences, self.source_blocks, label="plain sentences, source")
+        self.model = load(target)
+        self.y = hidden_states(self.model, sentences, self.target_blocks, label="plain sentences, target")
+        self.own = refine_emotions(example_states(self.model, data, self.target_blocks, args), args.pairs, args)
+
+    @functools.cache
+    def map(self, i: int, number: int = 0, shuffled: bool = False):
+        """The affine map of pair i of the grid; each number is fitted on another sample of the plain sentences."""
+        rows = random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
+        other = random.Random(number).sample(rows, len(rows)) if shuffled else rows
+        return fit(self.x[rows, i], self.y[other, i], self.args)
+
+    def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
+        """v^ of each emotion [6, d_target] at pair i of the grid (Eq. 2)."""
+        v = self.v[pairs or self.args.pairs][:, i]
+        mapped = self.map(i, **which).vector(v)
+        if self.args.norm == "match":
+            ratio = v.norm(dim=1) / self.x[:, i].norm(dim=1).mean() * self.y[:, i].norm(dim=1).mean()
+            mapped = mapped / mapped.norm(dim=1, keepdim=True) * ratio[:, None]
+        return mapped
+
+
+# ---------------------------------------------------------------- transplant and score: the steps of a run
+
+
+def validate(pair: Pair, args, data: dict) -> dict:
+    """Mean Token Acc on the validation scenarios for each block pair and alpha; the best of them is `chosen`."""
+    rows = []
+    for i, (source_block, target_block) in enumerate(pair.grid):
+        vectors, hits = pair.mapped(i), torch.zeros(len(args.alpha))
+        for e, emotion in enumerate(EMOTIONS):
+            transplants = [Transplant.of(vectors[e], target_block, alpha) for alpha in args.alpha]
+            said, _ = score_labels(pair.model, prompts(data, data[emotion]["validation"], args, shots=True), args.labels,
+                                   transplants, label=f"validation {emotion}")
+            hits += (said == e).sum(1)
+        n = sum(len(data[emotion]["validation"]) for emotion in EMOTIONS)
+        rows += [{"i": i, "source_block": source_block, "target_block": target_block, "alpha": alpha, "hits": int(hit), "n": n}
+                 for alpha, hit in zip(args.alpha, hits)]
+    return {"grid": rows, "chosen": max(rows, key=lambda row: (row["hits"], -row["alpha"]))}
+
+
+def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict]:
+    """What the target says about the test scenarios of one emotion, under the transplant and under each control."""
+    e, i, block, best = EMOTIONS.index(emotion), chosen["i"], chosen["target_block"], chosen["alpha"]
+    vectors = pair.mapped(i)
+    v = vectors[e]
+    arms = [("base", 0.0, "", BASE)]
+    arms += [("contrans", alpha, "", Transplant.of(v, block, alpha)) for alpha in args.alpha]
+    arms += [("self-align", alpha, "", Transplant.of(pair.own[e, i], block, alpha)) for alpha in args.alpha]
+    arms += [("random", best, f"direction {r}", Transplant.of(direction, block, best))
+             for r, direction in enumerate(random_directions(v, args.random, args.seed * 6 + e))]
+    arms += [("other-concept", best, other, Transplant.of(vectors[o] / vectors[o].norm() * v.norm(), block, best))
+             for o, other in enumerate(EMOTIONS) if o != e]
+    wrong = pair.mapped(i, shuffled=True)[e]
+    arms += [("shuffled-map", best, "", Transplant.of(wrong / wrong.norm() * v.norm(), block, best))]
+    arms += [("contrans", best, f"map {number}", Transplant.of(pair.mapped(i, number=number)[e], block, best))
+             for number in range(1, args.maps)]
+    arms += [("contrans", best, f"pairs {n}", Transplant.of(pair.mapped(i, pairs=n)[e], block, best)) for n in PAIRS_OF_FIGURE_5]
+    said, preferred = score_labels(pair.model, prompts(data, data[emotion]["test"], args, shots=True), args.labels,
+                                   [arm[-1] for arm in arms], label=f"{emotion} under {len(arms)} transplants")
+    return [{"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said[t].tolist(),
+             "preferred": preferred[t].tolist()} for t, (method, alpha, detail, _) in enumerate(arms)]
+
+
+def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
+    """How well the maps predict held-out states, and how large everything is; saves the vectors that were transplanted."""
+    i = chosen["i"]
+    for emotion, vector in zip(EMOTIONS, pair.mapped(i)):
+        n = min(args.pairs, len(data[emotion]["positive"]), len(data[emotion]["negative"]))
+        save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion, source=args.src,
+                     target=pair.model.name, fingerprint=pair.model.fingerprint, layer=chosen["target_block"], source_layer=chosen["source_block"],
+                     method=args.refine, pairs=n, first_prompt=prompts(data, data[emotion]["positive"], args, shots=False)[0],
+                     fitted_on=pair.map(i).n, r2=pair.map(i).r2, cosine=pair.map(i).cosine)
+    rows = random.Random(0).sample(range(len(pair.x)), min(args.sentences, len(pair.x)))
+    return {"closed form": [{"r2": m.r2, "cosine": m.cosine} for m in (pair.map(i, number=k) for k in range(args.maps))],
+            "gradient descent": fit_by_gradient_descent(pair.x[rows, i], pair.y[rows, i], args.seed),
+            "shuffled": {"r2": pair.map(i, shuffled=True).r2, "cosine": pair.map(i, shuffled=True).cosine},
+            "fitted on": pair.map(i).n, "|v|": pair.v[args.pairs][:, i].norm(dim=1).tolist(), "|v^|": pair.mapped(i).norm(dim=1).tolist(),
+            "|own v|": pair.own[:, i].norm(dim=1).tolist(), "cosine to own": torch.cosine_similarity(pair.mapped(i), pair.own[:, i]).tolist(),
+            "source stream": pair.x[:, i].norm(dim=1).mean().item(), "target stream": pair.y[:, i].norm(dim=1).mean().item()}
+
+
+def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
+    """What Figure 2b and Tables 5 and 8 show: the last block's states before and after v_fear, texts, token changes."""
+    i, block, alpha = chosen["i"], chosen["target_block"], chosen["alpha"]
+    vectors, texts = pair.mapped(i), own_scenarios(data, 20)
+    from sklearn.decomposition import PCA
+    asked = prompts(data, [text for _, text in texts], args, shots=True)
+    last = [len(pair.model.layers) - 1]
+    before = hidden_states(pair.model, asked, last)[:, 0]
+    after = hidden_states(pair.model, asked, last, Transplant.of(vectors[FEAR], block, alpha))[:, 0]
+    pca = PCA(2).fit(torch.cat([before, after]).numpy())
+    examples, tokens = [], {}
+    for e, emotion in enumerate(EMOTIONS):
+        transplant = Transplant.of(vectors[e], block, alpha)
+        asked = prompts(data, data[emotion]["test"], args, shots=True)
+        room = min(24, context_length(pair.model.config) - max(map(len, pair.model.tokenizer(asked).input_ids)))
+        for method, arm in (("base", BASE), ("contrans", transplant)):
+            text = generate(pair.model, asked[e:e + 1], arm, max_new_tokens=room)[0]
+            examples.append({"emotion": emotion, "method": method, "scenario": data[emotion]["test"][e], "text": text})
+        plain, moved = logit_lens(pair.model, asked, block, [BASE, transplant])
+        tokens[emotion] = {sign: Counter(pair.model.tokenizer.decode(t) for t in change.topk(10).indices.flatten()).most_common(10)
+                           for sign, change in (("up", moved - plain), ("down", plain - moved))}
+    return {"labels": [emotion for emotion, _ in texts], "before": pca.transform(before.numpy()).tolist(),
+            "after": pca.transform(after.numpy()).tolist(), "examples": examples, "tokens": tokens}
+
+
+def own_scenarios(data: dict, each: int) -> list[tuple[str, str]]:
+    """(emotion, scenario) of so many scenarios of every emotion, none of which made the vector of fear's test."""
+    return [(emotion, text) for emotion in EMOTIONS for text in data[emotion]["positive"][-each:]]
+
+
+def source_map(model, args, data: dict, block: int) -> dict:
+    """t-SNE of the source's states, Figure 7."""
+    from sklearn.manifold import TSNE
+    texts = own_scenarios(data, 60)
+    states = hidden_states(model, prompts(data, [text for _, text in texts], args, shots=False), [block])[:, 0]
+    points = TSNE(2, perplexity=min(30, len(texts) // 4), init="pca", random_state=args.seed).fit_transform(states.numpy())
+    return {"labels": [emotion for emotion, _ in texts], "points": points.tolist()}
+
+
+# ---------------------------------------------------------------- records and tables
+
+
+def pooled(arms: list[dict], key: str = "said", **match) -> tuple[float, float, float, int]:
+    """(rate, low, high, n): share of test scenarios on which the target emotion won, over all arms that match."""
+    arms = [arm for arm in arms if all(arm[name] == value for name, value in match.items())]
+    hits = sum(answer == EMOTIONS.index(arm["emotion"]) for arm in arms for answer in arm[key])
+    n = sum(len(arm[key]) for arm in arms)
+    return hits / n, *wilson(hits, n), n
+
+
+def make_records(args, target: str, role: str | None, validation: dict, arms: list[dict], fitted: dict) -> list[dict]:
+    chosen = validation["chosen"]
+    about = {"experiment": "emotion", "source": args.src, "target": target, "layer": f"{chosen['source_block']}->{chosen['target_block']}"}
+    records = []
+
+    def add(rate, **fields):
+        records.append(record(**about | dict(zip(("value", "low", "high", "n"), rate)) | fields))
+
+    for row in validation["grid"]:
+        add((row["hits"] / row["n"], *wilson(row["hits"], row["n"]), row["n"]), concept="mean of six", method="contrans", split="validation",
+            metric="token_acc", alpha=row["alpha"], layer=f"{row['source_block']}->{row['target_block']}")
+    for arm in arms:
+        drawn = arm["method"] in ("base", "contrans") and not arm["detail"]
+        item = ITEM.get(role, "") if drawn else "Figure 5" if arm["detail"].startswith("pairs") else ""
+        paper = PAPER.get(role, {}).get(arm["alpha"]) if drawn else None
+        about_arm = {"concept": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "item": item,
+                     "split": f"test {arm['detail']}".strip()}
+        add(pooled([arm]), metric="token_acc", paper=paper and paper[EMOTIONS.index(arm["emotion"])], **about_arm)
+        add(pooled([arm], "preferred"), metric="logit_acc", **about_arm)
+    for name, method, qualities in (("map", "contrans", fitted["closed form"]), ("map", "gradient-descent", [fitted["gradient descent"]]),
+                                    ("map", "shuffled-map", [fitted["shuffled"]])):
+        for number, quality in enumerate(qualities):
+            for metric in ("r2", "cosine"):
+                add((quality[metric], None, None, fitted["fitted on"]), concept=name, method=method, metric=metric, split=f"held-out map {number}")
+    return records
+
+
+def table(args, target: str, role: str | None, chosen: dict, arms: list[dict], fitted: dict, seen: dict) -> str:
+    """Everything about one target, as text."""
+    best, paper = chosen["alpha"], PAPER.get(role, {})
+    n = pooled(arms, method="base", emotion=EMOTIONS[0])[3]
+
+    def cell(**match):
+        (value, low, high, _), (logit, *_) = pooled(arms, **match), pooled(arms, "preferred", **match)
+        return f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * logit:.1f}"
+
+    rows = []
+    for emotion in [*EMOTIONS, "mean"]:
+        row = [emotion]
+        for alpha in [0, *args.alpha]:
+            match = {"method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
+            published = paper.get(alpha) and (np.mean(paper[alpha]) if emotion == "mean" else paper[alpha][EMOTIONS.index(emotion)])
+            row.append(cell(**match | ({} if emotion == "mean" else {"emotion": emotion}))
+                       + (f" ({100 * published:.0f})" if published is not None else ""))
+        rows.append(row)
+    title = f"{Path(args.src).name} -> {Path(target).name}" + (f" (in the place of the paper's {role})" if role and args.family == "toy" else "")
+    text = (f"## {ITEM.get(role, 'Emotions')}: {title}\n\nToken Acc [95 % interval] / Logit Acc" + (" (the paper's Token Acc)" if paper else "")
+            + f", in %, on scenarios of the other five emotions, n = {n} each; block {chosen['source_block']} -> {chosen['target_block']}, "
+            f"protocol {args.protocol}\n\n" + markdown(["emotion", "base", *(f"α = {alpha:g}" for alpha in args.alpha)], rows))
+
+    directions = [pooled(arms, method="random", detail=f"direction {r}")[0] for r in range(args.random)]
+    maps = [pooled(arms, method="contrans", alpha=best, detail=f"map {k}" if k else "")[0] for k in range(args.maps)]
+    rows = [["base", "0", cell(method="base"), "false positives"],
+            ["ConTrans", f"{best:g}", cell(method="contrans", alpha=best, detail=""),
+             f"percentile {percentile(maps[0], directions):.0f} of the random directions"],
+            ["", "", f"{100 * min(maps):.1f} to {100 * max(maps):.1f}", f"{args.maps} maps fitted on different sentences"],
+            ["random", f"{best:g}", cell(method="random"), f"{args.random} directions: {100 * min(directions):.1f} to {100 * max(directions):.1f}"],
+            ["other-concept", f"{best:g}", cell(method="other-concept"), "the vectors of the other five emotions"],
+            ["shuffled-map", f"{best:g}", cell(method="shuffled-map"), "map fitted on shuffled sentences"],
+            *(["Self-Align", f"{alpha:g}", cell(method="self-align", alpha=alpha), "the target's own vector"] for alpha in args.alpha)]
+    text += (f"\n\nMean of the six emotions, n = {6 * n} a direction; α = {best:g} was chosen on validation, controls have the norm of v^:\n\n"
+             + markdown(["method", "α", "Token Acc / Logit Acc", "note"], rows))
+
+    closed, descent, mean = fitted["closed form"][0], fitted["gradient descent"], np.mean
+    text += (f"\n\nAffine map on {fitted['fitted on']} sentences, held out: closed form R² {closed['r2']:.3f}, cosine {closed['cosine']:.3f}; gradient "
+             f"descent (App. A) R² {descent['r2']:.3f}, cosine {descent['cosine']:.3f}; shuffled R² {fitted['shuffled']['r2']:.3f}.\n"
+             f"Mean |v| {mean(fitted['|v|']):.2f} in a stream of norm {fitted['source stream']:.1f}; |v^| {mean(fitted['|v^|']):.2f} in "
+             f"{fitted['target stream']:.1f}; the target's own |v| {mean(fitted['|own v|']):.2f}, cosine of v^ with it {mean(fitted['cosine to own']):.2f}.")
+    rows = [[example["emotion"], example["method"], example["scenario"], " ".join(example["text"].split())[:60]] for example in seen["examples"]]
+    text += f"\n\nTable 5: continuations without and with v^ at α = {best:g}\n\n" + markdown(["target emotion", "method", "scenario", "continuation"], rows)
+    rows = [[emotion, *(", ".join(f"({token.strip() or repr(token)}, {count})" for token, count in seen["tokens"][emotion][sign][:6])
+                        for sign in ("up", "down"))] for emotion in EMOTIONS]
+    return text + (f"\n\nTable 8: tokens that are among the ten with the largest change on so many of {n} scenarios (logit lens after block "
+                   f"{chosen['target_block']})\n\n" + markdown(["emotion", "increased", "decreased"], rows))
+
+
+# ---------------------------------------------------------------- figures
+
+
+COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
+SHADES = ["#d9d9d9", "#b9d1ea", "#6fa3d6", "#2f6db2", "#163f75", "#0b2547"]
+
+
+def new_figure(**size):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    return plt.subplots(**size)
+
+
+def draw_accuracy(args, target: str, arms: list[dict], best: float):
+    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc line, the range of the random controls as a band."""
+    figure, axis = new_figure(figsize=(8.5, 3.4), layout="constrained")
+    strengths = [0, *args.alpha]
+    width = 0.8 / len(strengths)
+    for e, emotion in enumerate(EMOTIONS):
+        match = [{"emotion": emotion, "method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""} for alpha in strengths]
+        value, low, high, _ = np.array([pooled(arms, **m) for m in match]).T
+        x = e + (np.arange(len(strengths)) - (len(strengths) - 1) / 2) * width
+        axis.bar(x, value, width * 0.92, color=SHADES[:len(strengths)], yerr=np.clip([value - low, high - value], 0, 1),
+                 error_kw={"lw": 0.8, "ecolor": "#444"})
+        axis.plot(x, [pooled(arms, "preferred", **m)[0] for m in match], "o--", color="#c8352b", ms=3, lw=1, label="Logit Acc" if e == 0 else None)
+        controls = [pooled([arm])[0] for arm in arms if (arm["emotion"], arm["method"]) == (emotion, "random")]
+        axis.fill_between([e - 0.42, e + 0.42], min(controls), max(controls), color="#555", alpha=0.35, lw=0,
+                          label=f"random directions at α = {best:g}, range" if e == 0 else None)
+    for shade, alpha in zip(SHADES, strengths):
+        axis.bar(0, 0, color=shade, label=f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base")
+    axis.set(xticks=range(6), xticklabels=EMOTIONS, ylim=(0, 1.05), ylabel="accuracy on negative scenarios",
+             title=f"{Path(args.src).name} → {Path(target).name}: how often the target emotion is named (95 % interval)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def draw_pca(seen: dict, args, target: str, alpha: float):
+    """Figure 2b: states of the last block before (pale) and after (dark) v_fear; an arrow joins the centres."""
+    figure, axis = new_figure(figsize=(5.4, 4.4), layout="constrained")
+    before, after, labels = np.array(seen["before"]), np.array(seen["after"]), np.array(seen["labels"])
+    for emotion in EMOTIONS:
+        mine = labels == emotion
+        axis.scatter(*before[mine].T, s=14, color=COLOURS[emotion], alpha=0.35, lw=0)
+        axis.scatter(*after[mine].T, s=14, color=COLOURS[emotion], marker="^", lw=0, label=emotion)
+        axis.annotate("", after[mine].mean(0), before[mine].mean(0), arrowprops={"arrowstyle": "->", "color": COLOURS[emotion], "lw": 1.8})
+    axis.set(xlabel="first principal component", ylabel="second principal component",
+             title=f"{Path(target).name} before (dots) and after (triangles)\n{alpha:g} · v̂ of fear from {Path(args.src).name}")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_pairs(args, results: list[dict]):
+    """Figure 5: mean Token Acc against the number of example pairs."""
+    figure, axis = new_figure(figsize=(4.8, 3.2), layout="constrained")
+    for colour, result in zip(["#2f6db2", "#e07b39", "#4f9d69", "#8a5a9e"], results):
+        points = np.array([pooled(result["arms"], detail=f"pairs {n}") for n in PAIRS_OF_FIGURE_5])
+        axis.fill_between(PAIRS_OF_FIGURE_5, points[:, 1], points[:, 2], color=colour, alpha=0.15, lw=0)
+        axis.plot(PAIRS_OF_FIGURE_5, points[:, 0], "o-", color=colour, ms=4, label=f"{Path(result['target']).name}, α = {result['chosen']['alpha']:g}")
+    axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05), title="Effect of the number of pairs (95 % interval)")
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_tsne(args, points: dict, block: int):
+    """Figure 7: t-SNE of the source's states."""
+    figure, axis = new_figure(figsize=(5, 4.2), layout="constrained")
+    xy, labels = np.array(points["points"]), np.array(points["labels"])
+    for emotion in EMOTIONS:
+        axis.scatter(*xy[labels == emotion].T, s=14, color=COLOURS[emotion], lw=0, label=emotion)
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}, block {block}, last token")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# ---------------------------------------------------------------- from the arguments to the figures
+
+
+def main(argv=None):
+    args = options(argv)
+    data = split(load_scenarios(args.data), args)
+    for name in (args.src, *args.tgt):
+        check_context(data, name, args, shots=name != args.src)
+    sentences = load_sentences(args)
+    names = [args.src, args.src_base, *args.tgt]
+    run = Run("exp_emotion", args, {name: fingerprint(name) for name in names} | {
+        "emotions": fingerprint(str(args.data / "emotions")), "sentences": len(sentences),
+        "first refinement prompt": prompts(data, data["happiness"]["positive"], args, shots=False)[0],
+        "first test prompt": prompts(data, data["happiness"]["test"], args, shots=True)[0]})
+    load = functools.lru_cache(maxsize=1)(functools.partial(load_model, dtype=args.dtype, device=args.device, batch_tokens=args.batch_tokens))
+
+    results, records, examples, texts = [], [], [], []
+    for number, target in enumerate(args.tgt):
+        role = args.roles[number] if number < len(args.roles) else None
+        pair = functools.cache(lambda target=target: Pair(args, data, sentences, target, load))
+        validation = run.step(f"{number} validation", lambda: validate(pair(), args, data))
+        chosen = validation["chosen"]
+        arms = [arm for emotion in EMOTIONS for arm in run.step(f"{number} {emotion}", lambda: score(pair(), args, data, emotion, chosen))]
+        fitted = run.step(f"{number} fits", lambda: fits(pair(), args, data, chosen, run.folder))
+        seen = run.step(f"{number} look", lambda: look(pair(), args, data, chosen))
+        results.append({"target": target, "chosen": chosen, "arms": arms})
+        records += make_records(args, target, role, validation, arms, fitted)
+        examples += [{"target": target, "emotion": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "detail": arm["detail"],
+                      "scenario": text, "said": said, "preferred": preferred}
+                     for arm in arms for text, said, preferred in zip(data[arm["emotion"]]["test"], arm["said"], arm["preferred"])]
+        texts.append(table(args, target, role, chosen, arms, fitted, seen))
+        run.figure(draw_accuracy(args, target, arms, chosen["alpha"]), f"accuracy_{Path(target).name}")
+        run.figure(draw_pca(seen, args, target, chosen["alpha"]), f"pca_{Path(target).name}")
+    block = results[0]["chosen"]["source_block"]
+    points = run.step("source", lambda: source_map(load(args.src), args, data, block))
+    run.figure(draw_tsne(args, points, block), "tsne_source")
+    run.figure(draw_pairs(args, results), "pairs")
+    run.save(records, examples, "\n\n".join(texts))
+
+
+if __name__ == "__main__":
+    main()
