@@ -575,20 +575,26 @@ def score_labels(model, prompts: list[str], labels: list[str], transplants: list
     of the label whose first token has the highest logit among the labels (Logit Acc). Where labels share their first
     token (a character-level tokenizer), as many tokens as tell them apart take its place, scored by log-probability."""
     words = [tuple(word) for word in label_tokens(model, prompts[0], labels)]
-    starts = sorted({word[:j] for word in words for j in range(len(word))})      # [()] where one token tells them apart
+    starts = {word[:j] for word in words for j in range(len(word))}             # {()} where one token tells them apart
+    ends = sorted(start for start in starts if not any(other[:len(start)] == start for other in starts - {start}))
     tokens = sorted({token for word in words for token in word})
-    rows = [ids + list(start) for ids in encode(model, prompts) for start in starts]
-    top = torch.empty(len(transplants), len(rows), dtype=torch.long)
-    scores = torch.empty(len(transplants), len(rows), len(tokens))
-    for members, batch, logits in _last_logits(model, rows, [1] * len(rows), list(transplants), label):
-        last = logits[:, :, -1].log_softmax(-1)
+    rows, depth = [ids + list(end) for ids in encode(model, prompts) for end in ends], max(map(len, ends)) + 1
+    top = torch.empty(len(transplants), len(rows), depth, dtype=torch.long)
+    scores = torch.empty(len(transplants), len(rows), depth, len(tokens))
+    for members, batch, logits in _last_logits(model, rows, [len(ends[i % len(ends)]) + 1 for i in range(len(rows))], list(transplants), label):
+        logits = logits.log_softmax(-1)
         for row, member in enumerate(members):
-            top[member, batch] = last[row].argmax(-1).cpu()
-            scores[member, batch] = last[row][:, tokens].cpu()
-    top, scores = (x.view(len(transplants), len(prompts), len(starts), *x.shape[2:]) for x in (top, scores))
-    paths = [[(starts.index(word[:j]), tokens.index(word[j]), word[j]) for j in range(len(word))] for word in words]
-    total = torch.stack([sum(scores[:, :, start, column] for start, column, _ in path) for path in paths], -1)
-    greedy = torch.stack([torch.stack([top[:, :, start] == token for start, _, token in path]).all(0) for path in paths], -1)
+            top[member, batch, -logits.shape[2]:] = logits[row].argmax(-1).cpu()
+            scores[member, batch, -logits.shape[2]:] = logits[row][..., tokens].cpu()
+    top, scores = (x.view(len(transplants), len(prompts), len(ends), *x.shape[2:]) for x in (top, scores))
+
+    def read(word, j):                          # token j of a word: its log-probability, and whether it is the likeliest
+        end = next(i for i, end in enumerate(ends) if end[:j] == word[:j])
+        position = j - len(ends[end]) - 1
+        return scores[:, :, end, position, tokens.index(word[j])], top[:, :, end, position] == word[j]
+
+    each = [[torch.stack(values) for values in zip(*(read(word, j) for j in range(len(word))))] for word in words]
+    total, greedy = torch.stack([log.sum(0) for log, _ in each], -1), torch.stack([likeliest.all(0) for _, likeliest in each], -1)
     return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), total.argmax(-1)
 
 

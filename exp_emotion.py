@@ -42,13 +42,14 @@ PAPER = {"13B": {0: [.11, 0, .20, .035, 0, 0], 1: [.41, .455, .575, .475, .025, 
 ITEM = {"13B": "Figure 2a", "65B": "Figure 6"}
 
 ZOO = os.path.relpath(Path(__file__).parent / "data" / "toy" / "models")
-FAMILIES = {  # roles: the column of PAPER that a target stands for
-    "toy": {"src": f"{ZOO}/llama-s", "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"], "roles": ["13B", "65B"],
+FAMILIES = {
+    "toy": {"src": f"{ZOO}/llama-s", "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
             "layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 50},
-    "llama": {"src": "huggyllama/llama-7b", "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"], "roles": ["13B", "65B"],
+    "llama": {"src": "huggyllama/llama-7b", "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"],
               "layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
-    "custom": {"roles": [], "layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
+    "custom": {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
 }
+ROLE = {f"{ZOO}/llama-m": "13B", f"{ZOO}/llama-l": "65B", "huggyllama/llama-13b": "13B", "huggyllama/llama-65b": "65B"}
 
 TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
 SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
@@ -327,7 +328,8 @@ def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
             text = generate(pair.model, asked[e:e + 1], arm, max_new_tokens=room)[0]
             examples.append({"emotion": emotion, "method": method, "scenario": data[emotion]["test"][e], "text": text})
         plain, moved = logit_lens(pair.model, asked, block, [BASE, transplant])
-        tokens[emotion] = {sign: Counter(pair.model.tokenizer.decode(t) for t in change.topk(10).indices.flatten()).most_common(10)
+        tokens[emotion] = {sign: [(pair.model.tokenizer.decode([token]), count) for token, count in
+                                  Counter(change.topk(10).indices.flatten().tolist()).most_common(10)]
                            for sign, change in (("up", moved - plain), ("down", plain - moved))}
     return {"labels": [emotion for emotion, _ in texts], "before": pca.transform(before.numpy()).tolist(),
             "after": pca.transform(after.numpy()).tolist(), "examples": examples, "tokens": tokens}
@@ -418,7 +420,8 @@ def table(args, target: str, role: str | None, chosen: dict, arms: list[dict], f
             ["other-concept", f"{best:g}", cell(method="other-concept"), "the vectors of the other five emotions"],
             ["shuffled-map", f"{best:g}", cell(method="shuffled-map"), "map fitted on shuffled sentences"],
             *(["Self-Align", f"{alpha:g}", cell(method="self-align", alpha=alpha), "the target's own vector"] for alpha in args.alpha)]
-    text += (f"\n\nMean of the six emotions, n = {6 * n} a direction; α = {best:g} was chosen on validation, controls have the norm of v^:\n\n"
+    choice = "was chosen on validation" if chosen["hits"] else "is the smallest: none had any effect on validation"
+    text += (f"\n\nMean of the six emotions, n = {6 * n} a direction; α = {best:g} {choice}; controls have the norm of v^:\n\n"
              + markdown(["method", "α", "Token Acc / Logit Acc", "note"], rows))
 
     closed, descent, mean = fitted["closed form"][0], fitted["gradient descent"], np.mean
@@ -483,7 +486,7 @@ def draw_pca(seen: dict, args, target: str, alpha: float):
         axis.annotate("", after[mine].mean(0), before[mine].mean(0), arrowprops={"arrowstyle": "->", "color": COLOURS[emotion], "lw": 1.8})
     axis.set(xlabel="first principal component", ylabel="second principal component",
              title=f"{Path(target).name} before (dots) and after (triangles)\n{alpha:g} · v̂ of fear from {Path(args.src).name}")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -528,7 +531,7 @@ def main(argv=None):
 
     results, records, examples, texts = [], [], [], []
     for number, target in enumerate(args.tgt):
-        role = args.roles[number] if number < len(args.roles) else None
+        role = ROLE.get(target)
         pair = functools.cache(lambda target=target: Pair(args, data, sentences, target, load))
         validation = run.step(f"{number} validation", lambda: validate(pair(), args, data))
         chosen = validation["chosen"]

@@ -185,8 +185,8 @@ if __name__ == "__main__":
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder that gets one model folder a member")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ZOO]:
-        parser.error(f"unknown member {unknown[0]}; there are {', '.join(ZOO)}")
+        parser.exit(2, f"error: unknown member {unknown[0]}; there are {', '.join(ZOO)}\n")
     if not (names := list(ZOO) if args.all else args.names):
-        parser.error("name a member, or --all")
+        parser.exit(2, "error: name a member, or --all\n")
     for name in names:
         print(json.dumps(train_member(name, args.to, args.steps, args.seed), indent=1))
