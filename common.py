@@ -101,7 +101,7 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail(f"--family {args.family} needs --src and --tgt")
     args.src_base = args.src_base or args.src
     args.tgt_chat = args.tgt_chat or []
-    args.data = args.data or Path(__file__).parent / "data" / "toy"
+    args.data = args.data or Path(os.path.relpath(Path(__file__).parent / "data" / "toy"))
 
     if not args.data.is_dir():
         fail(f"no data folder {args.data}; python data/prepare.py makes data/paper, --data data/toy comes with the repo")
@@ -172,6 +172,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
     carries .name, .fingerprint, .remote and .batch_tokens, which the functions below read. With remote=True no
     weights are loaded here. Raises ValueError where the blocks are not found, naming the module lists that are there."""
     from nnsight.modeling.transformers import TransformersModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()              # a bar for every file of weights says little and hides the table
     repo, revision = _split_revision(name)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")

@@ -19,6 +19,7 @@ on the scenarios that made the vector, with six wrong labels in the few-shot pro
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import numpy as np
 
 from common import (BASE, Run, Transplant, block_index, context_length, fail, fingerprint, fit_affine, generate,
                     held_out_fit, hidden_states, load_model, logit_lens, markdown, model_config, option_parser,
-                    parse_options, percentile, random_directions, record, refine, save_concept, score_labels, torch, wilson)
+                    parse_options, percentile, perplexity, random_directions, record, refine, save_concept, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -62,7 +63,6 @@ PAPER_SHOTS = [("anger", "fear", "You're told you need to undergo an emergency m
                ("surprise", "fear", "You're on public transit and someone starts acting erratically.")]
 PAIRS_OF_FIGURE_5 = [20, 50, 100, 150, 200]
 DEPTHS = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]         # tried by --layer auto
-FEAR = EMOTIONS.index("fear")
 
 
 # ---------------------------------------------------------------- options
@@ -133,18 +133,20 @@ def split(scenarios: dict[str, list[str]], args) -> dict:
     10 to validation and the rest to the test. A vector's positives are its own emotion's list, which its test never sees."""
     shuffled = {e: random.Random(f"{args.seed} {e}").sample(texts, len(texts)) for e, texts in scenarios.items()}
     if args.protocol == "paper":
-        data = {"shots": [(label, text if text in scenarios[true] else scenarios[true][0]) for label, true, text in PAPER_SHOTS][:args.shots]}
+        shots = [(label, text if text in scenarios[true] else scenarios[true][0]) for label, true, text in PAPER_SHOTS]
+        data = {"shots": shots[:args.shots]}
         for emotion in EMOTIONS:
             others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
             negative = random.Random(f"{args.seed} {emotion} negative").sample(others, min(args.pairs, len(others)))
             test = negative[:args.limit if args.limit > 0 else None]
-            data[emotion] = {"positive": shuffled[emotion][:args.pairs], "negative": negative, "validation": test, "test": test}
+            data[emotion] = {"positive": shuffled[emotion][:args.pairs], "negative": negative,
+                             "validation": test, "test": test}
         return data
 
     shots_each = math.ceil(args.shots / 6)
     ends = np.cumsum([shots_each, 40, 10])
     if (shortest := min(map(len, shuffled.values()))) < ends[-1] + 10:
-        fail(f"the shortest list has {shortest} scenarios; few-shot examples, refinement, validation and test need {ends[-1] + 10}")
+        fail(f"the shortest list has {shortest} scenarios; shots, refinement, validation and test need {ends[-1] + 10}")
     shots = [(emotion, shuffled[emotion][i]) for i in range(shots_each) for emotion in EMOTIONS]
     data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
     for emotion in EMOTIONS:
@@ -174,8 +176,8 @@ def check_context(data: dict, name: str, args, shots: bool) -> None:
     texts = [text for emotion in EMOTIONS for part in data[emotion].values() for text in part]
     longest = max(map(len, tokenizer(prompts(data, texts, args, shots)).input_ids))
     if longest + 8 > context_length(config):
-        fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} tokens); "
-             + ("try fewer --shots or a shorter --template" if shots else "try a shorter --template"))
+        fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} "
+             f"tokens); try {'fewer --shots or ' if shots else ''}a shorter --template")
 
 
 # ---------------------------------------------------------------- refine, reformulate
@@ -186,18 +188,14 @@ def example_states(model, data: dict, blocks: list[int], args) -> dict:
     states = {}
     for emotion in EMOTIONS:
         n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
-        states[emotion] = tuple(hidden_states(model, prompts(data, data[emotion][side][:n], args, shots=False), blocks, label=f"{emotion}, {side}")
-                                for side in ("positive", "negative"))
+        asked = {side: prompts(data, data[emotion][side][:n], args, shots=False) for side in ("positive", "negative")}
+        states[emotion] = tuple(hidden_states(model, asked[side], blocks, label=f"{emotion}, {side}") for side in asked)
     return states
 
 
 def refine_emotions(states: dict, pairs: int, args) -> torch.Tensor:
     """v of each emotion at each block [6, len(blocks), d], from so many pairs (Eq. 1)."""
     return torch.stack([refine(positive[:pairs], negative[:pairs], args.refine) for positive, negative in states.values()])
-
-
-def fit(x: torch.Tensor, y: torch.Tensor, args):
-    return fit_affine(x, y, args.intercept, args.rcond, args.ridge)
 
 
 def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> dict[str, float]:
@@ -215,29 +213,36 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> dict
     return held_out_fit(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
 
 
+def block_grid(args, target: str) -> list[tuple[int, int]]:
+    """(source block, target block) that --layer means; the pairs to choose from for auto."""
+    depths = DEPTHS if args.layer == "auto" else [args.layer]
+    blocks = [model_config(name)[0].num_hidden_layers for name in (args.src, target)]
+    return [tuple(block_index(str(depth), blocks[side], side) for side in (0, 1)) for depth in depths]
+
+
 class Pair:
     """Source and one target, ready to transplant: states collected, vectors refined. Built when a step needs it."""
 
     def __init__(self, args, data: dict, sentences: list[str], target: str, load):
-        self.args, self.data = args, data
-        depths = DEPTHS if args.layer == "auto" else [args.layer]
-        source = load(args.src)
-        self.grid = [(block_index(str(depth), len(source.layers), 0), block_index(str(depth), model_config(target)[0].num_hidden_layers, 1))
-                     for depth in depths]
-        self.source_blocks, self.target_blocks = ([pair[side] for pair in self.grid] for side in (0, 1))
-        states = example_states(source, data, self.source_blocks, args)
+        self.args, self.grid, self.prose = args, block_grid(args, target), sentences[-50:]
+        source_blocks, target_blocks = map(list, zip(*self.grid))
+        states = example_states(load(args.src), data, source_blocks, args)
         self.v = {n: refine_emotions(states, n, args) for n in {*PAIRS_OF_FIGURE_5, args.pairs}}
-        self.x = hidden_states(load(args.src_base), sentences, self.source_blocks, label="plain sentences, source")
+        self.x = hidden_states(load(args.src_base), sentences, source_blocks, label="plain sentences, source")
         self.model = load(target)
-        self.y = hidden_states(self.model, sentences, self.target_blocks, label="plain sentences, target")
-        self.own = refine_emotions(example_states(self.model, data, self.target_blocks, args), args.pairs, args)
+        self.y = hidden_states(self.model, sentences, target_blocks, label="plain sentences, target")
+        self.own = refine_emotions(example_states(self.model, data, target_blocks, args), args.pairs, args)
+
+    def sample(self, number: int) -> list[int]:
+        """Rows of the plain sentences that map `number` is fitted on."""
+        return random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
 
     @functools.cache
     def map(self, i: int, number: int = 0, shuffled: bool = False):
-        """The affine map of pair i of the grid; each number is fitted on another sample of the plain sentences."""
-        rows = random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
-        other = random.Random(number).sample(rows, len(rows)) if shuffled else rows
-        return fit(self.x[rows, i], self.y[other, i], self.args)
+        """The affine map of pair i of the grid."""
+        rows, args = self.sample(number), self.args
+        y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
+        return fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge)
 
     def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
         """v^ of each emotion [6, d_target] at pair i of the grid (Eq. 2)."""
@@ -263,8 +268,8 @@ def validate(pair: Pair, args, data: dict) -> dict:
                                    transplants, label=f"validation {emotion}")
             hits += (said == e).sum(1)
         n = sum(len(data[emotion]["validation"]) for emotion in EMOTIONS)
-        rows += [{"i": i, "source_block": source_block, "target_block": target_block, "alpha": alpha, "hits": int(hit), "n": n}
-                 for alpha, hit in zip(args.alpha, hits)]
+        rows += [{"i": i, "source_block": source_block, "target_block": target_block, "alpha": alpha, "hits": int(hit),
+                  "n": n} for alpha, hit in zip(args.alpha, hits)]
     return {"grid": rows, "chosen": max(rows, key=lambda row: (row["hits"], -row["alpha"]))}
 
 
@@ -284,7 +289,8 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
     arms += [("shuffled-map", best, "", Transplant.of(wrong / wrong.norm() * v.norm(), block, best))]
     arms += [("contrans", best, f"map {number}", Transplant.of(pair.mapped(i, number=number)[e], block, best))
              for number in range(1, args.maps)]
-    arms += [("contrans", best, f"pairs {n}", Transplant.of(pair.mapped(i, pairs=n)[e], block, best)) for n in PAIRS_OF_FIGURE_5]
+    arms += [("contrans", best, f"pairs {n}", Transplant.of(pair.mapped(i, pairs=n)[e], block, best))
+             for n in PAIRS_OF_FIGURE_5]
     said, preferred = score_labels(pair.model, prompts(data, data[emotion]["test"], args, shots=True), args.labels,
                                    [arm[-1] for arm in arms], label=f"{emotion} under {len(arms)} transplants")
     return [{"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said[t].tolist(),
@@ -292,42 +298,59 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
 
 
 def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
-    """How well the maps predict held-out states, and how large everything is; saves the vectors that were transplanted."""
-    i = chosen["i"]
-    for emotion, vector in zip(EMOTIONS, pair.mapped(i)):
-        n = min(args.pairs, len(data[emotion]["positive"]), len(data[emotion]["negative"]))
-        save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion, source=args.src,
-                     target=pair.model.name, fingerprint=pair.model.fingerprint, layer=chosen["target_block"], source_layer=chosen["source_block"],
-                     method=args.refine, pairs=n, first_prompt=prompts(data, data[emotion]["positive"], args, shots=False)[0],
-                     fitted_on=pair.map(i).n, r2=pair.map(i).r2, cosine=pair.map(i).cosine)
-    rows = random.Random(0).sample(range(len(pair.x)), min(args.sentences, len(pair.x)))
-    return {"closed form": [{"r2": m.r2, "cosine": m.cosine} for m in (pair.map(i, number=k) for k in range(args.maps))],
+    """How well the maps predict held-out states, and how large everything is; saves the transplanted vectors."""
+    i, rows, vectors = chosen["i"], pair.sample(0), pair.mapped(chosen["i"])
+    maps, shuffled = [pair.map(i, number=number) for number in range(args.maps)], pair.map(i, shuffled=True)
+    for emotion, vector in zip(EMOTIONS, vectors):
+        save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion,
+                     source=args.src, target=pair.model.name, fingerprint=pair.model.fingerprint,
+                     layer=chosen["target_block"], source_layer=chosen["source_block"], method=args.refine,
+                     pairs=min(args.pairs, len(data[emotion]["positive"]), len(data[emotion]["negative"])),
+                     first_prompt=prompts(data, data[emotion]["positive"], args, shots=False)[0],
+                     fitted_on=maps[0].n, r2=maps[0].r2, cosine=maps[0].cosine)
+    return {"closed form": [{"r2": fitted.r2, "cosine": fitted.cosine} for fitted in maps],
+            "shuffled": {"r2": shuffled.r2, "cosine": shuffled.cosine}, "fitted on": maps[0].n,
             "gradient descent": fit_by_gradient_descent(pair.x[rows, i], pair.y[rows, i], args.seed),
-            "shuffled": {"r2": pair.map(i, shuffled=True).r2, "cosine": pair.map(i, shuffled=True).cosine},
-            "fitted on": pair.map(i).n, "|v|": pair.v[args.pairs][:, i].norm(dim=1).tolist(), "|v^|": pair.mapped(i).norm(dim=1).tolist(),
-            "|own v|": pair.own[:, i].norm(dim=1).tolist(), "cosine to own": torch.cosine_similarity(pair.mapped(i), pair.own[:, i]).tolist(),
-            "source stream": pair.x[:, i].norm(dim=1).mean().item(), "target stream": pair.y[:, i].norm(dim=1).mean().item()}
+            "source stream": pair.x[:, i].norm(dim=1).mean().item(),
+            "|v|": pair.v[args.pairs][:, i].norm(dim=1).mean().item(),
+            "target stream": pair.y[:, i].norm(dim=1).mean().item(), "|v^|": vectors.norm(dim=1).mean().item(),
+            "|own v|": pair.own[:, i].norm(dim=1).mean().item(),
+            "cosine to own": torch.cosine_similarity(vectors, pair.own[:, i]).mean().item()}
+
+
+def side_effects(pair: Pair, args, chosen: dict) -> list[dict]:
+    """Perplexity of plain sentences under each emotion's transplant, and under three random directions of its norm."""
+    i, block = chosen["i"], chosen["target_block"]
+    arms = [("", "base", 0.0, BASE)]
+    for e, (emotion, v) in enumerate(zip(EMOTIONS, pair.mapped(i))):
+        arms += [(emotion, "contrans", alpha, Transplant.of(v, block, alpha)) for alpha in args.alpha]
+        arms += [(emotion, "random", chosen["alpha"], Transplant.of(direction, block, chosen["alpha"]))
+                 for direction in random_directions(v, 3, args.seed * 6 + e)]
+    values, tokens = perplexity(pair.model, pair.prose, [arm[-1] for arm in arms])
+    return [{"emotion": emotion, "method": method, "alpha": alpha, "perplexity": value, "tokens": tokens}
+            for (emotion, method, alpha, _), value in zip(arms, values.tolist())]
 
 
 def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
     """What Figure 2b and Tables 5 and 8 show: the last block's states before and after v_fear, texts, token changes."""
-    i, block, alpha = chosen["i"], chosen["target_block"], chosen["alpha"]
-    vectors, texts = pair.mapped(i), own_scenarios(data, 20)
     from sklearn.decomposition import PCA
+    i, block, alpha = chosen["i"], chosen["target_block"], chosen["alpha"]
+    moves = [Transplant.of(vector, block, alpha) for vector in pair.mapped(i)]
+    texts, last = own_scenarios(data, 20), [len(pair.model.layers) - 1]
     asked = prompts(data, [text for _, text in texts], args, shots=True)
-    last = [len(pair.model.layers) - 1]
     before = hidden_states(pair.model, asked, last)[:, 0]
-    after = hidden_states(pair.model, asked, last, Transplant.of(vectors[FEAR], block, alpha))[:, 0]
+    after = hidden_states(pair.model, asked, last, moves[EMOTIONS.index("fear")])[:, 0]
     pca = PCA(2).fit(torch.cat([before, after]).numpy())
+
     examples, tokens = [], {}
     for e, emotion in enumerate(EMOTIONS):
-        transplant = Transplant.of(vectors[e], block, alpha)
-        asked = prompts(data, data[emotion]["test"], args, shots=True)
-        room = min(24, context_length(pair.model.config) - max(map(len, pair.model.tokenizer(asked).input_ids)))
-        for method, arm in (("base", BASE), ("contrans", transplant)):
-            text = generate(pair.model, asked[e:e + 1], arm, max_new_tokens=room)[0]
-            examples.append({"emotion": emotion, "method": method, "scenario": data[emotion]["test"][e], "text": text})
-        plain, moved = logit_lens(pair.model, asked, block, [BASE, transplant])
+        test = data[emotion]["test"]
+        asked, shown = prompts(data, test, args, shots=True), e % len(test)
+        room = context_length(pair.model.config) - max(map(len, pair.model.tokenizer(asked).input_ids))
+        for method, transplant in (("base", BASE), ("contrans", moves[e])):
+            text = generate(pair.model, asked[shown:shown + 1], transplant, max_new_tokens=min(24, room))[0]
+            examples.append({"emotion": emotion, "method": method, "scenario": test[shown], "text": text})
+        plain, moved = logit_lens(pair.model, asked, block, [BASE, moves[e]])
         tokens[emotion] = {sign: [(pair.model.tokenizer.decode([token]), count) for token, count in
                                   Counter(change.topk(10).indices.flatten().tolist()).most_common(10)]
                            for sign, change in (("up", moved - plain), ("down", plain - moved))}
@@ -336,7 +359,7 @@ def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
 
 
 def own_scenarios(data: dict, each: int) -> list[tuple[str, str]]:
-    """(emotion, scenario) of so many scenarios of every emotion, none of which made the vector of fear's test."""
+    """(emotion, scenario) of so many scenarios of every emotion's own list, to look at, not to test on."""
     return [(emotion, text) for emotion in EMOTIONS for text in data[emotion]["positive"][-each:]]
 
 
@@ -360,81 +383,132 @@ def pooled(arms: list[dict], key: str = "said", **match) -> tuple[float, float, 
     return hits / n, *wilson(hits, n), n
 
 
-def make_records(args, target: str, role: str | None, validation: dict, arms: list[dict], fitted: dict) -> list[dict]:
-    chosen = validation["chosen"]
-    about = {"experiment": "emotion", "source": args.src, "target": target, "layer": f"{chosen['source_block']}->{chosen['target_block']}"}
+def make_records(args, target: str, role: str | None, validation: dict, arms: list[dict], fitted: dict,
+                 side: list[dict] = ()) -> list[dict]:
+    def blocks(row):
+        return f"{row['source_block']}->{row['target_block']}"
+
+    about = {"experiment": "emotion", "source": args.src, "target": target, "layer": blocks(validation["chosen"])}
     records = []
 
     def add(rate, **fields):
         records.append(record(**about | dict(zip(("value", "low", "high", "n"), rate)) | fields))
 
     for row in validation["grid"]:
-        add((row["hits"] / row["n"], *wilson(row["hits"], row["n"]), row["n"]), concept="mean of six", method="contrans", split="validation",
-            metric="token_acc", alpha=row["alpha"], layer=f"{row['source_block']}->{row['target_block']}")
+        add((row["hits"] / row["n"], *wilson(row["hits"], row["n"]), row["n"]), concept="mean of six", method="contrans",
+            split="validation", metric="token_acc", alpha=row["alpha"], layer=blocks(row))
     for arm in arms:
         drawn = arm["method"] in ("base", "contrans") and not arm["detail"]
         item = ITEM.get(role, "") if drawn else "Figure 5" if arm["detail"].startswith("pairs") else ""
         paper = PAPER.get(role, {}).get(arm["alpha"]) if drawn else None
-        about_arm = {"concept": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "item": item,
-                     "split": f"test {arm['detail']}".strip()}
-        add(pooled([arm]), metric="token_acc", paper=paper and paper[EMOTIONS.index(arm["emotion"])], **about_arm)
-        add(pooled([arm], "preferred"), metric="logit_acc", **about_arm)
-    for name, method, qualities in (("map", "contrans", fitted["closed form"]), ("map", "gradient-descent", [fitted["gradient descent"]]),
-                                    ("map", "shuffled-map", [fitted["shuffled"]])):
+        what = {"concept": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "item": item,
+                "split": f"test {arm['detail']}".strip()}
+        add(pooled([arm]), metric="token_acc", paper=paper and paper[EMOTIONS.index(arm["emotion"])], **what)
+        add(pooled([arm], "preferred"), metric="logit_acc", **what)
+    for arm in side:
+        add((arm["perplexity"], None, None, arm["tokens"]), concept=arm["emotion"], method=arm["method"],
+            alpha=arm["alpha"], metric="perplexity", split="plain sentences")
+    for method, qualities in (("contrans", fitted["closed form"]), ("gradient-descent", [fitted["gradient descent"]]),
+                              ("shuffled-map", [fitted["shuffled"]])):
         for number, quality in enumerate(qualities):
             for metric in ("r2", "cosine"):
-                add((quality[metric], None, None, fitted["fitted on"]), concept=name, method=method, metric=metric, split=f"held-out map {number}")
+                add((quality[metric], None, None, fitted["fitted on"]), concept="map", method=method, metric=metric,
+                    split=f"held-out map {number}")
     return records
 
 
-def table(args, target: str, role: str | None, chosen: dict, arms: list[dict], fitted: dict, seen: dict) -> str:
-    """Everything about one target, as text."""
-    best, paper = chosen["alpha"], PAPER.get(role, {})
-    n = pooled(arms, method="base", emotion=EMOTIONS[0])[3]
+def cell(arms: list[dict], **match) -> str:
+    """Token Acc [95 % interval] / Logit Acc, in %."""
+    (value, low, high, _), (logit, *_) = pooled(arms, **match), pooled(arms, "preferred", **match)
+    return f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * logit:.1f}"
 
-    def cell(**match):
-        (value, low, high, _), (logit, *_) = pooled(arms, **match), pooled(arms, "preferred", **match)
-        return f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * logit:.1f}"
 
+def accuracy_table(args, target: str, role: str | None, chosen: dict, arms: list[dict]) -> str:
+    """Figures 2a and 6 in numbers, the paper's beside ours."""
+    paper = PAPER.get(role, {})
     rows = []
-    for emotion in [*EMOTIONS, "mean"]:
+    for e, emotion in enumerate([*EMOTIONS, "mean"]):
         row = [emotion]
         for alpha in [0, *args.alpha]:
             match = {"method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
-            published = paper.get(alpha) and (np.mean(paper[alpha]) if emotion == "mean" else paper[alpha][EMOTIONS.index(emotion)])
-            row.append(cell(**match | ({} if emotion == "mean" else {"emotion": emotion}))
-                       + (f" ({100 * published:.0f})" if published is not None else ""))
+            match |= {"emotion": emotion} if emotion != "mean" else {}
+            published = f" ({100 * [*paper[alpha], np.mean(paper[alpha])][e]:.0f})" if alpha in paper else ""
+            row.append(cell(arms, **match) + published)
         rows.append(row)
-    title = f"{Path(args.src).name} -> {Path(target).name}" + (f" (in the place of the paper's {role})" if role and args.family == "toy" else "")
-    text = (f"## {ITEM.get(role, 'Emotions')}: {title}\n\nToken Acc [95 % interval] / Logit Acc" + (" (the paper's Token Acc)" if paper else "")
-            + f", in %, on scenarios of the other five emotions, n = {n} each; block {chosen['source_block']} -> {chosen['target_block']}, "
-            f"protocol {args.protocol}\n\n" + markdown(["emotion", "base", *(f"α = {alpha:g}" for alpha in args.alpha)], rows))
+    n = pooled(arms, method="base", emotion=EMOTIONS[0])[3]
+    place = f" (in the place of the paper's {role})" if role and args.family == "toy" else ""
+    return (f"## {ITEM.get(role, 'Emotions')}: {Path(args.src).name} -> {Path(target).name}{place}\n\n"
+            f"Token Acc [95 % interval] / Logit Acc{' (the paper’s Token Acc)' if paper else ''}, in %, on scenarios of the "
+            f"other five emotions, n = {n} each;\n"
+            f"block {chosen['source_block']} -> {chosen['target_block']}, protocol {args.protocol}\n\n"
+            + markdown(["emotion", "base", *(f"α = {alpha:g}" for alpha in args.alpha)], rows))
+
+
+def control_table(args, chosen: dict, arms: list[dict], side: list[dict]) -> str:
+    """The effect beside its controls and its price in perplexity, at the strength that validation chose."""
+    best = chosen["alpha"]
+
+    def price(method, alpha):
+        return f"{np.mean([arm['perplexity'] for arm in side if (arm['method'], arm['alpha']) == (method, alpha)]):.1f}"
 
     directions = [pooled(arms, method="random", detail=f"direction {r}")[0] for r in range(args.random)]
     maps = [pooled(arms, method="contrans", alpha=best, detail=f"map {k}" if k else "")[0] for k in range(args.maps)]
-    rows = [["base", "0", cell(method="base"), "false positives"],
-            ["ConTrans", f"{best:g}", cell(method="contrans", alpha=best, detail=""),
+    rows = [["base", "0", cell(arms, method="base"), price("base", 0), "false positives"],
+            ["ConTrans", f"{best:g}", cell(arms, method="contrans", alpha=best, detail=""), price("contrans", best),
              f"percentile {percentile(maps[0], directions):.0f} of the random directions"],
-            ["", "", f"{100 * min(maps):.1f} to {100 * max(maps):.1f}", f"{args.maps} maps fitted on different sentences"],
-            ["random", f"{best:g}", cell(method="random"), f"{args.random} directions: {100 * min(directions):.1f} to {100 * max(directions):.1f}"],
-            ["other-concept", f"{best:g}", cell(method="other-concept"), "the vectors of the other five emotions"],
-            ["shuffled-map", f"{best:g}", cell(method="shuffled-map"), "map fitted on shuffled sentences"],
-            *(["Self-Align", f"{alpha:g}", cell(method="self-align", alpha=alpha), "the target's own vector"] for alpha in args.alpha)]
+            ["", "", f"{100 * min(maps):.1f} to {100 * max(maps):.1f}", "", f"{args.maps} maps fitted on different sentences"],
+            ["random", f"{best:g}", cell(arms, method="random"), price("random", best),
+             f"{args.random} directions: {100 * min(directions):.1f} to {100 * max(directions):.1f}"],
+            ["other-concept", f"{best:g}", cell(arms, method="other-concept"), "", "the vectors of the other five emotions"],
+            ["shuffled-map", f"{best:g}", cell(arms, method="shuffled-map"), "", "map fitted on shuffled sentences"]]
+    rows += [["Self-Align", f"{alpha:g}", cell(arms, method="self-align", alpha=alpha), "", "the target's own vector"]
+             for alpha in args.alpha]
     choice = "was chosen on validation" if chosen["hits"] else "is the smallest: none had any effect on validation"
-    text += (f"\n\nMean of the six emotions, n = {6 * n} a direction; α = {best:g} {choice}; controls have the norm of v^:\n\n"
-             + markdown(["method", "α", "Token Acc / Logit Acc", "note"], rows))
+    return (f"Mean of the six emotions, n = {pooled(arms, method='base')[3]} a direction; α = {best:g} {choice}; controls have the "
+            "norm of v^\n\n" + markdown(["method", "α", "Token Acc / Logit Acc", "perplexity of prose", "note"], rows))
 
-    closed, descent, mean = fitted["closed form"][0], fitted["gradient descent"], np.mean
-    text += (f"\n\nAffine map on {fitted['fitted on']} sentences, held out: closed form R² {closed['r2']:.3f}, cosine {closed['cosine']:.3f}; gradient "
-             f"descent (App. A) R² {descent['r2']:.3f}, cosine {descent['cosine']:.3f}; shuffled R² {fitted['shuffled']['r2']:.3f}.\n"
-             f"Mean |v| {mean(fitted['|v|']):.2f} in a stream of norm {fitted['source stream']:.1f}; |v^| {mean(fitted['|v^|']):.2f} in "
-             f"{fitted['target stream']:.1f}; the target's own |v| {mean(fitted['|own v|']):.2f}, cosine of v^ with it {mean(fitted['cosine to own']):.2f}.")
-    rows = [[example["emotion"], example["method"], example["scenario"], " ".join(example["text"].split())[:60]] for example in seen["examples"]]
-    text += f"\n\nTable 5: continuations without and with v^ at α = {best:g}\n\n" + markdown(["target emotion", "method", "scenario", "continuation"], rows)
-    rows = [[emotion, *(", ".join(f"({token.strip() or repr(token)}, {count})" for token, count in seen["tokens"][emotion][sign][:6])
-                        for sign in ("up", "down"))] for emotion in EMOTIONS]
-    return text + (f"\n\nTable 8: tokens that are among the ten with the largest change on so many of {n} scenarios (logit lens after block "
-                   f"{chosen['target_block']})\n\n" + markdown(["emotion", "increased", "decreased"], rows))
+
+def grid_table(args, grid: list[dict]) -> str:
+    """Token Acc of the whole validation grid, where --layer auto tried more than one pair of blocks."""
+    rows = [[f"{first['source_block']} -> {first['target_block']}",
+             *(f"{100 * row['hits'] / row['n']:.1f}" for row in grid if row["i"] == first["i"])]
+            for first in grid[::len(args.alpha)]]
+    header = ["blocks", *(f"α = {alpha:g}" for alpha in args.alpha)]
+    return f"Validation, mean Token Acc [%], n = {grid[0]['n']}\n\n" + markdown(header, rows) if len(rows) > 1 else ""
+
+
+def map_text(fitted: dict) -> str:
+    quality = {name: f"R² {fit['r2']:.3f}, cosine {fit['cosine']:.3f}" for name, fit in
+               {**fitted, "closed form": fitted["closed form"][0]}.items() if isinstance(fit, dict)}
+    return (f"Affine map on {fitted['fitted on']} sentences, held out: closed form {quality['closed form']}; "
+            f"gradient descent (App. A) {quality['gradient descent']};\nshuffled sentences {quality['shuffled']}. "
+            f"Mean |v| {fitted['|v|']:.2f} in a stream of norm {fitted['source stream']:.1f}; "
+            f"|v^| {fitted['|v^|']:.2f} in {fitted['target stream']:.1f};\n"
+            f"the target's own |v| {fitted['|own v|']:.2f}, cosine of v^ with it {fitted['cosine to own']:.2f}.")
+
+
+def text_tables(seen: dict, chosen: dict) -> str:
+    """Tables 5 and 8."""
+    examples = [[example["emotion"], example["method"], example["scenario"], " ".join(example["text"].split())[:60]]
+                for example in seen["examples"]]
+    tokens = [[emotion, *(", ".join(f"({token.strip() or repr(token)}, {count})" for token, count in change[sign][:6])
+                          for sign in ("up", "down"))] for emotion, change in seen["tokens"].items()]
+    return (f"Table 5: continuations without and with v^ at α = {chosen['alpha']:g}\n\n"
+            + markdown(["target emotion", "method", "scenario", "continuation"], examples)
+            + "\n\nTable 8: tokens among the ten that change most, and on how many test scenarios (logit lens after block "
+            + f"{chosen['target_block']})\n\n" + markdown(["emotion", "increased", "decreased"], tokens))
+
+
+def summary(args, results: list[dict]) -> str:
+    """One line a target, the last thing that is printed."""
+    rows = []
+    for result in results:
+        arms, best = result["arms"], result["chosen"]["alpha"]
+        rows.append([Path(result["target"]).name, f"{best:g}", cell(arms, method="base"),
+                     cell(arms, method="contrans", alpha=best, detail=""), cell(arms, method="random"),
+                     cell(arms, method="self-align", alpha=best)])
+    return (f"## Summary: v of {Path(args.src).name}, Token Acc [95 % interval] / Logit Acc, mean of six emotions\n\n"
+            + markdown(["target", "α", "base", "ConTrans", f"{args.random} random directions", "Self-Align"], rows))
 
 
 # ---------------------------------------------------------------- figures
@@ -458,12 +532,14 @@ def draw_accuracy(args, target: str, arms: list[dict], best: float):
     strengths = [0, *args.alpha]
     width = 0.8 / len(strengths)
     for e, emotion in enumerate(EMOTIONS):
-        match = [{"emotion": emotion, "method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""} for alpha in strengths]
+        match = [{"emotion": emotion, "method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
+                 for alpha in strengths]
         value, low, high, _ = np.array([pooled(arms, **m) for m in match]).T
         x = e + (np.arange(len(strengths)) - (len(strengths) - 1) / 2) * width
         axis.bar(x, value, width * 0.92, color=SHADES[:len(strengths)], yerr=np.clip([value - low, high - value], 0, 1),
                  error_kw={"lw": 0.8, "ecolor": "#444"})
-        axis.plot(x, [pooled(arms, "preferred", **m)[0] for m in match], "o--", color="#c8352b", ms=3, lw=1, label="Logit Acc" if e == 0 else None)
+        axis.plot(x, [pooled(arms, "preferred", **m)[0] for m in match], "o--", color="#c8352b", ms=3, lw=1,
+                  label="Logit Acc" if e == 0 else None)
         controls = [pooled([arm])[0] for arm in arms if (arm["emotion"], arm["method"]) == (emotion, "random")]
         axis.fill_between([e - 0.42, e + 0.42], min(controls), max(controls), color="#555", alpha=0.35, lw=0,
                           label=f"random directions at α = {best:g}, range" if e == 0 else None)
@@ -483,7 +559,8 @@ def draw_pca(seen: dict, args, target: str, alpha: float):
         mine = labels == emotion
         axis.scatter(*before[mine].T, s=14, color=COLOURS[emotion], alpha=0.35, lw=0)
         axis.scatter(*after[mine].T, s=14, color=COLOURS[emotion], marker="^", lw=0, label=emotion)
-        axis.annotate("", after[mine].mean(0), before[mine].mean(0), arrowprops={"arrowstyle": "->", "color": COLOURS[emotion], "lw": 1.8})
+        axis.annotate("", after[mine].mean(0), before[mine].mean(0),
+                      arrowprops={"arrowstyle": "->", "color": COLOURS[emotion], "lw": 1.8})
     axis.set(xlabel="first principal component", ylabel="second principal component",
              title=f"{Path(target).name} before (dots) and after (triangles)\n{alpha:g} · v̂ of fear from {Path(args.src).name}")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -496,8 +573,10 @@ def draw_pairs(args, results: list[dict]):
     for colour, result in zip(["#2f6db2", "#e07b39", "#4f9d69", "#8a5a9e"], results):
         points = np.array([pooled(result["arms"], detail=f"pairs {n}") for n in PAIRS_OF_FIGURE_5])
         axis.fill_between(PAIRS_OF_FIGURE_5, points[:, 1], points[:, 2], color=colour, alpha=0.15, lw=0)
-        axis.plot(PAIRS_OF_FIGURE_5, points[:, 0], "o-", color=colour, ms=4, label=f"{Path(result['target']).name}, α = {result['chosen']['alpha']:g}")
-    axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05), title="Effect of the number of pairs (95 % interval)")
+        axis.plot(PAIRS_OF_FIGURE_5, points[:, 0], "o-", color=colour, ms=4,
+                  label=f"{Path(result['target']).name}, α = {result['chosen']['alpha']:g}")
+    axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05),
+             title="Effect of the number of pairs (95 % interval)")
     axis.legend(frameon=False, loc="lower right")
     return figure
 
@@ -516,18 +595,32 @@ def draw_tsne(args, points: dict, block: int):
 # ---------------------------------------------------------------- from the arguments to the figures
 
 
+def one_at_a_time(args):
+    """A loader that holds one model: the next takes its place."""
+    held = {}
+
+    def load(name: str):
+        if name not in held:
+            held.clear()
+            held[name] = load_model(name, args.dtype, args.device, args.remote and name in args.tgt, args.batch_tokens)
+        return held[name]
+    return load
+
+
 def main(argv=None):
     args = options(argv)
     data = split(load_scenarios(args.data), args)
     for name in (args.src, *args.tgt):
         check_context(data, name, args, shots=name != args.src)
+    for target in args.tgt:
+        block_grid(args, target)                # an impossible --layer ends here, before any weights are loaded
     sentences = load_sentences(args)
     names = [args.src, args.src_base, *args.tgt]
     run = Run("exp_emotion", args, {name: fingerprint(name) for name in names} | {
-        "emotions": fingerprint(str(args.data / "emotions")), "sentences": len(sentences),
+        "emotions": fingerprint(str(args.data / "emotions")), "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompt": prompts(data, data["happiness"]["positive"], args, shots=False)[0],
         "first test prompt": prompts(data, data["happiness"]["test"], args, shots=True)[0]})
-    load = functools.lru_cache(maxsize=1)(functools.partial(load_model, dtype=args.dtype, device=args.device, batch_tokens=args.batch_tokens))
+    load = one_at_a_time(args)
 
     results, records, examples, texts = [], [], [], []
     for number, target in enumerate(args.tgt):
@@ -535,22 +628,27 @@ def main(argv=None):
         pair = functools.cache(lambda target=target: Pair(args, data, sentences, target, load))
         validation = run.step(f"{number} validation", lambda: validate(pair(), args, data))
         chosen = validation["chosen"]
-        arms = [arm for emotion in EMOTIONS for arm in run.step(f"{number} {emotion}", lambda: score(pair(), args, data, emotion, chosen))]
+        arms = []
+        for emotion in EMOTIONS:
+            arms += run.step(f"{number} {emotion}", lambda: score(pair(), args, data, emotion, chosen))
         fitted = run.step(f"{number} fits", lambda: fits(pair(), args, data, chosen, run.folder))
+        side = run.step(f"{number} perplexity", lambda: side_effects(pair(), args, chosen))
         seen = run.step(f"{number} look", lambda: look(pair(), args, data, chosen))
         results.append({"target": target, "chosen": chosen, "arms": arms})
-        records += make_records(args, target, role, validation, arms, fitted)
-        examples += [{"target": target, "emotion": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "detail": arm["detail"],
-                      "scenario": text, "said": said, "preferred": preferred}
-                     for arm in arms for text, said, preferred in zip(data[arm["emotion"]]["test"], arm["said"], arm["preferred"])]
-        texts.append(table(args, target, role, chosen, arms, fitted, seen))
+        records += make_records(args, target, role, validation, arms, fitted, side)
+        examples += [{"target": target, **{name: arm[name] for name in ("emotion", "method", "alpha", "detail")},
+                      "scenario": text, "said": said, "preferred": preferred} for arm in arms
+                     for text, said, preferred in zip(data[arm["emotion"]]["test"], arm["said"], arm["preferred"])]
+        texts += [accuracy_table(args, target, role, chosen, arms), control_table(args, chosen, arms, side),
+                  grid_table(args, validation["grid"]), map_text(fitted), text_tables(seen, chosen)]
         run.figure(draw_accuracy(args, target, arms, chosen["alpha"]), f"accuracy_{Path(target).name}")
         run.figure(draw_pca(seen, args, target, chosen["alpha"]), f"pca_{Path(target).name}")
     block = results[0]["chosen"]["source_block"]
     points = run.step("source", lambda: source_map(load(args.src), args, data, block))
     run.figure(draw_tsne(args, points, block), "tsne_source")
     run.figure(draw_pairs(args, results), "pairs")
-    run.save(records, examples, "\n\n".join(texts))
+    texts.append(summary(args, results))
+    run.save(records, examples, "\n\n".join(filter(None, texts)))
 
 
 if __name__ == "__main__":
