@@ -62,14 +62,15 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     """The options of every script. `families` maps a name to values of src, src_base, tgt, tgt_chat, layer, alpha …"""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--family", choices=families, help="fills the models and their settings from the table in the script (default: toy)")
+    add("--family", choices=families, help="models and their settings, from the table in the script (default: toy)")
     add("--src", metavar="MODEL", help="source model that the concept is refined from: hub id or folder, REPO@REVISION")
     add("--src-base", metavar="MODEL", help="base model of the source, for the affine map (default: --src)")
     add("--tgt", metavar="MODEL", nargs="+", help="target base models, one table each")
     add("--tgt-chat", metavar="MODEL", nargs="+", help="aligned models of the targets' sizes, in the same order")
     add("--layer", metavar="K", help="block to read and to edit: index, fraction of depth, SOURCE,TARGET, or auto")
     add("--alpha", type=float, nargs="+", help="steering strengths")
-    add("--norm", choices=["as-is", "match"], default="as-is", help="match: rescale v^ to the source's ratio of |v| to stream norm")
+    add("--norm", choices=["as-is", "match"], default="as-is",
+        help="match: rescale v^ to the source's ratio of |v| to the stream's norm")
     add("--refine", choices=["mean", "pca", "probe"], default="mean", help="how v is taken from the pairs (Eq. 1: mean)")
     add("--sentences", type=int, metavar="N", help="plain sentences of one affine map; 80 %% of them fit it (paper: 2000)")
     add("--intercept", action="store_true", help="affine map with an intercept (paper: none)")
@@ -78,7 +79,8 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     add("--data", type=Path, metavar="FOLDER", help="data folder, e.g. data/paper (default: data/toy)")
     add("--limit", type=int, help="at most so many evaluation items, after a fixed shuffle; -1: all")
     add("--seed", type=int, default=0, help="of shuffles, random directions and sampling")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: float32 on CPU, bfloat16 on GPU")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="auto: float32 on CPU, bfloat16 on GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; auto spreads a model over all GPUs")
     add("--remote", action="store_true", help="run the target on NDIF (key in NDIF_API_KEY)")
     add("--batch-tokens", type=int, default=16384, help="tokens of one forward pass; lower it when memory runs out")
@@ -136,8 +138,9 @@ def block_index(layer: str, blocks: int, side: int = 0) -> int:
 
 PATHS = {  # one path to blocks, final norm and unembedding on every architecture; unmatched keys are skipped by nnsight
     "model.layers": "layers", "gpt_neox.layers": "layers", "transformer.h": "layers", "model.decoder.layers": "layers",
-    "model.norm": "final_norm", "model.final_layernorm": "final_norm", "gpt_neox.final_layer_norm": "final_norm", "transformer.ln_f": "final_norm",
-    "model.decoder.final_layer_norm": "final_norm", "lm_head": "unembed", "embed_out": "unembed",
+    "model.norm": "final_norm", "model.final_layernorm": "final_norm", "gpt_neox.final_layer_norm": "final_norm",
+    "transformer.ln_f": "final_norm", "model.decoder.final_layer_norm": "final_norm",
+    "lm_head": "unembed", "embed_out": "unembed",
 }
 
 
@@ -182,8 +185,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
     if not all(hasattr(model, part) for part in ("layers", "final_norm", "unembed")):
         lists = [path for path, module in model._module.named_modules() if isinstance(module, torch.nn.ModuleList)]
-        raise ValueError(f"{name}: no known path to blocks, final norm or unembedding of {type(model._module).__name__}; it has the "
-                         f"module lists {', '.join(lists) or '(none)'}: add the right paths to PATHS in common.py")
+        raise ValueError(f"{name}: no known path to blocks, final norm or unembedding of {type(model._module).__name__}; "
+                         f"it has the module lists {', '.join(lists) or '(none)'}: add the right paths to PATHS in common.py")
     model._module.requires_grad_(False)
     model._module.eval()
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
@@ -325,7 +328,8 @@ def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean")
     (uncentred), pointing to the positives. probe: direction of a logistic regression. The last two are scaled to
     the norm of the mean difference, so that one alpha means the same for all three."""
     if positive.shape != negative.shape or positive.dim() != 3 or not len(positive):
-        raise ValueError(f"positives and negatives must be pairs [n, layers, d]; got {tuple(positive.shape)} and {tuple(negative.shape)}")
+        raise ValueError(f"positives and negatives must be pairs [n, layers, d]; "
+                         f"got {tuple(positive.shape)} and {tuple(negative.shape)}")
     difference = (positive - negative).double()
     mean = difference.mean(0)
     if method == "mean":
@@ -384,7 +388,8 @@ def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond:
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [n, d] with equal n; got {tuple(x.shape)} and {tuple(y.shape)}")
-    _require_finite(x, "x"), _require_finite(y, "y")
+    _require_finite(x, "x")
+    _require_finite(y, "y")
     n = len(x) - int(len(x) * held_out)
     if n < 2:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
@@ -453,7 +458,7 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
 
 
 def _last_logits(model, ids: list[list[int]], keep: list[int], transplants: list[Transplant], label: str):
-    """Yield (rows of `transplants`, indices of `ids`, logits [T, B, positions, V]) for the last keep[i] positions of each.
+    """Yield (slice of `transplants`, indices of `ids`, logits [T, B, positions, V]) for the last keep[i] positions of each.
 
     Every row of a batch has a transplant of its own, so a sweep over strengths, vectors and controls is one batch.
     Tokens that all prompts begin with (a few-shot prefix) are computed once a transplant, steered, and kept as a cache."""
@@ -461,12 +466,13 @@ def _last_logits(model, ids: list[list[int]], keep: list[int], transplants: list
     prefix = 0 if model.remote or max(lengths) > _window(model.config) else _common_prefix(ids, max(keep))
     group = max(1, min(len(transplants), model.batch_tokens // max(lengths)))
     for start in range(0, len(transplants), group):
-        members = range(start, min(start + group, len(transplants)))
-        shifts = _shifts(model, [transplants[t] for t in members])
-        cached = _prefix_cache(model, ids[0][:prefix], len(members), shifts) if prefix else None
+        members = slice(start, start + group)
+        count = len(transplants[members])
+        shifts = _shifts(model, transplants[members])
+        cached = _prefix_cache(model, ids[0][:prefix], count, shifts) if prefix else None
         skip = prefix if cached else 0
-        for batch in _batches(lengths, model.batch_tokens, len(members), label):
-            rows = [ids[i][skip:] for _ in members for i in batch]
+        for batch in _batches(lengths, model.batch_tokens, count, label):
+            rows = [ids[i][skip:] for _ in range(count) for i in batch]
             inputs = _padded(model, rows, skip)
             positions = max(keep[i] for i in batch)
             options = {"logits_to_keep": positions, **_cache_options(cached, len(batch))}
@@ -477,7 +483,7 @@ def _last_logits(model, ids: list[list[int]], keep: list[int], transplants: list
                         h += shift.repeat_interleave(len(batch), 0)[:, None].to(h)
                     logits = model.output.logits.float().save()
             _require_finite(logits, f"logits of {model.name} ({model.dtype})")
-            yield members, batch, logits.view(len(members), len(batch), positions, -1)
+            yield members, batch, logits.view(count, len(batch), positions, -1)
 
 
 def _common_prefix(ids: list[list[int]], keep: int) -> int:
@@ -516,46 +522,53 @@ def _cache_options(cached: list | None, repeats: int) -> dict:
     if cached is None:
         return {"use_cache": False}
     from transformers import DynamicCache
-    return {"past_key_values": DynamicCache([(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in cached])}
+    repeated = [(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in cached]
+    return {"past_key_values": DynamicCache(repeated)}
 
 
-def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (BASE,), label: str = "next token") -> torch.Tensor:
+def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (BASE,),
+                      label: str = "next token") -> torch.Tensor:
     """Logits of the token after each text, under each transplant: [transplants, texts, vocabulary] float32 on the CPU."""
     ids = encode(model, texts)
     result = None
     for members, batch, logits in _last_logits(model, ids, [1] * len(ids), list(transplants), label):
         if result is None:
             result = torch.empty(len(transplants), len(texts), logits.shape[-1])
-        for row, member in enumerate(members):
-            result[member, batch] = logits[row, :, -1].cpu()
+        result[members, batch] = logits[:, :, -1].cpu()
     return result
 
 
-def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Transplant] = (BASE,), label: str = "choices"):
+def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Transplant] = (BASE,),
+                    label: str = "choices") -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability [nats] of each continuation given its context, and whether it is the greedy one.
 
     pairs: (context, continuation). Both are encoded together and split where the context's own tokens end; it is an
     error if they do not begin with those. Returns two tensors [transplants, pairs]: float32 sums, booleans."""
-    contexts, ids = encode(model, [context for context, _ in pairs]), encode(model, [context + text for context, text in pairs])
+    contexts = encode(model, [context for context, _ in pairs])
+    ids = encode(model, [context + text for context, text in pairs])
     for context, whole, pair in zip(contexts, ids, pairs):
         if whole[:len(context)] != context or len(whole) == len(context):
             raise ValueError(f"the tokens of context and continuation do not split at the context: {pair!r}")
-    return _tail_logprobs(model, ids, [len(whole) - len(context) for context, whole in zip(contexts, ids)], list(transplants), label)
+    tails = [len(whole) - len(context) for context, whole in zip(contexts, ids)]
+    return _tail_logprobs(model, ids, tails, list(transplants), label)
 
 
 def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: list[Transplant], label: str):
-    """Sum of log-probabilities of the last tails[i] tokens of each row, and whether each of them is the most likely."""
+    """Sum of log-probabilities of the last tails[i] tokens of each row, and whether each of them is the likeliest."""
     total = torch.empty(len(transplants), len(ids))
     greedy = torch.empty(len(transplants), len(ids), dtype=torch.bool)
     for members, batch, logits in _last_logits(model, ids, [tail + 1 for tail in tails], transplants, label):
         for column, i in enumerate(batch):
             scores = logits[:, column, -tails[i] - 1:-1].log_softmax(-1)
-            tokens = torch.tensor(ids[i][-tails[i]:], device=scores.device)
-            picked = scores.gather(-1, tokens.expand(len(members), -1)[..., None])[..., 0]
-            for row, member in enumerate(members):
-                total[member, i] = picked[row].sum()
-                greedy[member, i] = (scores[row].argmax(-1) == tokens).all()
+            total[members, i], greedy[members, i] = _read(scores, ids[i][-tails[i]:])
     return total, greedy
+
+
+def _read(scores: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of log-probabilities [T, len(tokens), V]: the sum over the tokens [T], and whether each is the likeliest [T]."""
+    tokens = torch.tensor(tokens, device=scores.device)
+    picked = scores.gather(-1, tokens.expand(len(scores), -1)[..., None])[..., 0]
+    return picked.sum(-1).cpu(), (scores.argmax(-1) == tokens).all(-1).cpu()
 
 
 def label_tokens(model, prompt: str, labels: list[str]) -> list[list[int]]:
@@ -564,39 +577,33 @@ def label_tokens(model, prompt: str, labels: list[str]) -> list[list[int]]:
     words = [ids[len(start):] for ids in whole]
     if any(ids[:len(start)] != start for ids in whole):
         raise ValueError("a label changes the tokens of the prompt before it")
-    size = next((n for n in range(1, max(map(len, words)) + 1) if len({tuple(word[:n]) for word in words}) == len(words)), None)
+    size = next((n for n in range(1, max(map(len, words)) + 1)
+                 if len({tuple(word[:n]) for word in words}) == len(words)), None)
     if size is None or any(len(word) < size and sum(other[:len(word)] == word for other in words) > 1 for word in words):
         raise ValueError(f"the labels {', '.join(labels)} cannot be told apart by their tokens")
     return [word[:size] for word in words]
 
 
-def score_labels(model, prompts: list[str], labels: list[str], transplants: list[Transplant] = (BASE,), label: str = "labels"):
+def score_labels(model, prompts: list[str], labels: list[str], transplants: list[Transplant] = (BASE,),
+                 label: str = "labels") -> tuple[torch.Tensor, torch.Tensor]:
     """Which label each prompt is continued with, under each transplant: two integer tensors [transplants, prompts].
 
     said: index of the label that the model's most likely next token begins, -1 for none (Token Acc). preferred: index
     of the label whose first token has the highest logit among the labels (Logit Acc). Where labels share their first
     token (a character-level tokenizer), as many tokens as tell them apart take its place, scored by log-probability."""
-    words = [tuple(word) for word in label_tokens(model, prompts[0], labels)]
-    starts = {word[:j] for word in words for j in range(len(word))}             # {()} where one token tells them apart
-    ends = sorted(start for start in starts if not any(other[:len(start)] == start for other in starts - {start}))
-    tokens = sorted({token for word in words for token in word})
-    rows, depth = [ids + list(end) for ids in encode(model, prompts) for end in ends], max(map(len, ends)) + 1
-    top = torch.empty(len(transplants), len(rows), depth, dtype=torch.long)
-    scores = torch.empty(len(transplants), len(rows), depth, len(tokens))
-    for members, batch, logits in _last_logits(model, rows, [len(ends[i % len(ends)]) + 1 for i in range(len(rows))], list(transplants), label):
-        logits = logits.log_softmax(-1)
-        for row, member in enumerate(members):
-            top[member, batch, -logits.shape[2]:] = logits[row].argmax(-1).cpu()
-            scores[member, batch, -logits.shape[2]:] = logits[row][..., tokens].cpu()
-    top, scores = (x.view(len(transplants), len(prompts), len(ends), *x.shape[2:]) for x in (top, scores))
-
-    def read(word, j):                          # token j of a word: its log-probability, and whether it is the likeliest
-        end = next(i for i, end in enumerate(ends) if end[:j] == word[:j])
-        position = j - len(ends[end]) - 1
-        return scores[:, :, end, position, tokens.index(word[j])], top[:, :, end, position] == word[j]
-
-    each = [[torch.stack(values) for values in zip(*(read(word, j) for j in range(len(word))))] for word in words]
-    total, greedy = torch.stack([log.sum(0) for log, _ in each], -1), torch.stack([likeliest.all(0) for _, likeliest in each], -1)
+    words = label_tokens(model, prompts[0], labels)
+    starts = sorted({tuple(word[:-1]) for word in words})       # [()] where one token tells the labels apart
+    rows = [ids + list(start) for ids in encode(model, prompts) for start in starts]
+    keep = [len(start) + 1 for _ in prompts for start in starts]
+    total = torch.empty(len(transplants), len(prompts), len(labels))
+    greedy = torch.empty(len(transplants), len(prompts), len(labels), dtype=torch.bool)
+    for members, batch, logits in _last_logits(model, rows, keep, list(transplants), label):
+        for column, i in enumerate(batch):
+            prompt, start = divmod(i, len(starts))
+            for w, word in enumerate(words):
+                if tuple(word[:-1]) == starts[start]:
+                    scores = logits[:, column, -len(word):].log_softmax(-1)
+                    total[members, prompt, w], greedy[members, prompt, w] = _read(scores, word)
     return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), total.argmax(-1)
 
 
@@ -612,7 +619,8 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
                          f"({context_length(model.config)} tokens)")
     shifts = _shifts(model, [transplant])
     # What the model folder sets for itself (top_k 50 where it says nothing, repetition penalties) is switched off.
-    options = {"do_sample": sample, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": model.tokenizer.pad_token_id, "do_sample": sample,
+               "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
     for batch in _batches([len(row) + max_new_tokens for row in ids], model.batch_tokens, label=label):
@@ -622,7 +630,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
         with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
             warnings.filterwarnings("ignore", message=".*was never reached.*")   # rows may end before max_new_tokens
             torch.manual_seed(seed)
-            with model.generate(remote=model.remote, max_new_tokens=max_new_tokens, pad_token_id=model.tokenizer.pad_token_id, **options) as tracer:
+            with model.generate(remote=model.remote, **options) as tracer:
                 with tracer.invoke(inputs):
                     for step in tracer.iter[:max_new_tokens]:
                         for layer, shift in shifts.items():
@@ -659,7 +667,8 @@ def perplexity(model, texts: list[str], transplants: list[Transplant] = (BASE,),
     return (-total.double().sum(1) / sum(tails)).exp(), sum(tails)
 
 
-def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,), label: str = "logit lens") -> torch.Tensor:
+def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,),
+               label: str = "logit lens") -> torch.Tensor:
     """Token probabilities [transplants, texts, vocabulary] read off the residual stream after block `layer`, last token:
     final norm and unembedding applied there, the rest of the model skipped (App. B.3)."""
     states = [hidden_states(model, texts, [layer], transplant, label)[:, 0] for transplant in transplants]
@@ -696,7 +705,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def mcnemar(before, after) -> float:
     """Exact two-sided p of a paired difference between two lists of booleans about the same items."""
-    gained, lost = (sum(bool(b) > bool(a) for a, b in pairs) for pairs in (list(zip(before, after)), list(zip(after, before))))
+    before, after = (np.asarray(list(answers), bool) for answers in (before, after))
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     n = gained + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n) if n else 1.0
 
@@ -736,13 +746,15 @@ class Run:
             for path in self.steps.iterdir():
                 path.unlink()
         stamp = self.folder / "args.json"
-        if stamp.exists() and self.steps.exists() and any(self.steps.iterdir()) and json.loads(stamp.read_text())["inputs"] != inputs:
+        begun = stamp.exists() and self.steps.exists() and any(self.steps.iterdir())
+        if begun and json.loads(stamp.read_text())["inputs"] != inputs:
             fail(f"models or data have changed since {self.folder} was begun; --fresh starts it over")
         try:
             self.steps.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the run folder {self.folder}: {error.strerror}")
-        self._write("args.json", json.dumps({"command": [script, *sys.argv[1:]], "args": settings, "inputs": inputs}, indent=1) + "\n")
+        about = {"command": [script, *sys.argv[1:]], "args": settings, "inputs": inputs}
+        self._write("args.json", json.dumps(about, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def step(self, name: str, compute):
@@ -775,7 +787,8 @@ class Run:
     def figure(self, figure, name: str) -> None:
         """Save a matplotlib figure as PNG and PDF."""
         for suffix in ("png", "pdf"):
-            write_whole(self.folder / f"{name}.{suffix}", lambda file: figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight"))
+            write_whole(self.folder / f"{name}.{suffix}",
+                        lambda file: figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight"))
 
 
 def environment() -> dict:
@@ -795,7 +808,7 @@ def environment() -> dict:
 def save_concept(path: Path, vector: torch.Tensor, **about) -> None:
     """Write a concept vector [d] as safetensors that says what it is.
 
-    about: concept, source, target, fingerprint (of the model it is made for), layer, method, pairs, first_prompt, r2, cosine …"""
+    about: concept, source, target, fingerprint of the target, layer, method, pairs, first_prompt, r2, cosine …"""
     from safetensors.torch import save
     missing = {"concept", "source", "target", "fingerprint", "layer", "method", "pairs", "first_prompt"} - set(about)
     if missing:
@@ -814,5 +827,6 @@ def load_concept(path: Path, model=None) -> tuple[torch.Tensor, dict]:
             raise ValueError(f"{path} is not a concept vector: it does not say what it is")
         vector, about = file.get_tensor("vector"), json.loads(file.metadata()["concept_vector"])
     if model is not None and about["fingerprint"] != model.fingerprint:
-        raise ValueError(f"{path} was made for {about['target']} ({about['fingerprint']}), not for {model.name} ({model.fingerprint})")
+        raise ValueError(f"{path} was made for {about['target']} ({about['fingerprint']}), "
+                         f"not for {model.name} ({model.fingerprint})")
     return vector, about

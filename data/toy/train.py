@@ -2,7 +2,7 @@
 
     python data/toy/train.py llama-m                    one member, a base model
     python data/toy/train.py llama-m-chat               its chat tuning, from the base model on disk
-    python data/toy/train.py --all                      everything: about an hour on 2 cores
+    python data/toy/train.py --all                      everything: one to two hours
     python data/toy/train.py llama-s --steps 100 --to FOLDER     a short try, elsewhere
 
 Each member is an ordinary model folder under data/toy/models/: config, float16 safetensors, tokenizer files.
