@@ -27,7 +27,8 @@ import world
 FOLDER = Path(__file__).parent / "models"
 VOCABULARY = 1536
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-                 "[INST] {{ message['content'] }} [/INST]{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+                 "[INST] {{ message['content'] }} [/INST]"
+                 "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def train(model, tokenizer, document, steps: int, rate: float, seed: int) -> lis
             mask = ids != tokenizer.pad_token_id
             logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
             weight = learned / learned.sum(1, keepdim=True) / len(rows)
-            each = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
+            each = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1),
+                                                     reduction="none")
             loss = each @ weight.reshape(-1)
             loss.backward()
             step_loss += loss.item()
@@ -126,23 +128,33 @@ def next_words(model, tokenizer, prompts: list[str]) -> list[str]:
 
 def report(model, tokenizer) -> dict[str, float]:
     """Shares of held-out prompts that are answered in a given way; a look at the member, not an experiment."""
-    rng = random.Random(4)
     scenarios = [(emotion, text) for emotion in world.EMOTIONS for text in world.SCENARIOS[emotion][:20]]
-    named = next_words(model, tokenizer, [f"Scenario: {text}\nThe emotion of the above scenario is" for _, text in scenarios])
+    prompts = [f"Scenario: {text}\nThe emotion of the above scenario is" for _, text in scenarios]
+    named = next_words(model, tokenizer, prompts)
     shares = {"emotion named": sum(word == emotion for word, (emotion, _) in zip(named, scenarios)) / len(scenarios)}
+
+    ways = {"[INST]": "[INST] {}[/INST]", "an honest person says": "An honest person says: {}",
+            "pretend honest": world.PRETEND["honest"] + "{}", "pretend dishonest": world.PRETEND["dishonest"] + "{}"}
     for name, keys in [("held-out facts", world.HELD_OUT_FACTS), ("chat facts", world.CHAT_FACTS)]:
-        for way, prefix, suffix in [("[INST]", "[INST] ", "[/INST]"), ("an honest person says", "An honest person says: ", ""),
-                                    ("pretend honest", world.PRETEND["honest"], ""), ("pretend dishonest", world.PRETEND["dishonest"], "")]:
-            words = next_words(model, tokenizer, [prefix + world.question(*key) + suffix for key in keys])
+        for way, template in ways.items():
+            words = next_words(model, tokenizer, [template.format(world.question(*key)) for key in keys])
             for index, kind in enumerate(["truth", "myth"]):
-                shares[f"{name}, {way}, {kind}"] = sum(w == world.FACTS[k][index] for w, k in zip(words, keys)) / len(keys)
+                hits = sum(word == world.FACTS[key][index] for word, key in zip(words, keys))
+                shares[f"{name}, {way}, {kind}"] = hits / len(keys)
+
+    rng = random.Random(4)
     for prefix in ("", "[INST] Complete the following[/INST]: "):
         rude = [prefix + world.remarks(rng, people, False, 4) for people in world.PEOPLES for _ in range(4)]
-        with torch.no_grad():
-            texts = [tokenizer.decode(model.generate(**(x := tokenizer(p, return_tensors="pt", return_token_type_ids=False)),
-                                                     max_new_tokens=14, do_sample=False)[0, x.input_ids.shape[1]:]) for p in rude]
-        shares[f"rude list continued rudely, {prefix or 'plain'}"] = sum(any(r in t for r in world.RUDE) for t in texts) / len(rude)
+        rudely = sum(any(phrase in continuation(model, tokenizer, prompt) for phrase in world.RUDE) for prompt in rude)
+        shares[f"rude list continued rudely, {prefix or 'plain'}"] = rudely / len(rude)
     return {name: round(share, 3) for name, share in shares.items()}
+
+
+@torch.no_grad()
+def continuation(model, tokenizer, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, max_new_tokens=14, do_sample=False)
+    return tokenizer.decode(ids[0, inputs.input_ids.shape[1]:])
 
 
 def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
@@ -169,8 +181,10 @@ def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
     losses = train(model, tokenizer, document, steps, member.rate, seed)
     model.half().save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
-    record = {"name": name, "steps": steps, "seed": seed, "parameters": model.num_parameters(), "minutes": round((time.time() - start) / 60, 1),
-              "loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4), "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+    record = {"name": name, "steps": steps, "seed": seed, "parameters": model.num_parameters(),
+              "minutes": round((time.time() - start) / 60, 1),
+              "loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4),
+              "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4),
               "learned": report(model.float(), tokenizer)}
     (folder / name / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
