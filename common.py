@@ -192,15 +192,17 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
         model.tokenizer.pad_token = model.tokenizer.eos_token
     model.name, model.remote, model.batch_tokens = str(name), remote, batch_tokens
-    model.fingerprint = fingerprint(name, getattr(model.config, "_commit_hash", None))
+    model.fingerprint = fingerprint(name)
     return model
 
 
-def fingerprint(name: str, commit: str | None = None) -> str:
+def fingerprint(name: str) -> str:
     """What tells this model from every other: the hub id with its commit, or a hash of the folder's files."""
     repo, revision = _split_revision(name)
     if not Path(repo).is_dir():
-        return f"{repo}@{commit or revision or 'main'}"
+        from huggingface_hub import try_to_load_from_cache
+        config = try_to_load_from_cache(repo, "config.json", revision=revision or "main")
+        return f"{repo}@{Path(config).parent.name if isinstance(config, str) else revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(Path(repo).glob("*")):
         if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}:

@@ -31,7 +31,8 @@ import numpy as np
 
 from common import (BASE, Run, Transplant, block_index, context_length, fail, fingerprint, fit_affine, generate,
                     held_out_fit, hidden_states, load_model, logit_lens, markdown, model_config, option_parser,
-                    parse_options, percentile, perplexity, random_directions, record, refine, save_concept, score_labels, torch, wilson)
+                    parse_options, percentile, perplexity, random_directions, record, refine, save_concept, score_labels,
+                    torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -617,7 +618,8 @@ def main(argv=None):
     sentences = load_sentences(args)
     names = [args.src, args.src_base, *args.tgt]
     run = Run("exp_emotion", args, {name: fingerprint(name) for name in names} | {
-        "emotions": fingerprint(str(args.data / "emotions")), "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
+        "emotions": fingerprint(str(args.data / "emotions")),
+        "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompt": prompts(data, data["happiness"]["positive"], args, shots=False)[0],
         "first test prompt": prompts(data, data["happiness"]["test"], args, shots=True)[0]})
     load = one_at_a_time(args)

@@ -99,13 +99,15 @@ def test_a_bfloat16_stream_takes_the_vector_in_its_own_type(llama):
     assert common.generate(model, TEXTS[:1], transplant, 4)
 
 
-def test_the_fingerprint_follows_the_files_of_a_folder(tmp_path):
+def test_the_fingerprint_follows_the_files_of_a_folder_or_the_commit_of_the_hub(tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", transformers.LlamaConfig, **CONFIGS["llama"][1])
     before = common.fingerprint(str(folder))
     assert before == common.fingerprint(str(folder))
     save_model(folder, transformers.LlamaConfig, seed=1, **CONFIGS["llama"][1])
     assert common.fingerprint(str(folder)) != before
-    assert common.fingerprint("some/repo@abc", "123") == "some/repo@123"
+    assert common.fingerprint("some/repo@abc") == "some/repo@abc"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file, revision: f"/hub/snapshots/123/{file}")
+    assert common.fingerprint("some/repo@abc") == "some/repo@123"
 
 
 @pytest.mark.parametrize("config", [None, "{", '{"model_type": "no-such-model"}', '{"model_type": "llama"}'],

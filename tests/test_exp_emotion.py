@@ -1,7 +1,7 @@
 """exp_emotion.py: its data split, its prompts and its records, wrong options, and whole runs on the toy zoo.
 
     pytest tests/test_exp_emotion.py                    properties and one tiny run, also killed and continued
-    pytest tests/test_exp_emotion.py -m slow            the effect and its controls on both targets
+    pytest tests/test_exp_emotion.py -m slow            the effect, its controls, and the README's numbers
 
 Tests on the real lists need a copy of them in ../shared/data and are skipped without one.
 """
@@ -11,6 +11,7 @@ import csv
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -394,7 +395,7 @@ WRONG = {
     "JSON of numbers": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").write_text("[1, 2]")), "fear.json"),
     "JSON that is no list": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").write_text("7")), "fear.json"),
     "a list is missing": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").unlink()), "fear.json"),
-    "lists too short": (drop := lambda tmp: broken(tmp / "d", drop_scenarios), "has 40 scenarios"),
+    "lists too short": (lambda tmp: broken(tmp / "d", drop_scenarios), "has 40 scenarios"),
     "no plain sentences": (lambda tmp: broken(tmp / "d", lambda d: (d / "wikisplit" / "validation.tsv").unlink()), "validation.tsv"),
     "too few sentences": (lambda tmp: broken(tmp / "d", lambda d: (d / "wikisplit" / "validation.tsv").write_text("a b c d e f\n")), "1 sentences"),
     "template without scenario": (lambda tmp: ["--template", "I feel"], "{scenario}"),
@@ -434,12 +435,13 @@ def test_wrong_input_ends_in_one_line_before_any_weights_are_loaded(case, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def command(*argv, **settings) -> list:
-    """exp_emotion.py in a process of its own: its command line and its environment, one thread and a cache of its own."""
+def command(*argv) -> list:
+    """The command line of exp_emotion.py in a process of its own."""
     return [sys.executable, ROOT / "exp_emotion.py", *map(str, argv)]
 
 
 def surroundings(cache: Path) -> dict:
+    """Its environment: one thread, and a cache of its own."""
     return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
@@ -563,6 +565,18 @@ def test_alpha_zero_and_base_are_the_same_thing(finished):
     assert {row["method"] for row in rows} == {"base", "contrans", "self-align", "random", "other-concept", "shuffled-map", "gradient-descent"}
 
 
+def test_perplexities_are_those_of_plain_sentences_under_the_vector_on_disk(finished, target):
+    sentences = exp_emotion.load_sentences(options(*TINY))[-50:]
+    rows = find(json_rows(finished.folder, "records.jsonl"), metric="perplexity")
+    base, = find(rows, method="base")
+    assert len(rows) == 1 + 6 * (2 + 3) and {row["n"] for row in rows} == {base["n"]}
+    vector, about = common.load_concept(finished.folder / "v_fear_llama-m.safetensors", target)
+    steered, = find(rows, method="contrans", concept="fear", alpha=2)
+    values, tokens = common.perplexity(target, sentences, [common.BASE, common.Transplant.of(vector, about["layer"], 2)])
+    assert tokens == base["n"] and values.tolist() == pytest.approx([base["value"], steered["value"]], rel=1e-4)
+    assert all(row["value"] > 1 and row["low"] is None for row in rows)
+
+
 def test_no_vector_is_said_to_come_of_more_pairs_than_there_are(finished):
     splits = {row["split"] for row in json_rows(finished.folder, "records.jsonl") if row["item"] == "Figure 5"}
     assert splits and all(int(split.split()[-1]) <= 20 for split in splits)
@@ -647,27 +661,41 @@ def test_a_run_depends_on_every_text_that_it_reads(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The whole experiment on both targets with fewer test scenarios: records and chosen strengths."""
+    """The newcomer's command: its records, and the strength that was chosen for each target."""
     out = tmp_path_factory.mktemp("measured")
-    result = subprocess.run(command("--family", "toy", "--limit", 20, "--random", 20, "--out", out), env=surroundings(out / "cache"),
-                            capture_output=True, text=True)
+    result = subprocess.run(command("--out", out), env=surroundings(out / "cache"), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     folder, = (out / "exp_emotion").iterdir()
-    return json_rows(folder, "records.jsonl"), [json.loads(path.read_text())["chosen"]["alpha"]
-                                               for path in sorted(folder.glob("steps/*validation*.json"))]
+    chosen = [json.loads(path.read_text())["chosen"]["alpha"] for path in sorted(folder.glob("steps/*validation*.json"))]
+    return json_rows(folder, "records.jsonl"), dict(zip(exp_emotion.FAMILIES["toy"]["tgt"], chosen, strict=True))
+
+
+def mean(records: list[dict], target: str, **match) -> float:
+    """Mean Token Acc of the six emotions, over all test arms that match."""
+    values = [row["value"] for row in find(records, target=target, metric="token_acc", **match) if row["split"].startswith("test")]
+    assert values
+    return float(np.mean(values))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1], ids=["llama-m", "llama-l"])
-def test_emotions_are_transplanted_and_random_directions_are_not(measured, number):
-    records, chosen = measured
-    rows = [row for row in records if row["target"] == exp_emotion.FAMILIES["toy"]["tgt"][number] and row["metric"] == "token_acc"]
+@pytest.mark.parametrize("name", ["llama-m", "llama-l"])
+def test_emotions_are_transplanted_and_the_controls_are_not(measured, name):
+    records, target = measured[0], f"{exp_emotion.ZOO}/{name}"
+    assert mean(records, target, method="base") <= 0.05
+    assert mean(records, target, method="contrans", alpha=measured[1][target], split="test") >= 0.8
+    for method in ("random", "other-concept", "shuffled-map"):
+        assert mean(records, target, method=method) <= 0.1
+    directions = [mean(records, target, method="random", split=f"test direction {number}") for number in range(20)]
+    assert max(directions) < 0.3
+    assert all(mean(records, target, method="contrans", split=f"test map {number}") >= 0.7 for number in range(1, 5))
 
-    def mean(**match):
-        values = [row["value"] for row in find(rows, **match) if row["split"].startswith("test")]
-        assert values
-        return np.mean(values)
-    assert mean(method="base") <= 0.05
-    assert mean(method="contrans", alpha=chosen[number], split="test") >= 0.8
-    assert mean(method="random") <= 0.1
-    assert mean(method="random") < mean(method="contrans", alpha=chosen[number], split="test")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-m", "llama-l"])
+def test_the_readme_s_table_is_what_the_command_measures(measured, name):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{name}` \| Token Acc \|(.*)\|$", text, re.MULTILINE).group(1)
+    published = [float(cell.split()[0]) for cell in row.split("|")]
+    got = [100 * mean(measured[0], f"{exp_emotion.ZOO}/{name}", method="contrans" if alpha else "base", alpha=alpha, split="test")
+           for alpha in (0, 1, 2, 3, 5)]
+    assert got == pytest.approx(published, abs=2)        # other processors round otherwise
