@@ -53,6 +53,15 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def run_script(main) -> None:
+    """Run a script's main; Ctrl-C is no error."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fail(f"{message} (see python {self.prog} --help)")
@@ -602,10 +611,10 @@ def score_labels(model, prompts: list[str], labels: list[str], transplants: list
     for members, batch, logits in _last_logits(model, rows, keep, list(transplants), label):
         for column, i in enumerate(batch):
             prompt, start = divmod(i, len(starts))
+            scores = logits[:, column].log_softmax(-1)
             for w, word in enumerate(words):
                 if tuple(word[:-1]) == starts[start]:
-                    scores = logits[:, column, -len(word):].log_softmax(-1)
-                    total[members, prompt, w], greedy[members, prompt, w] = _read(scores, word)
+                    total[members, prompt, w], greedy[members, prompt, w] = _read(scores[:, -len(word):], word)
     return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), total.argmax(-1)
 
 

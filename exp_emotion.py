@@ -26,13 +26,14 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from common import (BASE, Run, Transplant, block_index, context_length, fail, fingerprint, fit_affine, generate,
-                    held_out_fit, hidden_states, load_model, logit_lens, markdown, model_config, option_parser,
-                    parse_options, percentile, perplexity, random_directions, record, refine, save_concept, score_labels,
-                    torch, wilson)
+                    held_out_fit, hidden_states, label_tokens, load_model, logit_lens, markdown, model_config, option_parser,
+                    parse_options, percentile, perplexity, random_directions, record, refine, run_script,
+                    save_concept, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -171,14 +172,19 @@ def prompts(data: dict, texts: list[str], args, shots: bool) -> list[str]:
     return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 
-def check_context(data: dict, name: str, args, shots: bool) -> None:
-    """Refuse, before any weights are loaded, prompts that do not fit the model's context."""
+def check_prompts(data: dict, name: str, args, shots: bool) -> None:
+    """Refuse, before any weights are loaded, prompts that do not fit the context and labels that look alike."""
     config, tokenizer = model_config(name)
     texts = [text for emotion in EMOTIONS for part in data[emotion].values() for text in part]
     longest = max(map(len, tokenizer(prompts(data, texts, args, shots)).input_ids))
     if longest + 8 > context_length(config):
         fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} "
              f"tokens); try {'fewer --shots or ' if shots else ''}a shorter --template")
+    try:
+        label_tokens(SimpleNamespace(name=name, config=config, tokenizer=tokenizer), prompts(data, texts[:1], args, shots)[0],
+                     args.labels)
+    except ValueError as error:
+        fail(f"{name}: {error}; give others with --labels")
 
 
 # ---------------------------------------------------------------- refine, reformulate
@@ -612,7 +618,7 @@ def main(argv=None):
     args = options(argv)
     data = split(load_scenarios(args.data), args)
     for name in (args.src, *args.tgt):
-        check_context(data, name, args, shots=name != args.src)
+        check_prompts(data, name, args, shots=name != args.src)
     for target in args.tgt:
         block_grid(args, target)                # an impossible --layer ends here, before any weights are loaded
     sentences = load_sentences(args)
@@ -654,4 +660,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
