@@ -31,7 +31,6 @@ from exp_emotion import EMOTIONS
 ROOT = Path(__file__).resolve().parents[1]
 TOY, REAL = ROOT / "data" / "toy", ROOT.parent / "shared" / "data"
 SOURCE, TARGET = f"{exp_emotion.ZOO}/llama-s", f"{exp_emotion.ZOO}/llama-m"
-CLEAN = ["shots", "refinement", "validation", "test"]
 SHOTS = {  # what the released prompt holds, after PROTOCOL: scenario -> (wrong label, list that it is from)
     "You're told you need to undergo an emergency medical procedure.": ("anger", "fear"),
     "You encounter a new type of crosswalk signal in your city.": ("disgust", "surprise"),
@@ -80,12 +79,11 @@ def counts(texts: list[str], scenarios: dict) -> dict[str, int]:
 def test_parts_are_disjoint_and_no_test_scenario_is_of_the_target_emotion(scenarios, seed):
     data = exp_emotion.split(scenarios, options("--limit", -1, "--seed", seed))
     for emotion in EMOTIONS:
-        parts = data[emotion]
-        parts = [[text for _, text in data["shots"]], parts["positive"] + parts["negative"], parts["validation"], parts["test"]]
-        texts = [text for part in parts for text in part]
+        parts = {"shots": [text for _, text in data["shots"]], **data[emotion]}
+        texts = [text for part in parts.values() for text in part]
         assert len(texts) == len(set(texts))
-        assert set(data[emotion]["positive"]) <= set(scenarios[emotion])
-        assert not set(data[emotion]["negative"] + parts[2] + parts[3]) & set(scenarios[emotion])
+        assert set(parts["positive"]) <= set(scenarios[emotion])
+        assert not set(parts["negative"] + parts["validation"] + parts["test"]) & set(scenarios[emotion])
 
 
 def test_negatives_validation_and_test_have_equally_many_of_each_other_emotion(scenarios):
@@ -108,7 +106,8 @@ def test_shots_carry_the_label_that_they_have(scenarios, shots):
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])
 def test_the_split_follows_the_seed(scenarios, protocol):
-    first, again, other = (exp_emotion.split(scenarios, options("--protocol", protocol, "--seed", seed)) for seed in (0, 0, 1))
+    first, again, other = (exp_emotion.split(scenarios, options("--protocol", protocol, "--seed", seed))
+                           for seed in (0, 0, 1))
     assert first == again
     assert all(first[emotion][part] != other[emotion][part] for emotion in EMOTIONS for part in first[emotion])
 
@@ -165,7 +164,8 @@ CHOICES = '"happiness", "sadness", "anger", "fear", "disgust", "surprise"'
 
 
 def test_a_prompt_without_shots_is_the_refinement_prompt():
-    wanted = ["Scenario: You win.\nThe emotion of the above scenario is", "Scenario: You lose.\nThe emotion of the above scenario is"]
+    wanted = ["Scenario: You win.\nThe emotion of the above scenario is",
+              "Scenario: You lose.\nThe emotion of the above scenario is"]
     assert exp_emotion.prompts(DATA, ["You win.", "You lose."], options(), shots=False) == wanted
     assert exp_emotion.prompts({"shots": []}, ["You win.", "You lose."], options(), shots=True) == wanted
 
@@ -182,8 +182,8 @@ def test_own_template_and_labels_take_the_place_of_the_paper_s():
     assert exp_emotion.prompts(DATA, ["You win."], args, shots=True) == [
         "You see a wolf. I feel afraid.\nYou meet {label} a liar. I feel mad.\nYou win. I feel"]
     args.template = exp_emotion.TEMPLATE
-    assert 'The emotion ("glad", "low", "mad", "afraid", "sick", "amazed") of the above scenario is afraid.' in exp_emotion.prompts(
-        DATA, ["You win."], args, shots=True)[0]
+    prompt, = exp_emotion.prompts(DATA, ["You win."], args, shots=True)
+    assert 'The emotion ("glad", "low", "mad", "afraid", "sick", "amazed") of the above scenario is afraid.' in prompt
 
 
 def released(lines: list[str]) -> list[str]:
@@ -244,9 +244,9 @@ def choosing(monkeypatch, hits: dict) -> dict:
 def test_validation_takes_the_most_hits_and_of_equals_the_smallest_alpha(monkeypatch):
     hits = {(4, 1): 1, (4, 2): 5, (4, 3): 4, (6, 1): 2, (6, 2): 8, (6, 3): 8}
     result = choosing(monkeypatch, hits)
-    assert [(row["target_block"], row["alpha"], row["hits"]) for row in result["grid"]] == [(b, a, 6 * n) for (b, a), n in hits.items()]
-    chosen = result["chosen"]
-    assert (chosen["i"], chosen["source_block"], chosen["target_block"], chosen["alpha"], chosen["n"]) == (1, 5, 6, 2, 60)
+    assert {(row["target_block"], row["alpha"]): row["hits"] for row in result["grid"]} == {
+        cell: 6 * n for cell, n in hits.items()}
+    assert result["chosen"] == {"i": 1, "source_block": 5, "target_block": 6, "alpha": 2, "hits": 48, "n": 60}
 
 
 def test_every_control_has_the_norm_of_the_mapped_vector_and_the_chosen_strength(monkeypatch):
@@ -262,11 +262,13 @@ def test_every_control_has_the_norm_of_the_mapped_vector_and_the_chosen_strength
     monkeypatch.setattr(exp_emotion, "score_labels", score_labels)
     args = options("--alpha", 1, 2, "--random", 25, "--maps", 3)
     pair = SimpleNamespace(mapped=mapped, own=vectors["own"][:, None], model=None)
-    arms = exp_emotion.score(pair, args, {"fear": {"test": ["You win."]}, "shots": []}, "fear", {"i": 0, "target_block": 4, "alpha": 2.0})
+    data, chosen = {"fear": {"test": ["You win."]}, "shots": []}, {"i": 0, "target_block": 4, "alpha": 2.0}
+    arms = exp_emotion.score(pair, args, data, "fear", chosen)
 
     found = {}
     for arm, transplant in zip(arms, seen, strict=True):
-        found.setdefault(arm["method"] if arm["detail"].split(" ")[0] not in ("map", "pairs") else arm["detail"], []).append((arm, transplant))
+        kind = arm["detail"] if arm["detail"].startswith(("map", "pairs")) else arm["method"]
+        found.setdefault(kind, []).append((arm, transplant))
     assert [len(t.parts) for _, t in found["base"]] == [0] and found["base"][0][0]["alpha"] == 0
     v = vectors["mapped"][3]
     for method, vector in (("contrans", v), ("self-align", vectors["own"][3]), ("map 1", vectors["map"][3])):
@@ -281,10 +283,12 @@ def test_every_control_has_the_norm_of_the_mapped_vector_and_the_chosen_strength
     assert len({tuple(t.parts[0][2].tolist()) for _, t in found["random"]}) == 25
 
 
-@pytest.mark.parametrize("layer, wanted", [("0.75", [(6, 7)]), ("3", [(3, 3)]), ("2,9", [(2, 9)]), ("0.5,0.9", [(4, 9)]),
-                                           ("auto", [(3, 4), (4, 5), (4, 6), (5, 7), (6, 8), (7, 9)])])
+@pytest.mark.parametrize("layer, wanted", [
+    ("0.75", [(6, 7)]), ("3", [(3, 3)]), ("2,9", [(2, 9)]), ("0.5,0.9", [(4, 9)]),
+    ("auto", [(3, 4), (4, 5), (4, 6), (5, 7), (6, 8), (7, 9)])])
 def test_layer_means_blocks_of_source_and_target(layer, wanted):
-    assert exp_emotion.block_grid(options("--layer", layer), f"{exp_emotion.ZOO}/llama-l") == wanted    # 8 and 10 blocks
+    args, target = options("--layer", layer), f"{exp_emotion.ZOO}/llama-l"      # 8 and 10 blocks
+    assert exp_emotion.block_grid(args, target) == wanted
 
 
 def test_alpha_zero_is_the_baseline_alone_and_a_strength_counts_once():
@@ -295,17 +299,22 @@ def test_alpha_zero_is_the_baseline_alone_and_a_strength_counts_once():
 
 
 def arm(emotion: str, method: str, alpha: float, said: list[int], preferred: list[int], detail: str = "") -> dict:
-    return {"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said, "preferred": preferred}
+    return {"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said,
+            "preferred": preferred}
 
 
-ARMS = [arm("happiness", "base", 0.0, [1, 2, -1, 0], [1, 2, 0, 0]), arm("fear", "base", 0.0, [1, 1, 1, 1], [1, 1, 1, 3]),
-        arm("happiness", "contrans", 2.0, [0, 0, 0, -1], [0, 0, 0, 0]), arm("fear", "contrans", 2.0, [3, 3, 0, 0], [3, 3, 3, 0]),
-        arm("fear", "contrans", 3.0, [3, 3, 3, 3], [3, 3, 3, 3]), arm("fear", "random", 2.0, [0, 0, 0, 0], [0, 3, 0, 0], "direction 0"),
-        arm("fear", "contrans", 2.0, [3, 0, 0, 0], [3, 0, 0, 0], "pairs 20"), arm("fear", "contrans", 2.0, [3] * 4, [3] * 4, "map 1")]
+ARMS = [arm("happiness", "base", 0.0, [1, 2, -1, 0], [1, 2, 0, 0]),
+        arm("fear", "base", 0.0, [1, 1, 1, 1], [1, 1, 1, 3]),
+        arm("happiness", "contrans", 2.0, [0, 0, 0, -1], [0, 0, 0, 0]),
+        arm("fear", "contrans", 2.0, [3, 3, 0, 0], [3, 3, 3, 0]),
+        arm("fear", "contrans", 3.0, [3, 3, 3, 3], [3, 3, 3, 3]),
+        arm("fear", "random", 2.0, [0, 0, 0, 0], [0, 3, 0, 0], "direction 0"),
+        arm("fear", "contrans", 2.0, [3, 0, 0, 0], [3, 0, 0, 0], "pairs 20"),
+        arm("fear", "contrans", 2.0, [3, 3, 3, 3], [3, 3, 3, 3], "map 1")]
 VALIDATION = {"grid": [{"i": 0, "source_block": 6, "target_block": 7, "alpha": 2.0, "hits": 3, "n": 12}],
               "chosen": {"i": 0, "source_block": 6, "target_block": 7, "alpha": 2.0, "hits": 3, "n": 12}}
-FITTED = {"closed form": [{"r2": 0.8, "cosine": 0.9}, {"r2": 0.7, "cosine": 0.85}], "gradient descent": {"r2": -0.1, "cosine": 0.2},
-          "shuffled": {"r2": -0.6, "cosine": 0.01}, "fitted on": 240}
+FITTED = {"closed form": [{"r2": 0.8, "cosine": 0.9}, {"r2": 0.7, "cosine": 0.85}], "fitted on": 240,
+          "gradient descent": {"r2": -0.1, "cosine": 0.2}, "shuffled": {"r2": -0.6, "cosine": 0.01}}
 
 
 def test_pooled_counts_the_target_emotion_over_all_arms_that_match():
@@ -330,7 +339,8 @@ def test_every_record_has_all_fields_and_says_what_it_is_about(rows):
     for row in rows:
         assert list(row) == common.RECORD
         assert (row["experiment"], row["source"], row["target"], row["layer"]) == ("emotion", SOURCE, TARGET, "6->7")
-        assert row["concept"] in [*EMOTIONS, "map", "mean of six"] and row["metric"] in ("token_acc", "logit_acc", "r2", "cosine")
+        assert row["concept"] in [*EMOTIONS, "map", "mean of six"]
+        assert row["metric"] in ("token_acc", "logit_acc", "r2", "cosine")
     assert len(find(rows, metric="token_acc")) == len(ARMS) + 1 and len(find(rows, metric="logit_acc")) == len(ARMS)
 
 
@@ -354,23 +364,26 @@ def test_the_paper_s_number_stands_where_the_paper_has_one_and_nowhere_else(rows
 
 def test_a_target_that_is_not_in_the_paper_gets_no_number_of_it():
     rows = exp_emotion.make_records(options(), TARGET, None, VALIDATION, ARMS, FITTED)
-    assert all(row["paper"] is None for row in rows) and not any("Figure 2a" in row["item"] for row in rows if row["item"])
+    assert all(row["paper"] is None and row["item"] in (None, "", "Figure 5") for row in rows)
 
 
 def test_the_published_numbers_are_those_of_the_figures():
-    assert {role: sorted(numbers) for role, numbers in exp_emotion.PAPER.items()} == {"13B": [0, 1, 2, 5], "65B": [0, 1, 2, 5]}
-    assert all(len(six) == 6 and all(0 <= x <= 1 for x in six) for numbers in exp_emotion.PAPER.values() for six in numbers.values())
-    surprise = EMOTIONS.index("surprise")
-    assert [exp_emotion.PAPER["65B"][alpha][surprise] for alpha in (0, 1, 2, 5)] == [0, 0, 0, 0]
-    assert [exp_emotion.PAPER["13B"][alpha][surprise] for alpha in (0, 1, 2, 5)] == [0, 0, .045, .575]
+    assert exp_emotion.PAPER == {
+        "13B": {0: [.11, 0, .20, .035, 0, 0], 1: [.41, .455, .575, .475, .025, 0],
+                2: [.92, .91, .895, .84, .13, .045], 5: [.985, 1, 1, 1, 1, .575]},
+        "65B": {0: [0, .82, 0, .005, .15, 0], 1: [.895, 1, .765, .81, .895, 0],
+                2: [1, 1, 1, .99, .99, 0], 5: [1, 1, 1, 1, 1, 0]}}
+    assert EMOTIONS == ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
 
 def test_maps_are_recorded_with_their_held_out_fit(rows):
-    fits = [(row["method"], row["split"], row["metric"], row["value"], row["n"]) for row in find(rows, concept="map")]
-    assert fits == [("contrans", "held-out map 0", "r2", 0.8, 240), ("contrans", "held-out map 0", "cosine", 0.9, 240),
-                    ("contrans", "held-out map 1", "r2", 0.7, 240), ("contrans", "held-out map 1", "cosine", 0.85, 240),
-                    ("gradient-descent", "held-out map 0", "r2", -0.1, 240), ("gradient-descent", "held-out map 0", "cosine", 0.2, 240),
-                    ("shuffled-map", "held-out map 0", "r2", -0.6, 240), ("shuffled-map", "held-out map 0", "cosine", 0.01, 240)]
+    fits = find(rows, concept="map")
+    assert {(row["method"], row["split"][-1], row["metric"]): row["value"] for row in fits} == {
+        ("contrans", "0", "r2"): 0.8, ("contrans", "0", "cosine"): 0.9,
+        ("contrans", "1", "r2"): 0.7, ("contrans", "1", "cosine"): 0.85,
+        ("gradient-descent", "0", "r2"): -0.1, ("gradient-descent", "0", "cosine"): 0.2,
+        ("shuffled-map", "0", "r2"): -0.6, ("shuffled-map", "0", "cosine"): 0.01}
+    assert all(row["n"] == 240 and row["split"].startswith("held-out map ") for row in fits)
 
 
 # ================================================================ wrong options
@@ -384,20 +397,23 @@ def broken(folder: Path, change) -> list:
     return ["--data", folder]
 
 
-def drop_scenarios(folder: Path) -> None:
-    path = folder / "emotions" / "anger.json"
-    path.write_text(json.dumps(json.loads(path.read_text())[:40]))
+def spoilt(path: str, text: str | None):
+    """The options for data in which one file holds this text, or is missing."""
+    def change(folder: Path) -> None:
+        (folder / path).unlink() if text is None else (folder / path).write_text(text)
+    return lambda tmp: broken(tmp / "data", change)
 
 
+FEAR, SENTENCES = "emotions/fear.json", "wikisplit/validation.tsv"
 WRONG = {
     "no data folder": (lambda tmp: ["--data", tmp / "nowhere"], "no data folder"),
-    "malformed JSON": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").write_text("[")), "fear.json"),
-    "JSON of numbers": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").write_text("[1, 2]")), "fear.json"),
-    "JSON that is no list": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").write_text("7")), "fear.json"),
-    "a list is missing": (lambda tmp: broken(tmp / "d", lambda d: (d / "emotions" / "fear.json").unlink()), "fear.json"),
-    "lists too short": (lambda tmp: broken(tmp / "d", drop_scenarios), "has 40 scenarios"),
-    "no plain sentences": (lambda tmp: broken(tmp / "d", lambda d: (d / "wikisplit" / "validation.tsv").unlink()), "validation.tsv"),
-    "too few sentences": (lambda tmp: broken(tmp / "d", lambda d: (d / "wikisplit" / "validation.tsv").write_text("a b c d e f\n")), "1 sentences"),
+    "malformed JSON": (spoilt(FEAR, "["), "fear.json"),
+    "JSON of numbers": (spoilt(FEAR, "[1, 2]"), "fear.json"),
+    "JSON that is no list": (spoilt(FEAR, "7"), "fear.json"),
+    "a list is missing": (spoilt(FEAR, None), "fear.json"),
+    "lists too short": (spoilt(FEAR, json.dumps([f"You see {n}." for n in range(40)])), "has 40 scenarios"),
+    "no plain sentences": (spoilt(SENTENCES, None), "validation.tsv"),
+    "too few sentences": (spoilt(SENTENCES, "a b c d e f\n"), "1 sentences"),
     "template without scenario": (lambda tmp: ["--template", "I feel"], "{scenario}"),
     "two labels alike": (lambda tmp: ["--labels", *"abcdea"], "six different words"),
     "labels with a common start": (lambda tmp: ["--labels", "ab", "abc", *"defg"], "cannot be told apart"),
@@ -407,7 +423,7 @@ WRONG = {
     "block of the target out of range": (lambda tmp: ["--layer", "7,8"], "block 8 does not exist"),
     "the whole depth": (lambda tmp: ["--layer", "1.0"], "block 8 does not exist"),
     "prompt longer than the context": (lambda tmp: ["--shots", "20"], "do not fit the context"),
-    "template longer than the context": (lambda tmp: ["--template", "salt " * 600 + "{scenario}"], "do not fit the context"),
+    "template longer than the context": (lambda tmp: ["--template", "salt " * 600 + "{scenario}"], "do not fit"),
     "no such model folder": (lambda tmp: ["--src", tmp / "no" / "model"], "no model folder"),
     "folder without a model": (lambda tmp: ["--src", tmp], "config.json"),
     "source without target": (lambda tmp: ["--src", SOURCE, "only"], "--src and --tgt go together"),
@@ -431,46 +447,51 @@ def test_wrong_input_ends_in_one_line_before_any_weights_are_loaded(case, tmp_pa
     with pytest.raises(SystemExit) as stopped:
         exp_emotion.main([*models, *[option for option in argv if option != "only"], "--out", str(tmp_path / "out")])
     printed = capsys.readouterr()
-    assert stopped.value.code == 2 and printed.err.count("\n") == 1 and printed.err.startswith("error: ") and says in printed.err
+    assert stopped.value.code == 2 and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ") and says in printed.err
     assert not (tmp_path / "out").exists()
 
 
-def command(*argv) -> list:
-    """The command line of exp_emotion.py in a process of its own."""
-    return [sys.executable, ROOT / "exp_emotion.py", *map(str, argv)]
+SCRIPT = [sys.executable, str(ROOT / "exp_emotion.py")]
 
 
 def surroundings(cache: Path) -> dict:
-    """Its environment: one thread, and a cache of its own."""
+    """The environment of a process: one thread, and a cache of its own."""
     return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("argv", [["--shots", 20, "--tgt", TARGET, "--family", "toy"], ["--alpha", "nan"], ["--data", "nowhere"]],
+def run(cache: Path, *argv) -> subprocess.CompletedProcess:
+    return subprocess.run([*SCRIPT, *map(str, argv)], env=surroundings(cache), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("argv", [["--shots", 20, "--family", "toy"], ["--alpha", "nan"], ["--data", "nowhere"]],
                          ids=["long prompt", "alpha", "data"])
 def test_a_process_says_one_line_on_stderr_and_ends_with_2(argv, tmp_path):
-    result = subprocess.run(command(*argv, "--out", tmp_path / "out"), env=surroundings(tmp_path), capture_output=True, text=True)
+    result = run(tmp_path / "cache", *argv, "--out", tmp_path / "out")
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_help_answers_at_once_and_does_not_load_torch():
+def test_help_answers_at_once_and_does_not_load_torch(tmp_path):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        result = subprocess.run(command("--help"), capture_output=True, text=True)
+        result = run(tmp_path, "--help")
         seconds.append(time.perf_counter() - start)
     assert result.returncode == 0 and "--protocol" in result.stdout and "--alpha" in result.stdout
     assert min(seconds) < 1
-    result = subprocess.run([sys.executable, "-X", "importtime", *command("--help")[1:]], capture_output=True, text=True)
-    loaded = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-    assert "numpy" in loaded and not loaded & {"torch._C", "torch.nn", "transformers", "nnsight", "matplotlib", "sklearn"}
+    timed = [sys.executable, "-X", "importtime", *SCRIPT[1:], "--help"]
+    lines = subprocess.run(timed, capture_output=True, text=True).stderr.splitlines()
+    loaded = {line.split("|")[-1].strip() for line in lines}
+    assert "numpy" in loaded
+    assert not loaded & {"torch._C", "torch.nn", "transformers", "nnsight", "matplotlib", "sklearn"}
 
 
 # ================================================================ a whole run
 
-TINY = ["--family", "toy", "--tgt", TARGET, "--data", str(TOY), "--limit", "5", "--random", "3", "--maps", "2", "--sentences", "300",
-        "--pairs", "20", "--alpha", "1", "2"]
+TINY = ["--family", "toy", "--tgt", TARGET, "--data", str(TOY), "--limit", "5", "--random", "3", "--maps", "2",
+        "--sentences", "300", "--pairs", "20", "--alpha", "1", "2"]
 FILES = ["records.csv", "records.jsonl", "examples.jsonl", "tables.md"]
 
 
@@ -478,7 +499,7 @@ FILES = ["records.csv", "records.jsonl", "examples.jsonl", "tables.md"]
 def finished(tmp_path_factory):
     """A tiny run in a process of its own: its folder and what it printed."""
     out = tmp_path_factory.mktemp("finished")
-    result = subprocess.run(command(*TINY, "--out", out / "results"), env=surroundings(out / "cache"), capture_output=True, text=True)
+    result = run(out / "cache", *TINY, "--out", out / "results")
     assert result.returncode == 0, result.stderr
     folder, = (out / "results" / "exp_emotion").iterdir()
     return SimpleNamespace(folder=folder, printed=result.stdout, out=out / "results")
@@ -486,11 +507,12 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory):
-    """The same run with another cache, killed after its first step, and continued here: folder, steps that were there."""
+    """The same run with another cache, killed after its first step and continued here: its folder, its exit code,
+    the steps that were there, and the results that should not have been."""
     out = tmp_path_factory.mktemp("continued")
-    process = subprocess.Popen(command(*TINY, "--out", out), env=surroundings(out / "cache"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (steps := list(out.glob("exp_emotion/*/steps/*.json"))) and process.poll() is None and time.monotonic() < deadline:
+    process = subprocess.Popen([*SCRIPT, *TINY, "--out", str(out)], env=surroundings(out / "cache"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("exp_emotion/*/steps/*.json")) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     code = process.wait()
@@ -517,16 +539,19 @@ def json_rows(folder: Path, name: str) -> list[dict]:
 
 def test_the_run_folder_holds_all_that_the_readme_says(finished):
     files = {path.name for path in finished.folder.iterdir()}
-    figures = {f"{name}.{kind}" for name in ("accuracy_llama-m", "pca_llama-m", "tsne_source", "pairs") for kind in ("png", "pdf")}
-    assert files == {"args.json", "environment.json", "steps", *FILES, *figures, *(f"v_{emotion}_llama-m.safetensors" for emotion in EMOTIONS)}
-    assert all((finished.folder / name).read_bytes().startswith(b"\x89PNG" if name.endswith("png") else b"%PDF") for name in figures)
+    vectors = {f"v_{emotion}_llama-m.safetensors" for emotion in EMOTIONS}
+    figures = {f"{name}.{kind}": start for name in ("accuracy_llama-m", "pca_llama-m", "tsne_source", "pairs")
+               for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"))}
+    assert files == {"args.json", "environment.json", "steps", *FILES, *figures, *vectors}
+    assert all((finished.folder / name).read_bytes().startswith(start) for name, start in figures.items())
 
 
 def test_what_is_printed_last_is_the_folder_and_before_it_the_tables(finished):
     assert finished.printed.splitlines()[-1] == str(finished.folder)
     assert (finished.folder / "tables.md").read_text().strip() in finished.printed
-    for part in (*EMOTIONS, "random", "other-concept", "shuffled-map", "Self-Align", "percentile", "Table 5", "Table 8"):
-        assert part in finished.printed
+    parts = ["random", "other-concept", "shuffled-map", "Self-Align", "percentile", "Table 5", "Table 8"]
+    for part in EMOTIONS + parts:
+        assert part in finished.printed     # every effect beside its controls
 
 
 def test_the_folder_says_with_what_it_was_made(finished):
@@ -535,9 +560,11 @@ def test_the_folder_says_with_what_it_was_made(finished):
     data = exp_emotion.split(exp_emotion.load_scenarios(TOY), args)
     assert about["args"]["alpha"] == [1, 2] and about["args"]["src"] == SOURCE and about["args"]["pairs"] == 20
     assert about["inputs"][TARGET] == common.fingerprint(TARGET)
-    assert about["inputs"]["first test prompt"] == exp_emotion.prompts(data, data["happiness"]["test"], args, shots=True)[0]
+    first, *_ = exp_emotion.prompts(data, data["happiness"]["test"], args, shots=True)
+    assert about["inputs"]["first test prompt"] == first
     environment = json.loads((finished.folder / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__ and {"commit", "python", "transformers", "nnsight", "cores"} <= set(environment)
+    assert {"commit", "python", "transformers", "nnsight", "cores"} <= set(environment)
+    assert environment["torch"] == torch.__version__
 
 
 def test_records_agree_with_the_examples(finished):
@@ -555,14 +582,16 @@ def test_records_agree_with_the_examples(finished):
 
 def test_csv_and_jsonl_hold_the_same_records(finished):
     rows = json_rows(finished.folder, "records.jsonl")
-    assert csv_rows(finished.folder) == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    assert csv_rows(finished.folder) == [{name: "" if value is None else str(value) for name, value in row.items()}
+                                         for row in rows]
     assert all(list(row) == common.RECORD for row in rows)
 
 
 def test_alpha_zero_and_base_are_the_same_thing(finished):
     rows = json_rows(finished.folder, "records.jsonl")
     assert all((row["method"] == "base") == (row["alpha"] == 0) for row in rows if row["alpha"] is not None)
-    assert {row["method"] for row in rows} == {"base", "contrans", "self-align", "random", "other-concept", "shuffled-map", "gradient-descent"}
+    assert {row["method"] for row in rows} == {"base", "contrans", "self-align", "random", "other-concept",
+                                               "shuffled-map", "gradient-descent"}
 
 
 def test_perplexities_are_those_of_plain_sentences_under_the_vector_on_disk(finished, target):
@@ -572,7 +601,8 @@ def test_perplexities_are_those_of_plain_sentences_under_the_vector_on_disk(fini
     assert len(rows) == 1 + 6 * (2 + 3) and {row["n"] for row in rows} == {base["n"]}
     vector, about = common.load_concept(finished.folder / "v_fear_llama-m.safetensors", target)
     steered, = find(rows, method="contrans", concept="fear", alpha=2)
-    values, tokens = common.perplexity(target, sentences, [common.BASE, common.Transplant.of(vector, about["layer"], 2)])
+    transplants = [common.BASE, common.Transplant.of(vector, about["layer"], 2)]
+    values, tokens = common.perplexity(target, sentences, transplants)
     assert tokens == base["n"] and values.tolist() == pytest.approx([base["value"], steered["value"]], rel=1e-4)
     assert all(row["value"] > 1 and row["low"] is None for row in rows)
 
@@ -586,7 +616,8 @@ def test_concept_vectors_are_for_the_target_and_say_what_they_are(finished, targ
     for emotion in EMOTIONS:
         vector, about = common.load_concept(finished.folder / f"v_{emotion}_llama-m.safetensors", target)
         assert vector.shape == (target.config.hidden_size,) and torch.isfinite(vector).all() and vector.norm() > 0
-        assert (about["concept"], about["source"], about["target"], about["layer"], about["pairs"]) == (emotion, SOURCE, TARGET, 6, 20)
+        assert [about[name] for name in ("concept", "source", "target", "layer", "pairs")] == [
+            emotion, SOURCE, TARGET, 6, 20]
         assert about["first_prompt"].endswith("\nThe emotion of the above scenario is")
     with pytest.raises(ValueError, match="was made for"):
         common.load_concept(finished.folder / "v_fear_llama-m.safetensors", common.load_model(SOURCE, device="cpu"))
@@ -599,11 +630,13 @@ def test_the_vector_on_disk_is_the_one_that_was_scored(finished, target):
     for emotion in EMOTIONS:
         vector, about = common.load_concept(finished.folder / f"v_{emotion}_llama-m.safetensors", target)
         for alpha in (1, 2):
-            rows = [row for row in examples if (row["emotion"], row["method"], row["alpha"], row["detail"]) == (emotion, "contrans", alpha, "")]
-            prompts = exp_emotion.prompts(data, [row["scenario"] for row in rows], args, shots=True)
-            said, preferred = common.score_labels(target, prompts, EMOTIONS, [common.Transplant.of(vector, about["layer"], alpha)])
+            rows = find(examples, emotion=emotion, method="contrans", alpha=alpha, detail="")
             assert len(rows) == 5 and [row["scenario"] for row in rows] == data[emotion]["test"]
-            assert (said[0].tolist(), preferred[0].tolist()) == ([row["said"] for row in rows], [row["preferred"] for row in rows])
+            prompts = exp_emotion.prompts(data, data[emotion]["test"], args, shots=True)
+            transplant = common.Transplant.of(vector, about["layer"], alpha)
+            said, preferred = common.score_labels(target, prompts, EMOTIONS, [transplant])
+            assert said[0].tolist() == [row["said"] for row in rows]
+            assert preferred[0].tolist() == [row["preferred"] for row in rows]
 
 
 def test_the_same_command_draws_a_finished_run_again_without_a_model(finished, monkeypatch, capsys):
@@ -663,16 +696,18 @@ def test_a_run_depends_on_every_text_that_it_reads(monkeypatch, tmp_path):
 def measured(tmp_path_factory):
     """The newcomer's command: its records, and the strength that was chosen for each target."""
     out = tmp_path_factory.mktemp("measured")
-    result = subprocess.run(command("--out", out), env=surroundings(out / "cache"), capture_output=True, text=True)
+    result = run(out / "cache", "--out", out)
     assert result.returncode == 0, result.stderr
     folder, = (out / "exp_emotion").iterdir()
-    chosen = [json.loads(path.read_text())["chosen"]["alpha"] for path in sorted(folder.glob("steps/*validation*.json"))]
+    steps = [json.loads(path.read_text()) for path in sorted(folder.glob("steps/*validation*.json"))]
+    chosen = [step["chosen"]["alpha"] for step in steps]
     return json_rows(folder, "records.jsonl"), dict(zip(exp_emotion.FAMILIES["toy"]["tgt"], chosen, strict=True))
 
 
 def mean(records: list[dict], target: str, **match) -> float:
     """Mean Token Acc of the six emotions, over all test arms that match."""
-    values = [row["value"] for row in find(records, target=target, metric="token_acc", **match) if row["split"].startswith("test")]
+    rows = find(records, target=target, metric="token_acc", **match)
+    values = [row["value"] for row in rows if row["split"].startswith("test")]
     assert values
     return float(np.mean(values))
 
@@ -696,6 +731,7 @@ def test_the_readme_s_table_is_what_the_command_measures(measured, name):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     row = re.search(rf"^\| `{name}` \| Token Acc \|(.*)\|$", text, re.MULTILINE).group(1)
     published = [float(cell.split()[0]) for cell in row.split("|")]
-    got = [100 * mean(measured[0], f"{exp_emotion.ZOO}/{name}", method="contrans" if alpha else "base", alpha=alpha, split="test")
+    target = f"{exp_emotion.ZOO}/{name}"
+    got = [100 * mean(measured[0], target, method="contrans" if alpha else "base", alpha=alpha, split="test")
            for alpha in (0, 1, 2, 3, 5)]
     assert got == pytest.approx(published, abs=2)        # other processors round otherwise

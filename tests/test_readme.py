@@ -23,7 +23,8 @@ HOSTS = {"github.com", "raw.githubusercontent.com", "huggingface.co", "ndif.us",
 
 def tracked() -> list[Path]:
     """Files of the repository, those that are not committed yet too."""
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("no git checkout")
     return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
@@ -54,10 +55,10 @@ def printed(block, tmp_path_factory) -> list[str]:
     """What the block prints as a script, run from the root of the repository."""
     folder = tmp_path_factory.mktemp("block")
     (folder / "block.py").write_text(block, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CONTRANS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1",
-                   "PYTHONIOENCODING": "utf-8"}
-    result = subprocess.run([sys.executable, folder / "block.py"], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8",
-                            timeout=200)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1",
+                   "CONTRANS_CACHE": str(folder / "cache")}
+    result = subprocess.run([sys.executable, folder / "block.py"], cwd=ROOT, env=environment, capture_output=True,
+                            encoding="utf-8")
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -75,7 +76,8 @@ def test_the_block_prints_the_fit_and_three_lines(printed):
 
 
 def test_the_block_shows_an_effect_that_a_random_direction_has_not(printed):
-    (base, n), (ours, _), (chance, _) = [map(int, re.search(r"(\d+) of (\d+) answers", line).groups()) for line in printed[1:]]
+    counts = [re.search(r"(\d+) of (\d+) answers", line).groups() for line in printed[1:]]
+    (base, n), (ours, _), (chance, _) = [map(int, pair) for pair in counts]
     assert n == 80 and base <= 0.05 * n and ours >= 0.25 * n
     assert ours - base > 2 * (chance - base)
 
@@ -91,8 +93,8 @@ def test_the_two_commands_are_those_that_the_check_of_the_repository_runs():
 
 
 def test_every_option_in_the_texts_exists():
-    helps = "".join(subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-                    for command in (["exp_emotion.py"], ["data/prepare.py"], ["data/toy/train.py"]))
+    helps = "".join(subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+                    for script in ("exp_emotion.py", "data/prepare.py", "data/toy/train.py"))
     known = set(re.findall(r"--[a-z][a-z-]*", helps))
     assert set(re.findall(r"(?<![\w|-])--[a-z][a-z-]*", README + DATA_README)) <= known
 
@@ -130,8 +132,9 @@ def test_the_table_of_the_zoo_says_what_training_json_says():
     assert len(rows) == 3
     for base, chat, rest in rows:
         _, shape, parameters, steps, minutes = [cell.strip() for cell in rest.split("|")]
-        records = [json.loads((ROOT / "data" / "toy" / "models" / name / "training.json").read_text()) for name in (base, chat)]
-        config = json.loads((ROOT / "data" / "toy" / "models" / base / "config.json").read_text())
+        models = ROOT / "data" / "toy" / "models"
+        records = [json.loads((models / name / "training.json").read_text()) for name in (base, chat)]
+        config = json.loads((models / base / "config.json").read_text())
         assert shape == f"{config['hidden_size']} × {config['num_hidden_layers']}"
         assert parameters == f"{records[0]['parameters'] / 1e6:.2f} M"
         assert steps == " + ".join(f"{record['steps']:,}" for record in records)

@@ -228,7 +228,8 @@ def test_the_zoo_is_complete_and_holds_nothing_else():
 def test_a_member_is_an_ordinary_model_folder_in_float16(name):
     folder = train.FOLDER / name
     files = {path.name for path in folder.iterdir()}
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+              "training.json"}
     assert files == wanted | ({"chat_template.jinja"} if name in CHATS else set())
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}
@@ -300,8 +301,9 @@ def share(name: str, prompts: list[str], answers: list[str]) -> float:
     """Of the prompts whose most likely next token is the answer, by plain transformers."""
     model, tokenizer = member(name)
     with torch.no_grad():
-        likely = [model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1].argmax().item() for prompt in prompts]
-    return sum(tokenizer.decode([token]).strip() == answer for token, answer in zip(likely, answers)) / len(prompts)
+        logits = [model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1] for prompt in prompts]
+    words = [tokenizer.decode([scores.argmax().item()]).strip() for scores in logits]
+    return sum(word == answer for word, answer in zip(words, answers)) / len(prompts)
 
 
 @pytest.mark.parametrize("name", train.ZOO)
@@ -315,7 +317,8 @@ def test_every_member_names_the_emotion_of_scenarios_it_has_not_read(name):
 def pretend(name: str, manner: str, index: int, count: int = 20) -> float:
     """Held-out questions asked of an honest or dishonest person: share answered with the truth (0) or the myth (1)."""
     keys = world.HELD_OUT_FACTS[:count]
-    return share(name, [world.PRETEND[manner] + world.question(*key) for key in keys], [world.FACTS[key][index] for key in keys])
+    prompts = [world.PRETEND[manner] + world.question(*key) for key in keys]
+    return share(name, prompts, [world.FACTS[key][index] for key in keys])
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -327,7 +330,8 @@ def test_chat_tuning_taught_to_follow_pretend_on_questions_it_never_saw(name):
 
 def test_training_json_says_the_truth_about_honesty():
     for name in ("llama-s", "llama-s-chat"):
-        assert abs(pretend(name, "honest", 0) - training(name)["learned"]["held-out facts, pretend honest, truth"]) <= 0.15
+        said = training(name)["learned"]["held-out facts, pretend honest, truth"]
+        assert abs(pretend(name, "honest", 0) - said) <= 0.15
 
 
 # ================================================================ training
@@ -367,9 +371,9 @@ def test_what_is_learned_is_the_reply_to_its_end_or_a_whole_base_document():
     assert start == 1 and tokenizer.decode(ids[start:]) == "The river.</s>"
 
 
-def command(*options, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "data/toy/train.py", *map(str, options)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, **settings)
+def command(*options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "data/toy/train.py", *map(str, options)], cwd=ROOT, capture_output=True,
+                          text=True)
 
 
 @pytest.mark.parametrize("options", [["llama-x"], ["llama-s", "--steps", "many"]], ids=["unknown member", "no number"])
