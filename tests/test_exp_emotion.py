@@ -423,6 +423,7 @@ WRONG = {
     "block of the target out of range": (lambda tmp: ["--layer", "7,8"], "block 8 does not exist"),
     "the whole depth": (lambda tmp: ["--layer", "1.0"], "block 8 does not exist"),
     "prompt longer than the context": (lambda tmp: ["--shots", "20"], "do not fit the context"),
+    "prompt too long for a target that is the source": (lambda tmp: ["--src", TARGET, "--shots", "20"], "do not fit"),
     "template longer than the context": (lambda tmp: ["--template", "salt " * 600 + "{scenario}"], "do not fit"),
     "no such model folder": (lambda tmp: ["--src", tmp / "no" / "model"], "no model folder"),
     "folder without a model": (lambda tmp: ["--src", tmp], "config.json"),
