@@ -166,8 +166,10 @@ def model_config(name: str):
     repo, revision = _split_revision(name)
     if os.path.sep in repo and not Path(repo).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         fail(f"no model folder {repo}")
-    if Path(repo).is_dir() and not (Path(repo) / "config.json").exists():
-        fail(f"{repo} is not a model folder: it has no config.json")
+    if Path(repo).is_dir():
+        for wanted in ("config.json", "*.safetensors"):
+            if not list(Path(repo).glob(wanted)):
+                fail(f"{repo} is not a model folder: it has no {wanted}")
     try:
         return (AutoConfig.from_pretrained(repo, revision=revision), AutoTokenizer.from_pretrained(repo, revision=revision))
     except (OSError, ValueError) as error:

@@ -87,7 +87,21 @@ def options(argv=None):
         fail("--labels must be six different words")
     if args.shots < 0 or args.pairs < 1 or args.random < 1 or args.maps < 1:
         fail("--shots must be 0 or more; --pairs, --random and --maps at least 1")
+    if not all(word.strip() for word in args.labels):
+        fail("--labels must not be empty")
+    args.alpha = [alpha for alpha in dict.fromkeys(args.alpha) if alpha]    # α = 0 is the baseline, which is always there
+    if not args.alpha:
+        fail("--alpha needs a strength other than 0, which is the baseline and always there")
+    if args.tgt_chat:
+        fail("emotions are transplanted into base models: --tgt-chat has no use here")
+    if len({Path(target).name for target in args.tgt}) < len(args.tgt):
+        fail("two --tgt models have one name, and their figures would overwrite each other; run them one by one")
     return args
+
+
+def pair_counts(args) -> list[int]:
+    """Numbers of example pairs that Figure 5 compares."""
+    return [n for n in PAIRS_OF_FIGURE_5 if n <= args.pairs] or [args.pairs]
 
 
 # ---------------------------------------------------------------- data
@@ -120,7 +134,7 @@ def load_sentences(args) -> list[str]:
     keep = np.ones(len(texts), bool)
     for name in {args.src_base, *args.tgt}:
         config, tokenizer = model_config(name)
-        keep &= np.array([len(ids) <= context_length(config) for ids in tokenizer(texts).input_ids])
+        keep &= np.array([len(ids) <= context_length(config) for ids in tokenizer(texts, verbose=False).input_ids])
     if not keep.all():
         print(f"{(~keep).sum()} of {len(texts)} plain sentences are longer than a model's context and left out")
     if keep.sum() < 10:
@@ -175,11 +189,13 @@ def prompts(data: dict, texts: list[str], args, shots: bool) -> list[str]:
 def check_prompts(data: dict, name: str, args, shots: bool) -> None:
     """Refuse, before any weights are loaded, prompts that do not fit the context and labels that look alike."""
     config, tokenizer = model_config(name)
-    texts = [text for emotion in EMOTIONS for part in data[emotion].values() for text in part]
-    longest = max(map(len, tokenizer(prompts(data, texts, args, shots)).input_ids))
+    texts = list(dict.fromkeys(text for emotion in EMOTIONS for part in data[emotion].values() for text in part))
+    longest = max(map(len, tokenizer(prompts(data, texts, args, shots), verbose=False).input_ids))
     if longest + 8 > context_length(config):
         fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} "
              f"tokens); try {'fewer --shots or ' if shots else ''}a shorter --template")
+    if not shots:
+        return                                  # the source is not asked for a label
     try:
         label_tokens(SimpleNamespace(name=name, config=config, tokenizer=tokenizer), prompts(data, texts[:1], args, shots)[0],
                      args.labels)
@@ -231,10 +247,10 @@ class Pair:
     """Source and one target, ready to transplant: states collected, vectors refined. Built when a step needs it."""
 
     def __init__(self, args, data: dict, sentences: list[str], target: str, load):
-        self.args, self.grid, self.prose = args, block_grid(args, target), sentences[-50:]
+        self.args, self.grid, self.prose, self.maps = args, block_grid(args, target), sentences[-50:], {}
         source_blocks, target_blocks = map(list, zip(*self.grid))
         states = example_states(load(args.src), data, source_blocks, args)
-        self.v = {n: refine_emotions(states, n, args) for n in {*PAIRS_OF_FIGURE_5, args.pairs}}
+        self.v = {n: refine_emotions(states, n, args) for n in {*pair_counts(args), args.pairs}}
         self.x = hidden_states(load(args.src_base), sentences, source_blocks, label="plain sentences, source")
         self.model = load(target)
         self.y = hidden_states(self.model, sentences, target_blocks, label="plain sentences, target")
@@ -244,12 +260,13 @@ class Pair:
         """Rows of the plain sentences that map `number` is fitted on."""
         return random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
 
-    @functools.cache
     def map(self, i: int, number: int = 0, shuffled: bool = False):
         """The affine map of pair i of the grid."""
-        rows, args = self.sample(number), self.args
-        y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
-        return fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge)
+        if (i, number, shuffled) not in self.maps:
+            rows, args = self.sample(number), self.args
+            y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
+            self.maps[i, number, shuffled] = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge)
+        return self.maps[i, number, shuffled]
 
     def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
         """v^ of each emotion [6, d_target] at pair i of the grid (Eq. 2)."""
@@ -277,7 +294,7 @@ def validate(pair: Pair, args, data: dict) -> dict:
         n = sum(len(data[emotion]["validation"]) for emotion in EMOTIONS)
         rows += [{"i": i, "source_block": source_block, "target_block": target_block, "alpha": alpha, "hits": int(hit),
                   "n": n} for alpha, hit in zip(args.alpha, hits)]
-    return {"grid": rows, "chosen": max(rows, key=lambda row: (row["hits"], -row["alpha"]))}
+    return {"grid": rows, "chosen": max(rows, key=lambda row: (row["hits"], -abs(row["alpha"])))}
 
 
 def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict]:
@@ -297,7 +314,7 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
     arms += [("contrans", best, f"map {number}", Transplant.of(pair.mapped(i, number=number)[e], block, best))
              for number in range(1, args.maps)]
     arms += [("contrans", best, f"pairs {n}", Transplant.of(pair.mapped(i, pairs=n)[e], block, best))
-             for n in PAIRS_OF_FIGURE_5]
+             for n in pair_counts(args)]
     said, preferred = score_labels(pair.model, prompts(data, data[emotion]["test"], args, shots=True), args.labels,
                                    [arm[-1] for arm in arms], label=f"{emotion} under {len(arms)} transplants")
     return [{"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said[t].tolist(),
@@ -577,10 +594,11 @@ def draw_pca(seen: dict, args, target: str, alpha: float):
 def draw_pairs(args, results: list[dict]):
     """Figure 5: mean Token Acc against the number of example pairs."""
     figure, axis = new_figure(figsize=(4.8, 3.2), layout="constrained")
+    counts = pair_counts(args)
     for colour, result in zip(["#2f6db2", "#e07b39", "#4f9d69", "#8a5a9e"], results):
-        points = np.array([pooled(result["arms"], detail=f"pairs {n}") for n in PAIRS_OF_FIGURE_5])
-        axis.fill_between(PAIRS_OF_FIGURE_5, points[:, 1], points[:, 2], color=colour, alpha=0.15, lw=0)
-        axis.plot(PAIRS_OF_FIGURE_5, points[:, 0], "o-", color=colour, ms=4,
+        points = np.array([pooled(result["arms"], detail=f"pairs {n}") for n in counts])
+        axis.fill_between(counts, points[:, 1], points[:, 2], color=colour, alpha=0.15, lw=0)
+        axis.plot(counts, points[:, 0], "o-", color=colour, ms=4,
                   label=f"{Path(result['target']).name}, α = {result['chosen']['alpha']:g}")
     axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05),
              title="Effect of the number of pairs (95 % interval)")
@@ -617,8 +635,9 @@ def one_at_a_time(args):
 def main(argv=None):
     args = options(argv)
     data = split(load_scenarios(args.data), args)
-    for name in (args.src, *args.tgt):
-        check_prompts(data, name, args, shots=name != args.src)
+    check_prompts(data, args.src, args, shots=False)
+    for name in args.tgt:
+        check_prompts(data, name, args, shots=True)
     for target in args.tgt:
         block_grid(args, target)                # an impossible --layer ends here, before any weights are loaded
     sentences = load_sentences(args)

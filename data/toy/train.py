@@ -55,7 +55,7 @@ ZOO = {                                         # role in the paper: 7B, 13B, 70
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text can be read, in which every word of the world is one token."""
+    """A byte-level BPE, so that any text can be read, in which nearly every word of the world is one token."""
     rng = random.Random(3)
     corpus = [world.base_document(rng) for _ in range(20000)] + ["".join(world.chat_document(rng)) for _ in range(2000)]
     tokenizer = Tokenizer(models.BPE())
@@ -190,8 +190,13 @@ def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
     return record
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"members: {', '.join(ZOO)}")
     parser.add_argument("--all", action="store_true", help="every member, base models first")
     parser.add_argument("--steps", type=int, help="instead of the member's own number")
@@ -199,8 +204,14 @@ if __name__ == "__main__":
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder that gets one model folder a member")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ZOO]:
-        parser.exit(2, f"error: unknown member {unknown[0]}; there are {', '.join(ZOO)}\n")
+        parser.error(f"unknown member {unknown[0]}; there are {', '.join(ZOO)}")
     if not (names := list(ZOO) if args.all else args.names):
-        parser.exit(2, "error: name a member, or --all\n")
+        parser.error("name a member, or --all")
+    if args.steps is not None and args.steps < 1:
+        parser.error("--steps must be positive")
+    for name in names:
+        base = ZOO[name].chat_of
+        if base and base not in names and not (args.to / base / "config.json").exists():
+            parser.error(f"{name} starts from {base}, which is not in {args.to}: train it first")
     for name in names:
         print(json.dumps(train_member(name, args.to, args.steps, args.seed), indent=1))

@@ -12,7 +12,7 @@ What is held out, so that an experiment asks about text that no model has read:
     truthfulqa/     the facts asked there are never part of chat tuning (base text tells truth and myth alike)
     world_facts/    is about the other facts, those of chat tuning
     toxigen/        the prompts are fresh lists; their sentences may occur in training
-    wikisplit/, text/   drawn with seeds of their own from the same grammar as the training prose
+    wikisplit/, text/   drawn with a seed of their own from clauses of the training prose, in other proportions
 """
 
 import csv
