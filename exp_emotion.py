@@ -260,7 +260,7 @@ class Pair:
         """Rows of the plain sentences that map `number` is fitted on."""
         return random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
 
-    def map(self, i: int, number: int = 0, shuffled: bool = False):
+    def affine(self, i: int, number: int = 0, shuffled: bool = False):
         """The affine map of pair i of the grid."""
         if (i, number, shuffled) not in self.maps:
             rows, args = self.sample(number), self.args
@@ -271,7 +271,7 @@ class Pair:
     def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
         """v^ of each emotion [6, d_target] at pair i of the grid (Eq. 2)."""
         v = self.v[pairs or self.args.pairs][:, i]
-        mapped = self.map(i, **which).vector(v)
+        mapped = self.affine(i, **which).vector(v)
         if self.args.norm == "match":
             ratio = v.norm(dim=1) / self.x[:, i].norm(dim=1).mean() * self.y[:, i].norm(dim=1).mean()
             mapped = mapped / mapped.norm(dim=1, keepdim=True) * ratio[:, None]
@@ -324,7 +324,7 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
 def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
     """How well the maps predict held-out states, and how large everything is; saves the transplanted vectors."""
     i, rows, vectors = chosen["i"], pair.sample(0), pair.mapped(chosen["i"])
-    maps, shuffled = [pair.map(i, number=number) for number in range(args.maps)], pair.map(i, shuffled=True)
+    maps, shuffled = [pair.affine(i, number=number) for number in range(args.maps)], pair.affine(i, shuffled=True)
     for emotion, vector in zip(EMOTIONS, vectors):
         save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion,
                      source=args.src, target=pair.model.name, fingerprint=pair.model.fingerprint,
