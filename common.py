@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -160,6 +162,7 @@ def _split_revision(name: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+@functools.cache                                # asked for by several checks, and a large tokenizer takes a second to read
 def model_config(name: str):
     """(config, tokenizer) of a model: all that can be known before its weights are loaded. Fails in one line."""
     from transformers import AutoConfig, AutoTokenizer
@@ -585,7 +588,7 @@ def _read(scores: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.
 
 
 def label_tokens(model, prompt: str, labels: list[str]) -> list[list[int]]:
-    """The tokens of each label after the prompt, cut as soon as it differs from all others; one token as a rule."""
+    """The tokens of each label after the prompt, as many as tell all labels apart; one token as a rule."""
     start, *whole = encode(model, [prompt, *(f"{prompt} {label}" for label in labels)])
     words = [ids[len(start):] for ids in whole]
     if any(ids[:len(start)] != start for ids in whole):
@@ -789,7 +792,6 @@ class Run:
         self._write("tables.md", tables + "\n")
 
         def write_csv(file):
-            import io
             text = io.StringIO()
             rows = csv.DictWriter(text, RECORD, lineterminator="\n")
             rows.writeheader(), rows.writerows(records)
