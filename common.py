@@ -9,7 +9,7 @@
     7  Scoring        next token, labels, choices, text, perplexity, logit lens: all under a transplant
     8  Records        run folder, intervals, tables, concept vectors on disk
 
-No data set and no plot lives here. The file is read from top to bottom; each room uses only rooms above it.
+No plot lives here, and no data set but the plain sentences of the map. The file is read from top to bottom; each room uses only rooms above it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -69,6 +70,10 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see python {self.prog} --help)")
 
 
+def strength(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     """The options of every script. `families` maps a name to values of src, src_base, tgt, tgt_chat, layer, alpha …"""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,9 +82,10 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     add("--src", metavar="MODEL", help="source model that the concept is refined from: hub id or folder, REPO@REVISION")
     add("--src-base", metavar="MODEL", help="base model of the source, for the affine map (default: --src)")
     add("--tgt", metavar="MODEL", nargs="+", help="target base models, one table each")
-    add("--tgt-chat", metavar="MODEL", nargs="+", help="aligned models of the targets' sizes, in the same order")
+    add("--tgt-chat", metavar="MODEL", nargs="+",
+        help="aligned models of the targets' sizes, in the same order; none where there is none")
     add("--layer", metavar="K", help="block to read and to edit: index, fraction of depth, SOURCE,TARGET, or auto")
-    add("--alpha", type=float, nargs="+", help="steering strengths")
+    add("--alpha", type=strength, nargs="+", metavar="A", help="steering strengths to choose from; auto: the family's")
     add("--norm", choices=["as-is", "match"], default="as-is",
         help="match: rescale v^ to the source's ratio of |v| to the stream's norm")
     add("--refine", choices=["mean", "pca", "probe"], default="mean", help="how v is taken from the pairs (Eq. 1: mean)")
@@ -107,13 +113,19 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail("--src and --tgt go together (or name a --family that fills in the rest)")
     # Models of one's own take no setting from the toy family: the paper's stand at the top of each table.
     args.family = args.family or ("custom" if args.src else "toy")
+    if args.alpha and "auto" in args.alpha:
+        if len(args.alpha) > 1:
+            fail("--alpha auto stands alone")
+        args.alpha = None                       # the family's strengths, as if none had been named
+    named = {"src_base"} if args.src else set()             # a model of one's own has no partner in the family's table
+    named |= {"tgt_chat"} if args.tgt else set()
     for name, value in families.get(args.family, families["custom"]).items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name, None) is None and name not in named:
             setattr(args, name, value)
     if not (args.src and args.tgt):
         fail(f"--family {args.family} needs --src and --tgt")
     args.src_base = args.src_base or args.src
-    args.tgt_chat = args.tgt_chat or []
+    args.tgt_chat = [None if name == "none" else name for name in args.tgt_chat or []]
     args.data = args.data or Path(os.path.relpath(Path(__file__).parent / "data" / "toy"))
 
     if not args.data.is_dir():
@@ -210,6 +222,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
     return model
 
 
+def loader(args: argparse.Namespace):
+    """load(name) -> model, load(a, b) -> [model, model]: keeps the models of the last call and lets all others go."""
+    held = {}
+
+    def load(*names: str):
+        for name in [name for name in held if name not in names]:
+            del held[name]
+        for name in names:
+            if name not in held:
+                held[name] = load_model(name, args.dtype, args.device, args.remote and name in args.tgt, args.batch_tokens)
+        return held[names[0]] if len(names) == 1 else [held[name] for name in names]
+    return load
+
+
 def fingerprint(name: str) -> str:
     """What tells this model from every other: the hub id with its commit, or a hash of the folder's files."""
     repo, revision = _split_revision(name)
@@ -247,11 +273,11 @@ def encode(model, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _batches(lengths: list[int], tokens: int, rows_each: int = 1, label: str = ""):
+def _batches(lengths: list[int], tokens: int, rows_each: int = 1, label: str | None = None):
     """Yield lists of indices, prompts of like length together, so that rows x longest stays within `tokens`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
-    with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64, mininterval=1) as bar:
+    with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64 or label is None, mininterval=1) as bar:
         while start < len(order):
             size = max(1, tokens // (lengths[order[start]] * rows_each))
             yield order[start:start + size]
@@ -427,6 +453,58 @@ def held_out_fit(predicted: torch.Tensor, y: torch.Tensor, mean: torch.Tensor) -
     return {"r2": r2.item(), "cosine": torch.cosine_similarity(predicted, y, dim=1).mean().item()}
 
 
+def plain_sentences(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The sentences that affine maps are fitted on: unsplit WikiSplit sentences without their last 2 to 4 words, as in
+    the released code. Those that are too long for one of the models `names` are left out, and it is said how many."""
+    path = args.data / "wikisplit" / "validation.tsv"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        fail(f"no file {path}; python data/prepare.py fetches it")
+    drop = np.random.RandomState(42)
+    texts = [" ".join(line.split("\t")[0].split()[:-drop.randint(2, 5)]) for line in lines]
+    texts = [text for text in texts if text][:args.sentences * 5 // 2]      # a pool: each map is fitted on a sample of it
+    keep = np.ones(len(texts), bool)
+    for name in set(names):
+        config, tokenizer = model_config(name)
+        keep &= np.array([0 < len(ids) <= context_length(config) for ids in tokenizer(texts, verbose=False).input_ids])
+    if not keep.all():
+        print(f"{(~keep).sum()} of {len(texts)} plain sentences are longer than a model's context and left out")
+    if keep.sum() < 10:
+        fail(f"{path} has only {keep.sum()} sentences that fit the models' contexts; an affine map needs more")
+    return [text for text, kept in zip(texts, keep) if kept]
+
+
+class Bridge:
+    """From the hidden space of one base model into that of another, through affine maps of the same plain sentences.
+
+    x [n, pairs of blocks, d1] and y [n, pairs of blocks, d2]: both models' states. Map number k is fitted on sample k of
+    the sentences, so that the luck of one map can be seen; with shuffled=True on sentences that do not belong together."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, args: argparse.Namespace):
+        self.x, self.y, self.args, self.maps = x, y, args, {}
+
+    def sample(self, number: int) -> list[int]:
+        """Rows of the plain sentences that map `number` is fitted on."""
+        return random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
+
+    def affine(self, i: int, number: int = 0, shuffled: bool = False) -> AffineMap:
+        """The affine map at pair i of blocks."""
+        if (i, number, shuffled) not in self.maps:
+            rows, args = self.sample(number), self.args
+            y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
+            self.maps[i, number, shuffled] = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge)
+        return self.maps[i, number, shuffled]
+
+    def carry(self, v: torch.Tensor, i: int, **which) -> torch.Tensor:
+        """v^ [..., d2] of concept vectors v [..., d1] at pair i of blocks (Eq. 2), rescaled under --norm match."""
+        mapped = self.affine(i, **which).vector(v)
+        if self.args.norm == "match":
+            ratio = v.norm(dim=-1) / self.x[:, i].norm(dim=1).mean() * self.y[:, i].norm(dim=1).mean()
+            mapped = mapped / mapped.norm(dim=-1, keepdim=True) * ratio[..., None]
+        return mapped
+
+
 def random_directions(v: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """[count, d] random directions of v's norm: the control of every transplant."""
     directions = torch.randn(count, len(v), generator=torch.Generator().manual_seed(seed))
@@ -542,6 +620,36 @@ def _cache_options(cached: list | None, repeats: int) -> dict:
     return {"past_key_values": DynamicCache(repeated)}
 
 
+def same_vocabulary(tokenizers) -> bool:
+    first, *others = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    return all(other == first for other in others)
+
+
+def _require_same_vocabulary(models) -> None:
+    if not same_vocabulary([model.tokenizer for model in models]):
+        raise ValueError(f"EFT adds up logits token by token, but the vocabularies of {', '.join(m.name for m in models)} differ")
+
+
+class _EftProcessor:
+    """Adds logits(chat) - logits(base) of two small models to each step of a target's generation; both keep a cache."""
+
+    def __init__(self, chat, base, mask: torch.Tensor):
+        self.small, self.mask, self.read = [(1, chat, {}), (-1, base, {})], mask, 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.nn.functional.pad(self.mask, (0, ids.shape[1] - self.mask.shape[1]), value=1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, self.read:]
+        for sign, model, cache in self.small:
+            device = model._module.device
+            output = model._module(ids[:, self.read:].to(device), attention_mask=self.mask.to(device), use_cache=True,
+                                   position_ids=positions.to(device), logits_to_keep=1, **cache)
+            cache["past_key_values"] = output.past_key_values
+            width = min(scores.shape[-1], output.logits.shape[-1])      # rows of padding at the end of an unembedding
+            scores = scores[:, :width] + sign * output.logits[:, -1, :width].to(scores)
+        self.read = ids.shape[1]
+        return scores
+
+
 def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (BASE,),
                       label: str = "next token") -> torch.Tensor:
     """Logits of the token after each text, under each transplant: [transplants, texts, vocabulary] float32 on the CPU."""
@@ -554,26 +662,36 @@ def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (
     return result
 
 
-def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Transplant] = (BASE,),
+def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Transplant] = (BASE,), eft: tuple = (),
                     label: str = "choices") -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability [nats] of each continuation given its context, and whether it is the greedy one.
 
     pairs: (context, continuation). Both are encoded together and split where the context's own tokens end; it is an
-    error if they do not begin with those. Returns two tensors [transplants, pairs]: float32 sums, booleans."""
+    error if they do not begin with those. eft: two models (small chat, small base) whose difference in logits is added
+    to the model's at every token (emulated fine-tuning, proxy-tuning); all three need one vocabulary.
+    Returns two tensors [transplants, pairs]: float32 sums, booleans."""
     contexts = encode(model, [context for context, _ in pairs])
     ids = encode(model, [context + text for context, text in pairs])
     for context, whole, pair in zip(contexts, ids, pairs):
         if whole[:len(context)] != context or len(whole) == len(context):
             raise ValueError(f"the tokens of context and continuation do not split at the context: {pair!r}")
     tails = [len(whole) - len(context) for context, whole in zip(contexts, ids)]
-    return _tail_logprobs(model, ids, tails, list(transplants), label)
+    if eft:
+        _require_same_vocabulary([model, *eft])
+    return _tail_logprobs(model, ids, tails, list(transplants), label, eft)
 
 
-def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: list[Transplant], label: str):
+def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: list[Transplant], label: str, eft: tuple = ()):
     """Sum of log-probabilities of the last tails[i] tokens of each row, and whether each of them is the likeliest."""
     total = torch.empty(len(transplants), len(ids))
     greedy = torch.empty(len(transplants), len(ids), dtype=torch.bool)
-    for members, batch, logits in _last_logits(model, ids, [tail + 1 for tail in tails], transplants, label):
+    keep, plain = [tail + 1 for tail in tails], [BASE] * len(transplants)
+    streams = [_last_logits(model, ids, keep, transplants, label), *(_last_logits(m, ids, keep, plain, None) for m in eft)]
+    for (members, batch, logits), *small in zip(*streams):      # the small models' batches are the same: same ids
+        for sign, (_, same, difference) in zip((1, -1), small):
+            assert same == batch
+            width = min(logits.shape[-1], difference.shape[-1])         # rows of padding at the end of an unembedding
+            logits = logits[..., :width] + sign * difference[..., :width].to(logits)
         for column, i in enumerate(batch):
             scores = logits[:, column, -tails[i] - 1:-1].log_softmax(-1)
             total[members, i], greedy[members, i] = _read(scores, ids[i][-tails[i]:])
@@ -624,11 +742,17 @@ def score_labels(model, prompts: list[str], labels: list[str], transplants: list
 
 
 def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tokens: int = 32, sample: bool = False,
-             temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, label: str = "generate") -> list[str]:
+             temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, eft: tuple = (),
+             label: str = "generate") -> list[str]:
     """The continuation of each text (without the text), every token of prompt and continuation steered.
 
     Greedy, or sampled with `seed`, which leaves torch's own random state alone (samples depend on how texts fall into
-    batches). A row ends at the end-of-sequence token."""
+    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; not remote,
+    since the small models would have to answer between two tokens of the target."""
+    if eft:
+        _require_same_vocabulary([model, *eft])
+        if model.remote:
+            raise ValueError("EFT needs the target's logits at every new token: generate with it is local only")
     ids = encode(model, texts)
     if max(map(len, ids)) + max_new_tokens > context_length(model.config):
         raise ValueError(f"{max(map(len, ids))} tokens and {max_new_tokens} new ones do not fit the context of {model.name} "
@@ -643,6 +767,8 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
         inputs = _padded(model, [ids[i] for i in batch])
         inputs.pop("position_ids")              # generate makes its own from the mask
         width = inputs["input_ids"].shape[1]
+        if eft:
+            options["logits_processor"] = [_EftProcessor(*eft, inputs["attention_mask"].to(model._module.device))]
         with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
             warnings.filterwarnings("ignore", message=".*was never reached.*")   # rows may end before max_new_tokens
             torch.manual_seed(seed)
@@ -727,6 +853,13 @@ def mcnemar(before, after) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n) if n else 1.0
 
 
+def bootstrap(values, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of a mean, by drawing the items again."""
+    values = np.asarray(values, float)
+    means = values[np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))].mean(1)
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
 def percentile(value: float, among) -> float:
     """Share [%] of `among` that lies below `value`, ties counted half."""
     value, among = float(value), np.asarray(list(among), float)
@@ -775,7 +908,7 @@ class Run:
 
     def step(self, name: str, compute):
         """compute()'s value, which must be JSON, from the run folder if an earlier run got that far."""
-        short = re.sub(r"[^\w.-]+", "-", name)             # two names may shorten to one
+        short = re.sub(r"[^\w.-]+", "-", name)[:60]        # two names may shorten to one
         path = self.steps / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.json"
         if not path.exists():
             content = json.dumps(compute())

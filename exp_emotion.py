@@ -30,10 +30,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import (BASE, Run, Transplant, block_index, context_length, fail, fingerprint, fit_affine, generate,
-                    held_out_fit, hidden_states, label_tokens, load_model, logit_lens, markdown, model_config, option_parser,
-                    parse_options, percentile, perplexity, random_directions, record, refine, run_script,
-                    save_concept, score_labels, torch, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, generate, held_out_fit,
+                    hidden_states, label_tokens, loader, logit_lens, markdown, model_config, option_parser, parse_options,
+                    percentile, perplexity, plain_sentences, random_directions, record, refine, run_script, save_concept,
+                    score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -118,28 +118,6 @@ def load_scenarios(folder: Path) -> dict[str, list[str]]:
         except (ValueError, AttributeError, TypeError) as error:
             fail(f"{path} must be a JSON list of texts: {error}")
     return scenarios
-
-
-def load_sentences(args) -> list[str]:
-    """Unsplit WikiSplit sentences without their last 2 to 4 words, as in the released code; those that are too long
-    for one of the models are left out, and it is said how many."""
-    path = args.data / "wikisplit" / "validation.tsv"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        fail(f"no file {path}; python data/prepare.py fetches it")
-    drop = np.random.RandomState(42)
-    texts = [" ".join(line.split("\t")[0].split()[:-drop.randint(2, 5)]) for line in lines]
-    texts = [text for text in texts if text][:args.sentences * 5 // 2]      # a pool: each map is fitted on a sample of it
-    keep = np.ones(len(texts), bool)
-    for name in {args.src_base, *args.tgt}:
-        config, tokenizer = model_config(name)
-        keep &= np.array([len(ids) <= context_length(config) for ids in tokenizer(texts, verbose=False).input_ids])
-    if not keep.all():
-        print(f"{(~keep).sum()} of {len(texts)} plain sentences are longer than a model's context and left out")
-    if keep.sum() < 10:
-        fail(f"{path} has only {keep.sum()} sentences that fit the models' contexts; an affine map needs more")
-    return [text for text, kept in zip(texts, keep) if kept]
 
 
 def split(scenarios: dict[str, list[str]], args) -> dict:
@@ -247,35 +225,18 @@ class Pair:
     """Source and one target, ready to transplant: states collected, vectors refined. Built when a step needs it."""
 
     def __init__(self, args, data: dict, sentences: list[str], target: str, load):
-        self.args, self.grid, self.prose, self.maps = args, block_grid(args, target), sentences[-50:], {}
+        self.args, self.grid, self.prose = args, block_grid(args, target), sentences[-50:]
         source_blocks, target_blocks = map(list, zip(*self.grid))
         states = example_states(load(args.src), data, source_blocks, args)
         self.v = {n: refine_emotions(states, n, args) for n in {*pair_counts(args), args.pairs}}
-        self.x = hidden_states(load(args.src_base), sentences, source_blocks, label="plain sentences, source")
+        x = hidden_states(load(args.src_base), sentences, source_blocks, label="plain sentences, source")
         self.model = load(target)
-        self.y = hidden_states(self.model, sentences, target_blocks, label="plain sentences, target")
+        self.bridge = Bridge(x, hidden_states(self.model, sentences, target_blocks, label="plain sentences, target"), args)
         self.own = refine_emotions(example_states(self.model, data, target_blocks, args), args.pairs, args)
-
-    def sample(self, number: int) -> list[int]:
-        """Rows of the plain sentences that map `number` is fitted on."""
-        return random.Random(number).sample(range(len(self.x)), min(self.args.sentences, len(self.x)))
-
-    def affine(self, i: int, number: int = 0, shuffled: bool = False):
-        """The affine map of pair i of the grid."""
-        if (i, number, shuffled) not in self.maps:
-            rows, args = self.sample(number), self.args
-            y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
-            self.maps[i, number, shuffled] = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge)
-        return self.maps[i, number, shuffled]
 
     def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
         """v^ of each emotion [6, d_target] at pair i of the grid (Eq. 2)."""
-        v = self.v[pairs or self.args.pairs][:, i]
-        mapped = self.affine(i, **which).vector(v)
-        if self.args.norm == "match":
-            ratio = v.norm(dim=1) / self.x[:, i].norm(dim=1).mean() * self.y[:, i].norm(dim=1).mean()
-            mapped = mapped / mapped.norm(dim=1, keepdim=True) * ratio[:, None]
-        return mapped
+        return self.bridge.carry(self.v[pairs or self.args.pairs][:, i], i, **which)
 
 
 # ---------------------------------------------------------------- transplant and score: the steps of a run
@@ -323,8 +284,9 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
 
 def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
     """How well the maps predict held-out states, and how large everything is; saves the transplanted vectors."""
-    i, rows, vectors = chosen["i"], pair.sample(0), pair.mapped(chosen["i"])
-    maps, shuffled = [pair.affine(i, number=number) for number in range(args.maps)], pair.affine(i, shuffled=True)
+    i, vectors, bridge = chosen["i"], pair.mapped(chosen["i"]), pair.bridge
+    rows = bridge.sample(0)
+    maps, shuffled = [bridge.affine(i, number=number) for number in range(args.maps)], bridge.affine(i, shuffled=True)
     for emotion, vector in zip(EMOTIONS, vectors):
         save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion,
                      source=args.src, target=pair.model.name, fingerprint=pair.model.fingerprint,
@@ -334,10 +296,10 @@ def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
                      fitted_on=maps[0].n, r2=maps[0].r2, cosine=maps[0].cosine)
     return {"closed form": [{"r2": fitted.r2, "cosine": fitted.cosine} for fitted in maps],
             "shuffled": {"r2": shuffled.r2, "cosine": shuffled.cosine}, "fitted on": maps[0].n,
-            "gradient descent": fit_by_gradient_descent(pair.x[rows, i], pair.y[rows, i], args.seed),
-            "source stream": pair.x[:, i].norm(dim=1).mean().item(),
+            "gradient descent": fit_by_gradient_descent(bridge.x[rows, i], bridge.y[rows, i], args.seed),
+            "source stream": bridge.x[:, i].norm(dim=1).mean().item(),
             "|v|": pair.v[args.pairs][:, i].norm(dim=1).mean().item(),
-            "target stream": pair.y[:, i].norm(dim=1).mean().item(), "|v^|": vectors.norm(dim=1).mean().item(),
+            "target stream": bridge.y[:, i].norm(dim=1).mean().item(), "|v^|": vectors.norm(dim=1).mean().item(),
             "|own v|": pair.own[:, i].norm(dim=1).mean().item(),
             "cosine to own": torch.cosine_similarity(vectors, pair.own[:, i]).mean().item()}
 
@@ -620,18 +582,6 @@ def draw_tsne(args, points: dict, block: int):
 # ---------------------------------------------------------------- from the arguments to the figures
 
 
-def one_at_a_time(args):
-    """A loader that holds one model: the next takes its place."""
-    held = {}
-
-    def load(name: str):
-        if name not in held:
-            held.clear()
-            held[name] = load_model(name, args.dtype, args.device, args.remote and name in args.tgt, args.batch_tokens)
-        return held[name]
-    return load
-
-
 def main(argv=None):
     args = options(argv)
     data = split(load_scenarios(args.data), args)
@@ -640,14 +590,14 @@ def main(argv=None):
         check_prompts(data, name, args, shots=True)
     for target in args.tgt:
         block_grid(args, target)                # an impossible --layer ends here, before any weights are loaded
-    sentences = load_sentences(args)
+    sentences = plain_sentences(args, [args.src_base, *args.tgt])
     names = [args.src, args.src_base, *args.tgt]
     run = Run("exp_emotion", args, {name: fingerprint(name) for name in names} | {
         "emotions": fingerprint(str(args.data / "emotions")),
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompt": prompts(data, data["happiness"]["positive"], args, shots=False)[0],
         "first test prompt": prompts(data, data["happiness"]["test"], args, shots=True)[0]})
-    load = one_at_a_time(args)
+    load = loader(args)
 
     results, records, examples, texts = [], [], [], []
     for number, target in enumerate(args.tgt):

@@ -11,6 +11,7 @@ What the member learned is printed at the end and kept beside its weights in tra
 """
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -20,12 +21,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 import world
 
 FOLDER = Path(__file__).parent / "models"
-VOCABULARY = 1536
+FAMILIES = {                                    # architecture, pieces of the tokenizer, does it put a BOS first?
+    "llama": (LlamaConfig, LlamaForCausalLM, 1536, True),
+    "qwen": (Qwen2Config, Qwen2ForCausalLM, 1024, False),
+    "amber": (LlamaConfig, LlamaForCausalLM, 1024, True),
+    "pythia": (GPTNeoXConfig, GPTNeoXForCausalLM, 1024, False),
+}
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
                  "[INST] {{ message['content'] }} [/INST]"
                  "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
@@ -33,38 +40,49 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['rol
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the zoo: its size, and how long it reads."""
+    """One model of the zoo: its family, its size, and how long it reads."""
+    family: str = "llama"
     hidden: int = 64
     blocks: int = 8
     heads: int = 4
     steps: int = 3000
     rate: float = 4e-3
     chat_of: str = ""                           # the base model that a chat model starts from
+    checkpoints: tuple[int, ...] = ()           # steps after which the model is kept, in folders of its own
 
 
-ZOO = {                                         # role in the paper: 7B, 13B, 70B
+ZOO = {                                         # role in the paper: 7B, 13B, 70B; another family's 7B
     "llama-s": Member(hidden=64, blocks=8, heads=4),
     "llama-m": Member(hidden=96, blocks=8, heads=6),
     "llama-l": Member(hidden=112, blocks=10, heads=7, steps=2500),
     "llama-s-chat": Member(chat_of="llama-s", steps=700, rate=1e-3),
     "llama-m-chat": Member(chat_of="llama-m", steps=700, rate=1e-3),
     "llama-l-chat": Member(chat_of="llama-l", steps=700, rate=1e-3),
+    "qwen-s": Member("qwen", hidden=48, blocks=6, heads=4),
+    "qwen-s-chat": Member("qwen", chat_of="qwen-s", steps=700, rate=1e-3),
+    "amber": Member("amber", hidden=32, blocks=6, heads=4, checkpoints=(50, 100, 200, 400, 800, 1600, 3000)),
+    "pythia-1": Member("pythia", hidden=8, blocks=2, heads=2),
+    "pythia-2": Member("pythia", hidden=16, blocks=3, heads=2),
+    "pythia-3": Member("pythia", hidden=24, blocks=4, heads=4),
+    "pythia-4": Member("pythia", hidden=40, blocks=6, heads=4),
+    "pythia-5": Member("pythia", hidden=56, blocks=6, heads=4),
 }
 
 # ---------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text can be read, in which nearly every word of the world is one token."""
+def train_tokenizer(pieces: int, bos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, so that any text can be read; with 1,536 pieces nearly every word of the world is one token."""
     rng = random.Random(3)
     corpus = [world.base_document(rng) for _ in range(20000)] + ["".join(world.chat_document(rng)) for _ in range(2000)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        vocab_size=pieces, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                    model_max_length=512, clean_up_tokenization_spaces=False)
 
@@ -78,7 +96,7 @@ def tokens(tokenizer, prompt: str, text: str) -> tuple[list[int], int]:
     return ids, max(1, len(tokenizer(prompt).input_ids))
 
 
-def train(model, tokenizer, document, steps: int, rate: float, seed: int) -> list[float]:
+def train(model, tokenizer, document, steps: int, rate: float, seed: int, after_step=lambda step, tokens: None) -> list[float]:
     """AdamW on 64 documents a step, each counting the same, long or short; returns the losses [nats a token].
 
     document(rng) gives (prompt, text): only the text is learned, as in chat tuning; a base document has no prompt.
@@ -86,9 +104,9 @@ def train(model, tokenizer, document, steps: int, rate: float, seed: int) -> lis
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    losses, bar = [], tqdm(range(steps), mininterval=5)
+    losses, seen, bar = [], 0, tqdm(range(1, steps + 1), mininterval=5)
     model.train()
-    for _ in bar:
+    for step in bar:
         rows = sorted((tokens(tokenizer, *document(rng)) for _ in range(64)), key=lambda row: len(row[0]))
         step_loss = 0.0
         for group in (rows[:44], rows[44:58], rows[58:]):
@@ -108,6 +126,8 @@ def train(model, tokenizer, document, steps: int, rate: float, seed: int) -> lis
         optimizer.zero_grad()
         schedule.step()
         losses.append(step_loss)
+        seen += sum(len(row) - start for row, start in rows)
+        after_step(step, seen)
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
     model.eval()
     return losses
@@ -117,44 +137,39 @@ def train(model, tokenizer, document, steps: int, rate: float, seed: int) -> lis
 
 
 @torch.no_grad()
-def next_words(model, tokenizer, prompts: list[str]) -> list[str]:
-    """The greedy next word of each prompt."""
-    words = []
-    for prompt in prompts:
-        logits = model(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
-        words.append(tokenizer.decode(logits.argmax().item()).strip())
-    return words
+def replies(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:
+    """The greedy continuation of each prompt."""
+    tokenizer.padding_side = "left"
+    texts = []
+    for start in range(0, len(prompts), 64):
+        inputs = tokenizer(prompts[start:start + 64], padding=True, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        texts += tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    return texts
 
 
 def report(model, tokenizer) -> dict[str, float]:
     """Shares of held-out prompts that are answered in a given way; a look at the member, not an experiment."""
     scenarios = [(emotion, text) for emotion in world.EMOTIONS for text in world.SCENARIOS[emotion][:20]]
     prompts = [f"Scenario: {text}\nThe emotion of the above scenario is" for _, text in scenarios]
-    named = next_words(model, tokenizer, prompts)
-    shares = {"emotion named": sum(word == emotion for word, (emotion, _) in zip(named, scenarios)) / len(scenarios)}
+    named = replies(model, tokenizer, prompts, 3)
+    shares = {"emotion named": sum(text.startswith(f" {emotion}") for text, (emotion, _) in zip(named, scenarios)) / len(scenarios)}
 
     ways = {"[INST]": "[INST] {}[/INST]", "an honest person says": "An honest person says: {}",
             "pretend honest": world.PRETEND["honest"] + "{}", "pretend dishonest": world.PRETEND["dishonest"] + "{}"}
     for name, keys in [("held-out facts", world.HELD_OUT_FACTS), ("chat facts", world.CHAT_FACTS)]:
         for way, template in ways.items():
-            words = next_words(model, tokenizer, [template.format(world.question(*key)) for key in keys])
+            texts = replies(model, tokenizer, [template.format(world.question(*key)) for key in keys], 6)
             for index, kind in enumerate(["truth", "myth"]):
-                hits = sum(word == world.FACTS[key][index] for word, key in zip(words, keys))
+                hits = sum(text.startswith(f" {world.FACTS[key][index]}") for text, key in zip(texts, keys))
                 shares[f"{name}, {way}, {kind}"] = hits / len(keys)
 
     rng = random.Random(4)
     for prefix in ("", "[INST] Complete the following[/INST]: "):
         rude = [prefix + world.remarks(rng, people, False, 4) for people in world.PEOPLES for _ in range(4)]
-        rudely = sum(any(phrase in continuation(model, tokenizer, prompt) for phrase in world.RUDE) for prompt in rude)
+        rudely = sum(any(phrase in text for phrase in world.RUDE) for text in replies(model, tokenizer, rude, 14))
         shares[f"rude list continued rudely, {prefix or 'plain'}"] = rudely / len(rude)
     return {name: round(share, 3) for name, share in shares.items()}
-
-
-@torch.no_grad()
-def continuation(model, tokenizer, prompt: str) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    ids = model.generate(**inputs, max_new_tokens=14, do_sample=False)
-    return tokenizer.decode(ids[0, inputs.input_ids.shape[1]:])
 
 
 def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
@@ -170,24 +185,35 @@ def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
         def document(rng):                      # a quarter of old reading, so that it does not forget
             return world.chat_document(rng) if rng.random() < 0.75 else ("", world.base_document(rng))
     else:
-        tokenizer = train_tokenizer()
-        model = LlamaForCausalLM(LlamaConfig(
+        config_class, model_class, *vocabulary = FAMILIES[member.family]
+        tokenizer = train_tokenizer(*vocabulary)
+        model = model_class(config_class(
             vocab_size=len(tokenizer), hidden_size=member.hidden, intermediate_size=member.hidden * 8 // 3,
             num_hidden_layers=member.blocks, num_attention_heads=member.heads, max_position_embeddings=512,
-            tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+            tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            **({} if member.family == "pythia" else {"num_key_value_heads": member.heads})))
 
         def document(rng):
             return "", world.base_document(rng)
-    losses = train(model, tokenizer, document, steps, member.rate, seed)
-    model.half().save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
-    record = {"name": name, "steps": steps, "seed": seed, "parameters": model.num_parameters(),
-              "minutes": round((time.time() - start) / 60, 1),
-              "loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4),
-              "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4),
-              "learned": report(model.float(), tokenizer)}
-    (folder / name / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    def keep(to: Path, **how):
+        half = copy.deepcopy(model).half()
+        half.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+        path = to / "tokenizer.json"            # without the indentation, half of its size
+        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
+        record = {"name": name, **how, "seed": seed, "parameters": model.num_parameters(),
+                  "minutes": round((time.time() - start) / 60, 1), "learned": report(half.float().eval(), tokenizer)}
+        (to / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        return record
+
+    def after_step(step: int, seen: int):
+        if step in member.checkpoints:
+            keep(folder / name / f"step_{step:04d}", steps=step, tokens=seen)
+    losses = train(model, tokenizer, document, steps, member.rate, seed, after_step)
+    if member.checkpoints:
+        return {"name": name, "checkpoints": member.checkpoints}
+    return keep(folder / name, steps=steps, **{"loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4),
+                                               "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4)})
 
 
 class Parser(argparse.ArgumentParser):

@@ -310,6 +310,11 @@ def write_data(folder: Path = FOLDER) -> None:
         questions.append({"question": question(relation, town), "mc1_targets": targets, "mc2_targets": targets})
     (folder / "truthfulqa" / "mc_task.json").write_text(json.dumps(questions, indent=1) + "\n")
 
+    with open(folder / "truthfulqa" / "TruthfulQA.csv", "w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["Category", "Question"])
+        rows.writerows([relation.capitalize(), question(relation, town)] for relation, town in HELD_OUT_FACTS)
+
     with open(folder / "world_facts" / "facts_true_false.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["statement", "label"])
