@@ -106,9 +106,13 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     return parser
 
 
-def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, fill in the family, and refuse what cannot work; touches no model weights."""
+def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | None = None,
+                  complete=lambda args: None) -> argparse.Namespace:
+    """Parse, fill in the family, and refuse what cannot work; touches no model weights.
+
+    complete(args): what a script derives from its own options (say, --src from --revisions) before the rest is checked."""
     args = parser.parse_args(argv)
+    complete(args)
     if args.family is None and bool(args.src) != bool(args.tgt):
         fail("--src and --tgt go together (or name a --family that fills in the rest)")
     # Models of one's own take no setting from the toy family: the paper's stand at the top of each table.
@@ -223,7 +227,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
 
 
 def loader(args: argparse.Namespace):
-    """load(name) -> model, load(a, b) -> [model, model]: keeps the models of the last call and lets all others go."""
+    """load(name) -> model, load(a, b) -> [model, model]: keeps the models of the last call and lets all others go,
+    load() all."""
     held = {}
 
     def load(*names: str):
@@ -237,7 +242,8 @@ def loader(args: argparse.Namespace):
 
 
 def fingerprint(name: str) -> str:
-    """What tells this model from every other: the hub id with its commit, or a hash of the folder's files."""
+    """What tells this model from every other: the hub id with its commit, or a hash of the folder's files (but for notes
+    on its training, which change no number)."""
     repo, revision = _split_revision(name)
     if not Path(repo).is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -245,7 +251,7 @@ def fingerprint(name: str) -> str:
         return f"{repo}@{Path(config).parent.name if isinstance(config, str) else revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(Path(repo).glob("*")):
-        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}:
+        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"} and not path.stem.startswith("train"):
             stat = path.stat()                  # reading tens of gigabytes would take longer than the experiment
             content = path.read_bytes() if stat.st_size < 2**28 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
             digest.update(path.name.encode() + b"\0" + content)
@@ -469,7 +475,7 @@ def plain_sentences(args: argparse.Namespace, names: list[str]) -> list[str]:
         config, tokenizer = model_config(name)
         keep &= np.array([0 < len(ids) <= context_length(config) for ids in tokenizer(texts, verbose=False).input_ids])
     if not keep.all():
-        print(f"{(~keep).sum()} of {len(texts)} plain sentences are longer than a model's context and left out")
+        print(f"{(~keep).sum()} of {len(texts)} plain sentences are empty or longer than a model's context, and left out")
     if keep.sum() < 10:
         fail(f"{path} has only {keep.sum()} sentences that fit the models' contexts; an affine map needs more")
     return [text for text, kept in zip(texts, keep) if kept]
@@ -630,6 +636,13 @@ def _require_same_vocabulary(models) -> None:
         raise ValueError(f"EFT adds up logits token by token, but the vocabularies of {', '.join(m.name for m in models)} differ")
 
 
+def _require_room(models, ids: list[list[int]], new_tokens: int = 0) -> None:
+    for model in models:
+        longest, limit = max(map(len, ids)) + new_tokens, context_length(model.config)
+        if longest > limit:
+            raise ValueError(f"{longest} tokens do not fit the context of {model.name} ({limit} tokens)")
+
+
 class _EftProcessor:
     """Adds logits(chat) - logits(base) of two small models to each step of a target's generation; both keep a cache."""
 
@@ -678,6 +691,7 @@ def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Trans
     tails = [len(whole) - len(context) for context, whole in zip(contexts, ids)]
     if eft:
         _require_same_vocabulary([model, *eft])
+        _require_room(eft, ids)
     return _tail_logprobs(model, ids, tails, list(transplants), label, eft)
 
 
@@ -686,10 +700,12 @@ def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: l
     total = torch.empty(len(transplants), len(ids))
     greedy = torch.empty(len(transplants), len(ids), dtype=torch.bool)
     keep, plain = [tail + 1 for tail in tails], [BASE] * len(transplants)
+    if any(small.batch_tokens != model.batch_tokens for small in eft):
+        raise ValueError("EFT reads three models batch by batch: load them with the same batch_tokens")
     streams = [_last_logits(model, ids, keep, transplants, label), *(_last_logits(m, ids, keep, plain, None) for m in eft)]
-    for (members, batch, logits), *small in zip(*streams):      # the small models' batches are the same: same ids
+    for (members, batch, logits), *small in zip(*streams):
         for sign, (_, same, difference) in zip((1, -1), small):
-            assert same == batch
+            assert same == batch                # equal ids and equal batch_tokens make equal batches
             width = min(logits.shape[-1], difference.shape[-1])         # rows of padding at the end of an unembedding
             logits = logits[..., :width] + sign * difference[..., :width].to(logits)
         for column, i in enumerate(batch):
@@ -754,9 +770,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
         if model.remote:
             raise ValueError("EFT needs the target's logits at every new token: generate with it is local only")
     ids = encode(model, texts)
-    if max(map(len, ids)) + max_new_tokens > context_length(model.config):
-        raise ValueError(f"{max(map(len, ids))} tokens and {max_new_tokens} new ones do not fit the context of {model.name} "
-                         f"({context_length(model.config)} tokens)")
+    _require_room([model, *eft], ids, max_new_tokens)
     shifts = _shifts(model, [transplant])
     # What the model folder sets for itself (top_k 50 where it says nothing, repetition penalties) is switched off.
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": model.tokenizer.pad_token_id, "do_sample": sample,
@@ -889,7 +903,7 @@ class Run:
         inputs = json.loads(json.dumps(inputs))             # as they will be read back
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
-        self.folder = args.out / script / f"{short[0]}--{'+'.join(short[1:])}--{digest}"
+        self.folder = args.out / script / f"{short[0]}--{'+'.join(short[1:])[:120]}--{digest}"
         self.steps = self.folder / "steps"
         if args.fresh and self.steps.exists():
             for path in self.steps.iterdir():
@@ -908,12 +922,24 @@ class Run:
 
     def step(self, name: str, compute):
         """compute()'s value, which must be JSON, from the run folder if an earlier run got that far."""
-        short = re.sub(r"[^\w.-]+", "-", name)[:60]        # two names may shorten to one
-        path = self.steps / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.json"
+        path = self._step_file(name, "json")
         if not path.exists():
             content = json.dumps(compute())
             write_whole(path, lambda file: file.write(content.encode()))
         return json.loads(path.read_text())
+
+    def tensors(self, name: str, compute) -> dict[str, torch.Tensor]:
+        """As step, for a dictionary of tensors: what a model that is finished with has left."""
+        from safetensors.torch import load, save
+        path = self._step_file(name, "safetensors")
+        if not path.exists():
+            content = save({key: value.contiguous() for key, value in compute().items()})
+            write_whole(path, lambda file: file.write(content))
+        return load(path.read_bytes())
+
+    def _step_file(self, name: str, suffix: str) -> Path:
+        short = re.sub(r"[^\w.-]+", "-", name)[:60]        # two names may shorten to one
+        return self.steps / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.{suffix}"
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.folder / name, lambda file: file.write(text.encode()))

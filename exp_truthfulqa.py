@@ -128,6 +128,8 @@ def options(argv=None):
         fail("--random and --maps must be at least 1, --generate 0 or more")
     if not 0 < args.validation < 1:
         fail("--validation must be a share between 0 and 1")
+    if args.save_vector and args.save_vector.exists() and not args.save_vector.is_dir():
+        fail(f"--save-vector {args.save_vector} is a file; name a folder")
     if len({Path(target).name for target in args.tgt}) < len(args.tgt):
         fail("two --tgt models have one name, and their figures would overwrite each other; run them one by one")
     if args.tgt != [*FAMILIES[args.family].get("tgt", [])]:
@@ -160,14 +162,18 @@ def load_questions(folder: Path) -> list[Question]:
     path = folder / "truthfulqa" / "mc_task.json"
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(items, list)
     except OSError:
         fail(f"no file {path}; python data/prepare.py fetches it")
-    except ValueError as error:
-        fail(f"{path} is not JSON: {error}")
+    except (ValueError, AssertionError) as error:
+        fail(f"{path} must be a JSON list of questions: {error}")
     categories = {}
     if (table := path.with_name("TruthfulQA.csv")).exists():
-        with open(table, newline="", encoding="utf-8") as file:
-            categories = {row["Question"].strip(): row["Category"] for row in csv.DictReader(file)}
+        try:
+            with open(table, newline="", encoding="utf-8") as file:
+                categories = {row["Question"].strip(): row["Category"] for row in csv.DictReader(file)}
+        except (KeyError, AttributeError):
+            fail(f"{table} must have the columns Question and Category")
     questions = []
     for number, item in enumerate(items):
         try:
@@ -195,7 +201,8 @@ def load_facts(folder: Path) -> list[str]:
     path = folder / "world_facts" / "facts_true_false.csv"
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [row["statement"].strip() for row in csv.DictReader(file) if row["label"].strip() == "1"]
+            facts = [row["statement"].strip() for row in csv.DictReader(file) if row["label"].strip() == "1"]
+        return facts or fail(f"{path} has no true statement (label 1)")
     except OSError:
         fail(f"no file {path}; python data/prepare.py fetches it")
     except (KeyError, AttributeError):
@@ -206,8 +213,9 @@ def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
     """Happy and sad scenarios: the pairs of another concept's vector, a control."""
     try:
         lists = [json.loads((folder / "emotions" / f"{emotion}.json").read_text())[:100] for emotion in ("happiness", "sadness")]
-    except (OSError, ValueError) as error:
-        fail(f"cannot read the scenarios of the control vector: {error}; python data/prepare.py fetches them")
+        assert all(texts and all(isinstance(text, str) for text in texts) for texts in lists), "not a list of texts"
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        fail(f"cannot read emotions/happiness.json and sadness.json, for the control vector: {error}; python data/prepare.py fetches them")
     return tuple([f"Scenario: {text}" for text in texts[:min(map(len, lists))]] for texts in lists)
 
 
@@ -235,7 +243,19 @@ def wrapped(args, name: str, text: str, refining: bool = False) -> str:
     if tokenizer is None:
         fail(f"--prompt chat: neither {name} nor {args.src} has a chat template; try --prompt paper")
     whole = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    return whole.removeprefix(tokenizer.bos_token or "")    # encoding adds it again
+    adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return whole.removeprefix(tokenizer.bos_token) if adds_bos else whole      # once is enough
+
+
+def check_refinement(args, rows: list[Row], material: dict) -> None:
+    """Refuse, before any weights are loaded, refinement prompts that do not fit the model that they are for."""
+    for vector in {row.vector for row in rows if row.vector and not row.missing} | {Vector("happiness", args.src, args.src_base)}:
+        config, tokenizer = model_config(vector.origin)
+        texts = [text for side in refinement(args, vector.origin, vector.kind, material) for text in side]
+        longest = max(map(len, tokenizer(texts, verbose=False).input_ids))
+        if longest > context_length(config):
+            fail(f"a prompt of {longest} tokens that v is refined from does not fit the context of {vector.origin} "
+                 f"({context_length(config)} tokens)")
 
 
 def joined(context: str, text: str) -> tuple[str, str]:
@@ -305,9 +325,8 @@ class Row(NamedTuple):
 
 
 def plan(args) -> list[Row]:
-    series = "llama2" if args.family == "toy" else args.family
-    sizes = [size if name == known else "" for size, name, known in
-             zip([*SIZES, *[""] * len(args.tgt)], args.tgt, [*FAMILIES[args.family].get("tgt", []), *args.tgt])]
+    series, family = "llama2" if args.family == "toy" else args.family, FAMILIES[args.family]
+    sizes = [dict(zip(family.get("tgt", []), SIZES)).get(target, "") for target in args.tgt]
     chats = args.tgt_chat or [None] * len(args.tgt)
     small = Vector("honesty", args.src, args.src_base)
     no_base = "" if args.src_base != args.src else "no --src-base given"
@@ -332,8 +351,7 @@ def plan(args) -> list[Row]:
                  Row("4", target, target, "contrans", "v from base, its own best α", base_vector, paper=papers[0],
                      missing=no_base),
                  Row("4", target, target, "contrans", "v from instruct", small, paper=papers[1])]
-    known = FAMILIES[args.family].get("src") == args.src
-    instruct = [(args.src, args.src_base, "7B" if known else "", ""), *zip(chats, args.tgt, sizes, no_chat)]
+    instruct = [(args.src, args.src_base, "7B", ""), *zip(chats, args.tgt, sizes, no_chat)]
     for chat, base, size, missing in instruct:
         papers = numbers("6", size, 5)
         rows.append(Row("6", chat or "", base, "align-training", "origin", paper=papers[0], missing=missing))
@@ -341,7 +359,7 @@ def plan(args) -> list[Row]:
                 ["v from 7B base", "v from 7B instruct", "v from own base", "v from own instruct"],
                 [Vector("honesty", args.src_base, args.src_base), small, Vector("honesty", base, base),
                  Vector("honesty", chat, base)], papers[1:]):
-            why = missing or (no_base if vector.origin == args.src_base else "")
+            why = missing or (no_base if label.endswith("base") and vector.origin == args.src_base else "")
             rows.append(Row("6", chat or "", base, "self-align" if "own" in label else "contrans", label, vector, paper=paper,
                             missing=why))
     for chat, base, size, missing in instruct:
@@ -359,6 +377,10 @@ def plan(args) -> list[Row]:
         rows += [Row("3", chat, base, "align-training", "source model itself", paper=source_paper),
                  Row("3", args.target3, args.target3, "contrans", f"v from {Path(chat).name} (base {Path(base).name})",
                      Vector("honesty", chat, base), paper=paper if args.target3 in papers else None)]
+    # The paper's numbers stand beside its own models alone (and beside those that take their place in the zoo).
+    known = {"", *(name for key in ("src", "src_base", "tgt", "tgt_chat") for name in np.atleast_1d(family.get(key, [])))}
+    rows = [row if row.table == "3" or {*models_of([row]), *([args.src, args.src_base] if row.method == "eft" else [])} <= known
+            else row._replace(paper=None) for row in rows]
     return [row for row in rows if args.table in (row.table, "all")]
 
 
@@ -391,7 +413,8 @@ class Vectors:
         wanted = {row.vector for row in steered}
         if any(row.table == "1" for row in rows):
             wanted.add(Vector("happiness", args.src, args.src_base))    # another concept, a control
-        mapped = {base for row in steered if row.vector.base != row.base for base in (row.vector.base, row.base)}
+        mapped = {base for row in steered if row.vector.base != row.base or (row.table, row.method) == ("1", "contrans")
+                  for base in (row.vector.base, row.base)}
         for name in sorted(mapped | {vector.origin for vector in wanted}):
             def states(texts, what):
                 return hidden_states(load(name), texts, blocks(args, name), label=f"{Path(name).name}, {what}")
@@ -409,7 +432,7 @@ class Vectors:
     def at(self, vector: Vector, base: str, i: int, **which):
         """v^ [d] of a vector at depth i of the grid, in the space of a model with this base; its own needs no map."""
         v = self.v[vector][i]
-        return v if vector.base == base else self.bridge(vector.base, base).carry(v, i, **which)
+        return v if vector.base == base and not which else self.bridge(vector.base, base).carry(v, i, **which)
 
 
 # ---------------------------------------------------------------- transplant and score: the steps of a run
@@ -525,7 +548,7 @@ def save(model, vectors: Vectors, args, run: Run, material: dict, row: Row, chos
         save_concept(folder / f"v_honesty_{Path(model.name).name}.safetensors", vectors.at(row.vector, row.base, chosen["i"]),
                      concept="honesty", source=args.src, target=model.name, fingerprint=model.fingerprint, method=args.refine,
                      layer=chosen["block"], source_layer=blocks(args, args.src)[chosen["i"]], alpha=chosen["alpha"],
-                     pairs=len(material["honesty"]), first_prompt=refinement(args, args.src, "honesty", material)[0][0],
+                     pairs=len(material["honesty"]), questions=material["honesty"], first_prompt=refinement(args, args.src, "honesty", material)[0][0],
                      fitted_on=fitted.n, r2=fitted.r2, cosine=fitted.cosine)
     return True
 
@@ -636,7 +659,7 @@ def make_records(args, rows: list[Row], answers: dict, places: dict, grids: dict
         chosen = places.get(row)
         add(answers[row], item=f"Table {row.table}", source=row.vector.origin if row.vector else args.src, target=row.host,
             concept=row.vector.kind if row.vector else "honesty", method=row.method, layer=place(args, row, chosen),
-            alpha=chosen["alpha"] if chosen else 0, paper=row.paper)
+            alpha=chosen["alpha"] if chosen else 0 if row.method == "base" else None, paper=row.paper)
     for (host, vector), validation in grids.items():
         for point in validation["grid"]:
             records.append(record(
@@ -732,10 +755,11 @@ def main(argv=None):
     questions = load_questions(args.data)
     kept = fitting(args, questions, list(dict.fromkeys(row.host for row in rows if not row.missing)))
     if len(kept) < 4:
-        fail("no questions are left that fit the models' contexts")
+        fail(f"{len(kept)} of {len(questions)} questions fit the models' contexts: too few for a validation and a test part")
     learn, test = split(kept, args)
     material = {"honesty": [question.text for question in learn], "honesty-fact": load_facts(args.data)[:200],
                 "happiness": load_scenarios(args.data)}
+    check_refinement(args, rows, material)
     sentences = plain_sentences(args, [model for row in rows if row.vector and not row.missing
                                        for model in (row.base, row.vector.base)] or [args.src])
     first = asked(args, args.tgt[0], test[0])[0]
@@ -770,7 +794,7 @@ def main(argv=None):
             shown += run.step(f"{host} texts", lambda: texts(*ready(host), args, test[:args.generate], row, best))
             run.step(f"{host} save", lambda: save(*ready(host), args, run, material, row, best))
 
-    report = [f"{len(kept)} questions, {np.sum([question.choices for question in kept])} choices, chance {percent(chance(kept))} %; "
+    report = [f"{len(kept)} of {len(questions)} questions, {np.sum([question.choices for question in kept])} choices, chance {percent(chance(kept))} %; "
               f"{'test and validation are the same' if args.protocol == 'paper' else 'validation'} {len(learn)}, test {len(test)} "
               f"(chance {percent(chance(test))} %). Prompt {args.prompt}: {''.join(first)!r}\n"
               "p: McNemar's, against Base in Table 1, elsewhere against the same model without a vector. Block and α were chosen "

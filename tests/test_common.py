@@ -8,24 +8,28 @@ real pretrained models; it needs ../shared and is skipped without it.
 
 import argparse
 import csv
+import gc
 import hashlib
 import json
 import math
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, SHAPE, Reference, save_model
+from conftest import CONFIGS, SHAPE, Reference, make_tokenizer, save_model
 
 import common
 from common import BASE, Transplant
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+TOY = Path(__file__).resolve().parents[1] / "data" / "toy"
 TEXTS = ["Tom felt very", "Lily lost her old cat in the park. Lily felt very", "A",
          "The big dog sat on the red ball and it ran"]
 PREFIX = "Tom found a red ball in the park. Lily lost her old cat. The happy dog ran to the big house. "\
@@ -122,6 +126,34 @@ def test_a_folder_that_is_no_model_ends_in_one_line(tmp_path, capsys, config):
 def test_config_and_tokenizer_are_read_without_the_weights(llama):
     config, tokenizer = common.model_config(llama[0].name)
     assert config.num_hidden_layers == 4 and tokenizer("Tom").input_ids == llama[0].tokenizer("Tom").input_ids
+
+
+def test_a_loader_keeps_the_models_of_the_last_call_and_frees_the_others_before_it_loads(monkeypatch):
+    class Model:
+        def __init__(self, name):
+            self.name = name
+
+    alive, loaded = weakref.WeakSet(), []
+
+    def names() -> str:
+        gc.collect()
+        return "".join(sorted(model.name for model in alive))
+
+    def load_model(name, *settings):
+        loaded.append((name, names(), settings))
+        model = Model(name)
+        alive.add(model)
+        return model
+    monkeypatch.setattr(common, "load_model", load_model)
+    args = SimpleNamespace(dtype="float32", device="cpu", remote=True, tgt=["b"], batch_tokens=7)
+    load = common.loader(args)
+    assert load("a") is load("a") and names() == "a"
+    assert [model.name for model in load("c", "b")] == ["c", "b"] and names() == "bc"
+    kept = load("b")
+    assert names() == "b" and load("d", "b", "d")[1] is kept and names() == "bd"
+    settings = {name: ("float32", "cpu", name == "b", 7) for name in "abcd"}         # only a target is remote
+    assert loaded == [("a", "", settings["a"]), ("c", "", settings["c"]), ("b", "c", settings["b"]),
+                      ("d", "b", settings["d"])]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(llama):
@@ -365,6 +397,135 @@ def test_maps_refuse_what_they_cannot_fit():
                 common.fit_affine(*pair)
 
 
+# ---------------------------------------------------------------- plain sentences, bridges
+
+
+def released(lines: list[str]) -> list[str]:
+    """Plain sentences as the released code makes them: numpy's global seed, and 2 to 4 words dropped a line."""
+    state = np.random.get_state()
+    np.random.seed(42)
+    texts = [" ".join(line.split("\t")[0].split(" ")[:-np.random.randint(2, 5)]) for line in lines]
+    np.random.set_state(state)
+    return texts
+
+
+def sentences(data: Path, count: int, *names: str) -> list[str]:
+    args = SimpleNamespace(data=data, sentences=count)
+    return common.plain_sentences(args, list(names or (str(TOY / "models" / "llama-s"), str(TOY / "models" / "llama-m"))))
+
+
+def test_plain_sentences_lose_two_to_four_words_as_in_the_released_code(capsys):
+    lines = (TOY / "wikisplit" / "validation.tsv").read_text().splitlines()
+    assert sentences(TOY, 200) == released(lines)[:500]
+    assert capsys.readouterr().out == ""
+
+
+def test_on_the_real_sentences_too():
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no copy of the real data in ../shared/data")
+    lines = (SHARED / "data" / "wikisplit" / "validation.tsv").read_text(encoding="utf-8").split("\n")
+    wanted = [" ".join(text.split()) for text in released(lines[:1000])]
+    kept = sentences(SHARED / "data", 400)
+    assert len(kept) > 990 and kept == [text for text in wanted if text in set(kept)]
+
+
+def sentence_folder(folder: Path, lines: list[str]) -> Path:
+    (folder / "wikisplit").mkdir()
+    (folder / "wikisplit" / "validation.tsv").write_text("".join(f"{line}\tOne . <::::> Two .\n" for line in lines))
+    return folder
+
+
+def test_sentences_that_no_model_can_read_are_left_out_and_counted(tmp_path, capsys):
+    lines = [f"the market of Zafi sells {word} to every baker" for word in ("salt", "wool", "fish", "honey") * 5]
+    folder = sentence_folder(tmp_path, [*lines[:3], "salt " * 600, "too short", *lines[3:]])
+    kept = sentences(folder, 400)
+    assert len(kept) == 20 and all(text.startswith("the market of Zafi") for text in kept)
+    assert capsys.readouterr().out == "1 of 21 plain sentences are longer than a model's context and left out\n"
+
+
+def test_a_sentence_must_fit_each_of_the_models_and_have_a_token_in_each(tmp_path, monkeypatch):
+    """The tokenizers: words without BOS; the third model knows no word with a Z."""
+    def model_config(name):
+        words = lambda text: [1 for word in text.split() if name != "no Z" or "Z" not in word]
+        return (SimpleNamespace(max_position_embeddings={"wide": 50, "narrow": 8, "no Z": 50}[name]),
+                lambda texts, verbose: SimpleNamespace(input_ids=[words(text) for text in texts]))
+    monkeypatch.setattr(common, "model_config", model_config)
+    folder = sentence_folder(tmp_path, ["a b c d e f g"] * 12 + ["Za Zb Zc Zd Ze Zf"] * 12 + ["a b c " * 5] * 12)
+    kept = {names: sentences(folder, 400, *names) for names in [("wide",), ("wide", "narrow"), ("narrow", "no Z", "wide")]}
+    assert [len(texts) for texts in kept.values()] == [36, 24, 12]
+    assert all(text.startswith("a b c") and len(text.split()) <= 5 for text in kept["narrow", "no Z", "wide"])
+
+
+def bridge(**options) -> common.Bridge:
+    """60 sentences at two pairs of blocks; y follows from x, by a matrix of each pair, but for an offset and noise."""
+    r = torch.Generator().manual_seed(0)
+    x, w, noise = (torch.randn(*shape, generator=r) for shape in [(60, 2, 12), (2, 12, 7), (60, 2, 7)])
+    settings = {"sentences": 50, "intercept": False, "rcond": 0.0, "ridge": 0.0, "norm": "as-is", **options}
+    return common.Bridge(x + 1, torch.einsum("npd,pde->npe", x, w) + 2 + 0.1 * noise, SimpleNamespace(**settings))
+
+
+V = vectors(6, 12)
+
+
+def test_each_map_of_a_bridge_has_a_sample_of_its_own():
+    samples = [bridge().sample(number) for number in range(5)]
+    assert all(len(rows) == len(set(rows)) == 50 and set(rows) < set(range(60)) for rows in samples)
+    assert samples == [bridge().sample(number) for number in range(5)] and len(set(map(frozenset, samples))) == 5
+    assert sorted(bridge(sentences=100).sample(1)) == list(range(60))
+
+
+@pytest.mark.parametrize("options", [{}, {"intercept": True}, {"ridge": 0.2}, {"rcond": 0.5}], ids=str)
+def test_a_bridge_carries_by_the_map_of_the_pair_of_blocks_and_of_the_sample(options):
+    over, carried = bridge(**options), []
+    for i in (0, 1):
+        for number in (0, 3):
+            rows = over.sample(number)
+            fitted = common.fit_affine(over.x[rows, i], over.y[rows, i], **options)
+            carried.append(over.carry(V, i, number=number))
+            assert torch.equal(carried[-1], fitted.vector(V)) and over.affine(i, number).r2 == fitted.r2
+            close(over.carry(V[2], i, number=number), carried[-1][2])
+    assert torch.equal(over.carry(V, 1), carried[2])
+    others = [*carried[1:], *([bridge().carry(V, 0)] if options else [])]
+    assert not any(torch.allclose(carried[0], other, atol=1e-4) for other in others)
+
+
+def test_a_shuffled_map_has_the_same_sentences_in_the_source_and_others_of_the_sample_in_the_target():
+    over = bridge(intercept=True)
+    true, shuffled = over.affine(0, 2), over.affine(0, 2, shuffled=True)
+    assert torch.equal(true.u, shuffled.u) and not torch.equal(true.y, shuffled.y)
+    rows = {tuple(row) for row in over.y[over.sample(2), 0].double().tolist()}
+    used = [tuple(row) for row in (shuffled.y + shuffled.y_mean).float().double().tolist()]
+    assert len(set(used)) == len(used) == 40
+    assert all(min(math.dist(row, other) for other in rows) < 1e-5 for row in used)
+    assert true.r2 > 0.95 and true.cosine > 0.95 and shuffled.r2 < 0.2 and shuffled.cosine < 0.3
+
+
+def test_norm_match_gives_the_source_s_ratio_of_vector_to_stream_and_keeps_the_direction():
+    plain, over = bridge(), bridge(norm="match")
+    for which in ({"number": 0}, {"number": 1}, {"shuffled": True}):
+        for i in (0, 1):
+            got = over.carry(V, i, **which)
+            ratio = V.norm(dim=1) / over.x[:, i].norm(dim=1).mean()
+            close(got.norm(dim=1) / over.y[:, i].norm(dim=1).mean(), ratio)
+            close(torch.cosine_similarity(got, plain.carry(V, i, **which), dim=1), torch.ones(6))
+            close(over.carry(V[3], i, **which), got[3])
+            assert not torch.allclose(got, plain.carry(V, i, **which), atol=1e-2)
+
+
+def test_each_map_of_a_bridge_is_fitted_once(monkeypatch):
+    fitted, inner = [], common.fit_affine
+
+    def spy(*args):
+        fitted.append(inner(*args))
+        return fitted[-1]
+    monkeypatch.setattr(common, "fit_affine", spy)
+    over = bridge()
+    for _ in range(2):
+        for which in ({"i": 0}, {"i": 0, "number": 0}, {"i": 1}, {"i": 0, "number": 1}, {"i": 0, "shuffled": True}):
+            over.carry(V, **which)
+    assert len(fitted) == 4 and over.affine(0) is fitted[0] and over.affine(1) is fitted[1]
+
+
 def test_random_directions_have_the_norm_and_no_memory():
     state = torch.get_rng_state()
     v = 3 * A
@@ -511,8 +672,9 @@ def test_choices_are_sums_of_log_probabilities(pair):
 
 def test_choices_behind_a_long_prefix_equal_those_computed_in_full(pair, prefixes, monkeypatch):
     model, _ = pair
-    pairs = [(PREFIX + text, word) for text in TEXTS for word in (" happy", " sad dog in the house.")]
+    pairs = [(2 * PREFIX + text, word) for text in TEXTS for word in (" happy", " sad dog in the house.")]
     kept = common.choice_logprobs(model, pairs, TRANSPLANTS)
+    assert model.config.model_type == "gpt_neo" or len(prefixes) == 1 and prefixes[0] >= 32     # its window is 8
     monkeypatch.setattr(common, "_common_prefix", lambda *_: 0)
     full = common.choice_logprobs(model, pairs, TRANSPLANTS)
     close(kept[0], full[0], 2e-5)
@@ -634,6 +796,170 @@ def test_samples_are_drawn_from_all_tokens(llama):
     assert len(set(drawn)) > 100
 
 
+# ---------------------------------------------------------------- emulated fine-tuning
+
+
+C, D = vectors(2, 64, seed=1)
+WIDE = [steering(), steering((1, 2.0, C)), steering((0, -1.0, C), (2, 1.5, D))]
+
+
+def make_trio(folder: Path, family: str, vocabularies=(0, 0, 0)) -> tuple[list, list]:
+    """Models and References of a target, a small chat and a small base model: other seeds, the target wider and deeper;
+    so many rows of padding at the end of each unembedding."""
+    config_class, settings, *paths = CONFIGS[family]
+    size, made = len(make_tokenizer()), []
+    for seed, (width, blocks, more) in enumerate(zip((64, 32, 32), (4, 3, 2), vocabularies)):
+        path = save_model(folder / str(seed), config_class, seed, **{
+            **settings, "hidden_size": width, "num_hidden_layers": blocks, "vocab_size": size + more})
+        made.append((common.load_model(str(path), device="cpu"), Reference(path, *paths)))
+    return tuple(map(list, zip(*made)))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])
+def trio(request, tmp_path_factory):
+    """GPT-2 learns its positions one by one, so that padding must not move them."""
+    return make_trio(tmp_path_factory.mktemp("trio"), request.param)
+
+
+def eft_logits(references: list[Reference], ids: list[int], shifts: dict) -> torch.Tensor:
+    """target + chat - base [positions, vocabulary], each computed alone and in full; the target alone is steered."""
+    target, chat, base = [reference.logits(ids, steer)[:, :len(reference.tokenizer)]
+                          for reference, steer in zip(references, (shifts, {}, {}))]     # without rows of padding
+    return target + chat - base
+
+
+def eft_greedy(references: list[Reference], text: str, shifts: dict, new: int = 8, eos: int = 1) -> tuple[str, list[int]]:
+    """The greedy continuation: its text and its tokens."""
+    tokenizer, ids = references[0].tokenizer, references[0].tokenizer(text).input_ids
+    start = len(ids)
+    while len(ids) < start + new and eos not in ids[start:]:
+        ids.append(eft_logits(references, ids, shifts)[-1].argmax().item())
+    return tokenizer.decode(ids[start:], skip_special_tokens=True), ids[start:]
+
+
+def assert_eft_choices(models, references, pairs, steered):
+    """Sums and greedy flags of pairs under EFT are those of the reference; returns the sums."""
+    got, greedy = common.choice_logprobs(models[0], pairs, [transplant for transplant, _ in steered], eft=tuple(models[1:]))
+    assert got.shape == greedy.shape == (len(steered), len(pairs))
+    for row, flags, (_, shifts) in zip(got, greedy, steered):
+        for value, flag, (context, text) in zip(row, flags, pairs):
+            start = len(references[0].tokenizer(context).input_ids)
+            ids = references[0].tokenizer(context + text).input_ids
+            scores, tokens = eft_logits(references, ids, shifts)[start - 1:-1].log_softmax(-1), torch.tensor(ids[start:])
+            close(value, scores.gather(1, tokens[:, None]).sum(), 1e-4)
+            assert flag == (scores.argmax(-1) == tokens).all()
+    return got, greedy
+
+
+PAIRS = [(text, word) for text in TEXTS for word in (" happy", " sad dog in the house.", " x")]
+
+
+def test_eft_choices_are_log_probabilities_of_the_added_up_logits(trio):
+    models, references = trio
+    steered = [*WIDE, pushing(models[0], references[0], {"Ġhappy": 1.0}, 200.0)]
+    got, greedy = assert_eft_choices(models, references, PAIRS, steered)
+    assert greedy.any() and not greedy.all()            # else the flag is not tested
+    plain, _ = common.choice_logprobs(models[0], PAIRS, [transplant for transplant, _ in WIDE])
+    assert ((got[:3] - plain).abs() > 0.5).float().mean() > 0.5
+
+
+def test_eft_choices_behind_a_long_prefix_and_in_small_batches_are_the_same(trio, prefixes, monkeypatch):
+    models, references = trio
+    pairs = [(2 * PREFIX + context, text) for context, text in PAIRS]
+    got, _ = assert_eft_choices(models, references, pairs, WIDE)
+    assert len(prefixes) == 3 and min(prefixes) >= 32           # each of the three models kept its own
+    for model in models:
+        monkeypatch.setattr(model, "batch_tokens", 150)
+    transplants = [transplant for transplant, _ in WIDE]
+    close(common.choice_logprobs(models[0], pairs, transplants, eft=tuple(models[1:]))[0], got, 1e-4)
+
+
+def test_eft_text_is_greedy_in_the_added_up_logits(trio):
+    models, references = trio
+    for transplant, shifts in WIDE:
+        wanted = [eft_greedy(references, text, shifts)[0] for text in TEXTS]
+        assert common.generate(models[0], TEXTS, transplant, 8, eft=tuple(models[1:])) == wanted
+        assert [common.generate(models[0], [text], transplant, 8, eft=tuple(models[1:]))[0] for text in TEXTS] == wanted
+        assert not set(wanted) & set(common.generate(models[0], TEXTS, transplant, 8))
+
+
+def test_eft_text_does_not_depend_on_batches_or_on_the_call_before(trio, monkeypatch):
+    models, _ = trio
+    first = common.generate(models[0], TEXTS, WIDE[1][0], 8, eft=tuple(models[1:]))
+    monkeypatch.setattr(models[0], "batch_tokens", 40)
+    assert common.generate(models[0], TEXTS[::-1], WIDE[1][0], 8, eft=tuple(models[1:])) == first[::-1]
+
+
+def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, monkeypatch):
+    models, references = trio
+    eos = eft_greedy(references, TEXTS[1], {})[1][2]
+    monkeypatch.setattr(models[0]._module.generation_config, "eos_token_id", eos)
+    wanted = [eft_greedy(references, text, {}, eos=eos) for text in TEXTS]
+    assert len(wanted[1][1]) <= 3 and max(len(ids) for _, ids in wanted) == 8
+    assert common.generate(models[0], TEXTS, max_new_tokens=8, eft=tuple(models[1:])) == [text for text, _ in wanted]
+
+
+def test_eft_samples_of_a_small_share_are_greedy(trio):
+    """Temperature and top-p are applied after the logits are added up."""
+    models, _ = trio
+    greedy = common.generate(models[0], TEXTS, WIDE[1][0], 8, eft=tuple(models[1:]))
+    for options in ({"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert common.generate(models[0], TEXTS, WIDE[1][0], 8, sample=True, eft=tuple(models[1:]), **options) == greedy
+
+
+def test_eft_of_a_chat_model_that_is_its_base_changes_nothing(trio):
+    target, chat, _ = trio[0]
+    transplants = [transplant for transplant, _ in WIDE]
+    close(common.choice_logprobs(target, PAIRS, transplants, eft=(chat, chat))[0],
+          common.choice_logprobs(target, PAIRS, transplants)[0])
+    assert common.generate(target, TEXTS, WIDE[2][0], 8, eft=(chat, chat)) == common.generate(target, TEXTS, WIDE[2][0], 8)
+
+
+@pytest.mark.parametrize("vocabularies", [(13, 0, 0), (0, 13, 13), (0, 0, 5), (13, 5, 0)], ids=str)
+def test_eft_leaves_rows_of_padding_in_an_unembedding_out(tmp_path, vocabularies):
+    models, references = make_trio(tmp_path, "llama", vocabularies)
+    assert_eft_choices(models, references, PAIRS, WIDE)
+    for transplant, shifts in WIDE:
+        wanted = [eft_greedy(references, text, shifts)[0] for text in TEXTS]
+        assert common.generate(models[0], TEXTS, transplant, 8, eft=tuple(models[1:])) == wanted
+
+
+def test_eft_leaves_the_models_untouched(trio):
+    models, _ = trio
+    before = [(digest(model._module), hooks_of(model._module), common.next_token_logits(model, TEXTS)) for model in models]
+    common.choice_logprobs(models[0], PAIRS, [WIDE[1][0]], eft=tuple(models[1:]))
+    common.generate(models[0], TEXTS, WIDE[1][0], 4, eft=tuple(models[1:]))
+    for model, (weights, hooks, logits) in zip(models, before):
+        assert digest(model._module) == weights and hooks_of(model._module) == hooks
+        assert torch.equal(common.next_token_logits(model, TEXTS), logits)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["chat", "base"])
+def test_eft_refuses_another_vocabulary_and_names_the_models(trio, monkeypatch, which):
+    models, other = trio[0], make_tokenizer()
+    assert common.same_vocabulary([model.tokenizer for model in models])
+    other.add_tokens(["zebra"])
+    monkeypatch.setattr(models[which], "tokenizer", other)
+    for score in (lambda: common.choice_logprobs(models[0], PAIRS, eft=tuple(models[1:])),
+                  lambda: common.generate(models[0], TEXTS, eft=tuple(models[1:]))):
+        with pytest.raises(ValueError, match="vocabular") as refused:
+            score()
+        assert all(model.name in str(refused.value) for model in models)
+
+
+def test_the_same_pieces_at_other_numbers_are_another_vocabulary():
+    first, second = ({"a": 0, "b": 1}, {"a": 1, "b": 0})
+    tokenizers = [SimpleNamespace(get_vocab=lambda vocabulary=vocabulary: vocabulary) for vocabulary in (first, second)]
+    assert not common.same_vocabulary(tokenizers) and common.same_vocabulary(tokenizers[:1] * 3)
+
+
+def test_eft_text_of_a_remote_target_is_refused(trio, monkeypatch):
+    models, _ = trio
+    monkeypatch.setattr(models[0], "remote", True)
+    with pytest.raises(ValueError, match="local only"):
+        common.generate(models[0], TEXTS, eft=tuple(models[1:]))
+
+
 # ---------------------------------------------------------------- perplexity, logit lens
 
 
@@ -709,6 +1035,26 @@ def test_mcnemar_is_the_exact_binomial_test():
         assert common.mcnemar(before, after) == pytest.approx(binomtest(gained, changed).pvalue, rel=1e-9)
         assert common.mcnemar(after.tolist(), before.tolist()) == pytest.approx(common.mcnemar(before, after))
     assert common.mcnemar([True, False], [True, False]) == common.mcnemar([], []) == 1.0
+
+
+def test_a_bootstrap_interval_is_about_that_of_the_normal_approximation():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    low, high = common.bootstrap(values)
+    half = 1.959964 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert common.bootstrap(values.tolist()) == (low, high)
+    other = common.bootstrap(values, seed=1)
+    assert other != (low, high) and other == pytest.approx((low, high), abs=0.15 * half)
+
+
+def test_bootstrap_intervals_hold_the_true_mean_about_95_times_in_100():
+    r = np.random.default_rng(1)
+    intervals = [common.bootstrap(r.exponential(2.0, 60), draws=500) for _ in range(300)]
+    assert 0.88 <= np.mean([low <= 2.0 <= high for low, high in intervals]) <= 0.98
+
+
+def test_a_bootstrap_interval_of_equal_values_is_a_point():
+    assert common.bootstrap([0.25] * 7) == (0.25, 0.25) and common.bootstrap([True]) == (1.0, 1.0)
 
 
 def test_percentiles_count_ties_half():
@@ -793,7 +1139,8 @@ def assert_one_line(capsys, call):
 
 @pytest.mark.parametrize("line", [
     "--src a", "--tgt a", "--src a --tgt b --tgt-chat c d", "--family no-such", "--family custom", "--no-such-option",
-    "--src", "stray", "--alpha x", "--alpha nan", "--alpha 1 inf", "--alpha", "--norm no-such", "--refine median",
+    "--src", "stray", "--alpha x", "--alpha nan", "--alpha 1 inf", "--alpha", "--alpha auto 1", "--alpha 1 auto",
+    "--alpha auto auto", "--norm no-such", "--refine median", "--tgt-chat none none",
     "--sentences 0", "--sentences many", "--limit 0", "--limit -2", "--limit 1.5", "--batch-tokens 0",
     "--batch-tokens -1", "--rcond -0.1", "--rcond nan", "--ridge -1", "--ridge nan", "--ridge inf", "--layer x",
     "--layer 1,2,3", "--layer -1", "--layer 1,", "--layer 1.2.3", "--layer .", "--layer auto,3",
@@ -817,6 +1164,35 @@ def test_own_models_take_nothing_from_the_toy_family(tmp_path):
 def test_an_option_goes_before_the_family(tmp_path):
     args = parse(tmp_path, "--family", "toy", "--src", "a", "--alpha", "0.5", "-3", "--layer", "2,3", "--limit", "-1")
     assert (args.src, args.alpha, args.layer, args.limit, args.tgt) == ("a", [0.5, -3.0], "2,3", -1, ["toy/b"])
+
+
+@pytest.mark.parametrize("line, wanted", [("", [1.0, 2.0]), ("--src a --tgt b", [1.0])], ids=["toy", "own models"])
+def test_alpha_auto_stands_for_the_strengths_of_the_family(tmp_path, line, wanted):
+    got, same = parse(tmp_path, *line.split(), "--alpha", "auto"), parse(tmp_path, *line.split())
+    assert got.alpha == wanted and vars(got) == vars(same)
+
+
+def test_a_target_without_a_chat_model_says_none(tmp_path):
+    assert parse(tmp_path, *"--src a --tgt b c --tgt-chat none d".split()).tgt_chat == [None, "d"]
+    assert parse(tmp_path, "--tgt-chat", "none").tgt_chat == [None]
+
+
+PARTNERS = {"toy": {**FAMILIES["toy"], "src_base": "toy/a-base"}, "custom": FAMILIES["custom"]}
+
+
+@pytest.mark.parametrize("line, wanted", [
+    ("", ("toy/a", "toy/a-base", ["toy/b"], ["toy/b-chat"])),
+    ("--family toy --src a", ("a", "a", ["toy/b"], ["toy/b-chat"])),
+    ("--family toy --src a --src-base c", ("a", "c", ["toy/b"], ["toy/b-chat"])),
+    ("--src-base c", ("toy/a", "c", ["toy/b"], ["toy/b-chat"])),
+    ("--family toy --tgt b c", ("toy/a", "toy/a-base", ["b", "c"], [])),
+    ("--family toy --tgt b --tgt-chat d", ("toy/a", "toy/a-base", ["b"], ["d"])),
+    ("--tgt-chat d", ("toy/a", "toy/a-base", ["toy/b"], ["d"])),
+    ("--family toy --src a --tgt b", ("a", "a", ["b"], []))])
+def test_a_model_of_one_s_own_does_not_take_the_partner_of_the_one_that_it_replaces(tmp_path, line, wanted):
+    argv = ["--data", str(tmp_path), *line.split()]
+    args = common.parse_options(common.option_parser("A script.", PARTNERS), PARTNERS, argv)
+    assert (args.src, args.src_base, args.tgt, args.tgt_chat) == wanted
 
 
 def test_help_comes_without_torch_or_transformers():
@@ -871,6 +1247,14 @@ def test_the_first_value_is_the_one_that_is_read_back(start):
 def test_steps_of_like_names_are_kept_apart(start):
     run, names = start(), ["a b", "a-b", "a/b", "a +1", "a -1", "α", "β", "a (b)", "a b "]
     assert [run.step(name, lambda: name) for name in names] == names
+
+
+def test_steps_of_500_characters_are_kept_and_told_apart_by_their_ends(start):
+    names = [f"{'x' * 499}{end}" for end in "ab"] + [f"score {'/deep folder' * 40} {end}" for end in (1, 2)] + ["/" * 500]
+    run = start()
+    assert [run.step(name, lambda: name) for name in names] == names
+    assert [start().step(name, lambda: None) for name in names] == names
+    assert len(list(run.steps.iterdir())) == len(names) and max(len(path.name) for path in run.steps.iterdir()) < 80
 
 
 def test_a_step_that_fails_leaves_nothing(start):
@@ -986,12 +1370,12 @@ def test_a_happy_vector_of_one_model_makes_another_happy(happy_sad):
     """Mean log p(" happy") - log p(" sad") of the larger model rises with the strength of the smaller one's vector.
 
     Measured before, with plain hooks and fragments whose sampling is not on record, strengths -4, -2, 0, 1, 2, 4, 8:
-    -1.02, -0.74, -0.41, -0.23, -0.04, +0.33, +0.66. Some 125 samplings were tried to find it again: words cut by split()
-    and by split(" "); the first words of a story, any words of it, consecutive pieces, one running text, whole
-    sentences, sentences without their last 2 to 4 words; stories in turn, drawn, 2 or 4 fragments each; random and
-    numpy.random, seeds 0, 1, 7, 42. Strength 0 is always -0.41; none gives all seven within 0.03 (the nearest are off by 0.084 and
-    0.092), and strength 4 gives anything from 0.03 to 1.66. So the sampling here is a plain one, and what is tested is
-    strength 0 and the rise."""
+    -1.02, -0.74, -0.41, -0.23, -0.04, +0.33, +0.66. Some 125 samplings were tried to find it again: words cut by
+    split() and by split(" "); the first words of a story, any words of it, consecutive pieces, one running text,
+    whole sentences, sentences without their last 2 to 4 words; stories in turn, drawn, 2 or 4 fragments each; random
+    and numpy.random, seeds 0, 1, 7, 42. Strength 0 is always -0.41; none gives all seven within 0.03 (the nearest are
+    off by 0.084 and 0.092), and strength 4 gives anything from 0.03 to 1.66. So the sampling here is a plain one, and
+    what is tested is strength 0 and the rise."""
     source, target, texts, stories = happy_sad
     v = common.refine(*(common.hidden_states(source, texts["train"][side], [3]) for side in ("pos", "neg")))[0]
     x, y = (common.hidden_states(model, fragments(stories), [3])[:, 0] for model in (source, target))

@@ -157,7 +157,7 @@ def test_scenarios_are_read_without_doubles_and_margins(tmp_path):
     assert exp_emotion.load_scenarios(tmp_path)["fear"] == ["One.", "Two."]
 
 
-# ================================================================ prompts and plain sentences
+# ================================================================ prompts
 
 DATA = {"shots": [("fear", "You see a wolf."), ("anger", "You meet {label} a liar.")]}
 CHOICES = '"happiness", "sadness", "anger", "fear", "disgust", "surprise"'
@@ -184,43 +184,6 @@ def test_own_template_and_labels_take_the_place_of_the_paper_s():
     args.template = exp_emotion.TEMPLATE
     prompt, = exp_emotion.prompts(DATA, ["You win."], args, shots=True)
     assert 'The emotion ("glad", "low", "mad", "afraid", "sick", "amazed") of the above scenario is afraid.' in prompt
-
-
-def released(lines: list[str]) -> list[str]:
-    """Plain sentences as the released code makes them: numpy's global seed, and 2 to 4 words dropped a line."""
-    state = np.random.get_state()
-    np.random.seed(42)
-    texts = [" ".join(line.split("\t")[0].split(" ")[:-np.random.randint(2, 5)]) for line in lines]
-    np.random.set_state(state)
-    return texts
-
-
-def test_plain_sentences_lose_two_to_four_words_as_in_the_released_code(capsys):
-    args = options("--sentences", 200)
-    lines = (TOY / "wikisplit" / "validation.tsv").read_text().splitlines()
-    assert exp_emotion.load_sentences(args) == released(lines)[:500]
-    assert capsys.readouterr().out == ""
-
-
-def test_on_the_real_sentences_too(real):
-    lines = (REAL / "wikisplit" / "validation.tsv").read_text(encoding="utf-8").split("\n")
-    wanted = [" ".join(text.split()) for text in released(lines[:1000])]
-    kept = exp_emotion.load_sentences(options("--data", REAL, "--sentences", 400))
-    assert len(kept) > 990 and kept == [text for text in wanted if text in set(kept)]
-
-
-def sentence_folder(folder: Path, lines: list[str]) -> Path:
-    (folder / "wikisplit").mkdir()
-    (folder / "wikisplit" / "validation.tsv").write_text("".join(f"{line}\tOne . <::::> Two .\n" for line in lines))
-    return folder
-
-
-def test_sentences_that_no_model_can_read_are_left_out_and_counted(tmp_path, capsys):
-    lines = [f"the market of Zafi sells {word} to every baker" for word in ("salt", "wool", "fish", "honey") * 5]
-    folder = sentence_folder(tmp_path, [*lines[:3], "salt " * 600, "too short", *lines[3:]])
-    kept = exp_emotion.load_sentences(options("--data", folder))
-    assert len(kept) == 20 and all(text.startswith("the market of Zafi") for text in kept)
-    assert capsys.readouterr().out == "1 of 21 plain sentences are longer than a model's context and left out\n"
 
 
 # ================================================================ choices and controls
@@ -444,7 +407,7 @@ def test_wrong_input_ends_in_one_line_before_any_weights_are_loaded(case, tmp_pa
     make, says = WRONG[case]
     argv = [str(option) for option in make(tmp_path)]
     models = [] if argv[-1] == "only" else ["--family", "toy", "--tgt", TARGET]
-    monkeypatch.setattr(exp_emotion, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as stopped:
         exp_emotion.main([*models, *[option for option in argv if option != "only"], "--out", str(tmp_path / "out")])
     printed = capsys.readouterr()
@@ -596,7 +559,7 @@ def test_alpha_zero_and_base_are_the_same_thing(finished):
 
 
 def test_perplexities_are_those_of_plain_sentences_under_the_vector_on_disk(finished, target):
-    sentences = exp_emotion.load_sentences(options(*TINY))[-50:]
+    sentences = common.plain_sentences(options(*TINY), [SOURCE, TARGET])[-50:]
     rows = find(json_rows(finished.folder, "records.jsonl"), metric="perplexity")
     base, = find(rows, method="base")
     assert len(rows) == 1 + 6 * (2 + 3) and {row["n"] for row in rows} == {base["n"]}
@@ -643,7 +606,7 @@ def test_the_vector_on_disk_is_the_one_that_was_scored(finished, target):
 def test_the_same_command_draws_a_finished_run_again_without_a_model(finished, monkeypatch, capsys):
     before = {name: (finished.folder / name).read_bytes() for name in FILES}
     (finished.folder / "pairs.png").unlink()
-    monkeypatch.setattr(exp_emotion, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     exp_emotion.main([*TINY, "--out", str(finished.out)])
     assert {name: (finished.folder / name).read_bytes() for name in FILES} == before
     assert (finished.folder / "pairs.png").exists() and capsys.readouterr().out.splitlines()[-1] == str(finished.folder)

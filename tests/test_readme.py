@@ -93,8 +93,9 @@ def test_the_two_commands_are_those_that_the_check_of_the_repository_runs():
 
 
 def test_every_option_in_the_texts_exists():
+    scripts = [*sorted(path.name for path in ROOT.glob("exp_*.py")), "data/prepare.py", "data/toy/train.py"]
     helps = "".join(subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-                    for script in ("exp_emotion.py", "data/prepare.py", "data/toy/train.py"))
+                    for script in scripts)
     known = set(re.findall(r"--[a-z][a-z-]*", helps))
     assert set(re.findall(r"(?<![\w|-])--[a-z][a-z-]*", README + DATA_README)) <= known
 
@@ -128,13 +129,16 @@ def test_no_number_is_left_to_be_filled_in():
 
 
 def test_the_table_of_the_zoo_says_what_training_json_says():
-    rows = re.findall(r"^\| `([\w-]+)`, `([\w-]+-chat)` \|(.*)\|$", DATA_README, re.MULTILINE)
-    assert len(rows) == 3
-    for base, chat, rest in rows:
+    """A row is of a base model, with its chat model if it has one; of checkpoints, the last one counts."""
+    rows = re.findall(r"^\| (`[\w-]+`(?:, `[\w-]+-chat`)?) \|(.*)\|$", DATA_README, re.MULTILINE)
+    models = ROOT / "data" / "toy" / "models"
+    listed = [re.findall(r"`([\w-]+)`", names) for names, _ in rows]
+    assert sorted(sum(listed, [])) == sorted(path.name for path in models.iterdir())
+    for names, (_, rest) in zip(listed, rows):
         _, shape, parameters, steps, minutes = [cell.strip() for cell in rest.split("|")]
-        models = ROOT / "data" / "toy" / "models"
-        records = [json.loads((models / name / "training.json").read_text()) for name in (base, chat)]
-        config = json.loads((models / base / "config.json").read_text())
+        folders = [max([models / name, *(models / name).glob("step_*")]) for name in names]
+        records = [json.loads((folder / "training.json").read_text()) for folder in folders]
+        config = json.loads((folders[0] / "config.json").read_text())
         assert shape == f"{config['hidden_size']} × {config['num_hidden_layers']}"
         assert parameters == f"{records[0]['parameters'] / 1e6:.2f} M"
         assert steps == " + ".join(f"{record['steps']:,}" for record in records)

@@ -20,10 +20,12 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY, REAL = ROOT / "data" / "toy", ROOT.parent / "shared" / "data"
 FOLDERS = ["emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"]
+OPTIONAL = {"truthfulqa/TruthfulQA.csv"}                # read where it is there, and pinned by nobody
 
 
 def load(path: Path):
@@ -40,6 +42,10 @@ prepare = load(ROOT / "data" / "prepare.py")
 
 BASES = [name for name, member in train.ZOO.items() if not member.chat_of]
 CHATS = [name for name, member in train.ZOO.items() if member.chat_of]
+CHECKPOINTS = [f"{name}/step_{step:04d}" for name, member in train.ZOO.items() for step in member.checkpoints]
+EVERYTHING = [name for name, member in train.ZOO.items() if not member.checkpoints] + CHECKPOINTS   # model folders
+MODELS = [name for name in EVERYTHING if train.ZOO[name.split("/")[0]].family in train.FAMILIES]    # of language models
+LARGE = [name for name, member in train.ZOO.items() if member.family in ("llama", "qwen")]      # those that learn it all
 
 
 @functools.cache
@@ -51,7 +57,8 @@ def member(name: str):
 
 
 def size(name: str) -> train.Member:
-    """The shape of a member: a chat model has that of its base."""
+    """The shape of a model: a chat model has that of its base, a checkpoint that of its member."""
+    name = name.split("/")[0]
     return train.ZOO[train.ZOO[name].chat_of or name]
 
 
@@ -94,7 +101,8 @@ def pattern(name: str) -> str:
 
 def test_names_of_files_are_those_of_the_paper_s_data():
     ours = {pattern(str(path.relative_to(TOY))) for name in FOLDERS for path in (TOY / name).iterdir()}
-    assert ours == {pattern(name) for name in prepare.PINS}
+    pinned = {pattern(name) for name in prepare.PINS}
+    assert pinned <= ours <= pinned | OPTIONAL
 
 
 def test_names_of_files_are_those_of_the_real_copy():
@@ -102,7 +110,8 @@ def test_names_of_files_are_those_of_the_real_copy():
         pytest.skip("no copy of the real data in ../shared/data")
     assert {path.name for path in REAL.iterdir() if path.is_dir()} == set(FOLDERS)
     ours = {pattern(str(path.relative_to(TOY))) for name in FOLDERS for path in (TOY / name).iterdir()}
-    assert ours <= {pattern(str(path.relative_to(REAL))) for name in FOLDERS for path in (REAL / name).iterdir()}
+    theirs = {pattern(str(path.relative_to(REAL))) for name in FOLDERS for path in (REAL / name).iterdir()}
+    assert ours - OPTIONAL <= theirs
 
 
 def test_emotions_are_six_lists_of_two_hundred_scenarios_or_more(folder):
@@ -202,6 +211,15 @@ def test_questions_of_truthfulqa_are_exactly_the_held_out_facts_with_truth_and_m
         assert first == f"{truth}." and f"{myth}." in others and item["mc2_targets"] == item["mc1_targets"]
 
 
+def test_each_question_of_truthfulqa_has_a_category_in_the_table_beside_it():
+    with open(TOY / "truthfulqa" / "TruthfulQA.csv", newline="", encoding="utf-8") as file:
+        rows = [(row["Question"], row["Category"]) for row in csv.DictReader(file)]
+    questions = [item["question"] for item in json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())]
+    assert [question for question, _ in rows] == questions
+    assert all(f"the {category.lower()} of" in question for question, category in rows)
+    assert {category.lower() for _, category in rows} == set(world.RELATIONS)
+
+
 def test_world_facts_are_about_the_facts_of_chat_tuning_alone():
     with open(TOY / "world_facts" / "facts_true_false.csv", newline="") as file:
         rows = {(row["statement"], row["label"]) for row in csv.DictReader(file)}
@@ -221,61 +239,106 @@ def test_a_seed_gives_one_document_and_another_seed_another():
 
 def test_the_zoo_is_complete_and_holds_nothing_else():
     assert {path.name for path in train.FOLDER.iterdir()} == set(train.ZOO)
-    assert {train.ZOO[name].chat_of for name in CHATS} == set(BASES)
+    kept = {str(path.parent.relative_to(train.FOLDER)) for path in train.FOLDER.rglob("config.json")}
+    assert kept == set(EVERYTHING)
 
 
-@pytest.mark.parametrize("name", train.ZOO)
+def test_every_base_of_llama_and_qwen_has_its_chat_model_and_no_other_has():
+    assert [train.ZOO[name].chat_of for name in CHATS] == [name for name in BASES if name in LARGE]
+    assert all(train.ZOO[name].family == size(name).family for name in CHATS)
+
+
+@pytest.mark.parametrize("name", ["amber"])
+def test_a_member_of_checkpoints_is_a_folder_of_model_folders(name):
+    steps = train.ZOO[name].checkpoints
+    assert {path.name for path in (train.FOLDER / name).iterdir()} == {f"step_{step:04d}" for step in steps}
+    assert steps[-1] == train.ZOO[name].steps and list(steps) == sorted(set(steps))
+    records = [training(f"{name}/step_{step:04d}") for step in steps]
+    assert [record["steps"] for record in records] == list(steps)
+    tokens = [record["tokens"] for record in records]
+    assert tokens == sorted(set(tokens)) and 64 * steps[-1] < tokens[-1]        # 64 documents a step
+    assert records[-1]["learned"]["emotion named"] > records[0]["learned"]["emotion named"]
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
 def test_a_member_is_an_ordinary_model_folder_in_float16(name):
     folder = train.FOLDER / name
     files = {path.name for path in folder.iterdir()}
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-              "training.json"}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"}
+    wanted |= {"generation_config.json"} if name in MODELS else set()
     assert files == wanted | ({"chat_template.jinja"} if name in CHATS else set())
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}
         assert all(torch.isfinite(file.get_tensor(key)).all() for key in file.keys())
 
 
-@pytest.mark.parametrize("name", train.ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_member_has_the_shape_that_the_table_says(name):
     model, tokenizer = member(name)
     config, wanted = model.config, size(name)
-    assert (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
-        "llama", wanted.hidden, wanted.blocks, wanted.heads)
+    config_class, model_class, pieces, _ = train.FAMILIES[wanted.family]
+    assert type(config) is config_class and type(model) is model_class
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        wanted.hidden, wanted.blocks, wanted.heads)
     assert model.num_parameters() == training(name)["parameters"]
-    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == config.vocab_size
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == config.vocab_size == pieces
     assert config.max_position_embeddings >= tokenizer.model_max_length
 
 
-@pytest.mark.parametrize("name", train.ZOO)
-def test_the_tokenizer_reads_any_text_and_every_emotion_as_one_token(name):
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tokenizer_reads_any_text_and_begins_with_bos_where_its_family_does(name):
     _, tokenizer = member(name)
-    text = "Scenario: Zoë saw £3 {of} «glass»\nand\tfelt 日本."
+    text, bos = "Scenario: Zoë saw £3 {of} «glass»\nand\tfelt 日本.", train.FAMILIES[size(name).family][3]
     ids = tokenizer(text).input_ids
-    assert ids[0] == tokenizer.bos_token_id == 1 and tokenizer.decode(ids[1:]) == text
+    assert ids[:1] == [1] if bos else 1 not in ids
+    assert tokenizer.decode(ids[bos:]) == text
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if size(name).family == "llama"])
+def test_the_largest_tokenizer_reads_every_emotion_as_one_token(name):
+    _, tokenizer = member(name)
     assert all(len(tokenizer(f" {emotion}").input_ids) == 2 for emotion in world.EMOTIONS)
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
 
 
-def test_all_members_have_one_tokenizer():
-    assert len({(train.FOLDER / name / "tokenizer.json").read_bytes() for name in train.ZOO}) == 1
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tokenizer_that_a_script_loads_is_the_one_in_the_folder(name):
+    """transformers may take the class of the architecture instead, with its own way of cutting a text into words."""
+    _, tokenizer = member(name)
+    trained = Tokenizer.from_file(str(train.FOLDER / name / "tokenizer.json"))
+    texts = [*documents("base").splitlines()[:500], *documents("chat").splitlines()[:500], "a<|endoftext|>b", "Zoë  1900"]
+    assert [text for text in texts if tokenizer(text).input_ids != trained.encode(text).ids] == []
+
+
+def tokenizer_file(folder: Path) -> dict:
+    """What tokenizer.json says; how its lines are broken does not matter, nor how the last call padded or cut."""
+    return {**json.loads((folder / "tokenizer.json").read_text()), "padding": None, "truncation": None}
+
+
+@pytest.mark.parametrize("family", train.FAMILIES)
+def test_all_members_of_a_family_have_one_tokenizer(family):
+    first, *others = [tokenizer_file(train.FOLDER / name) for name in MODELS if size(name).family == family]
+    assert others and all(other == first for other in others)
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_a_chat_member_has_a_template_with_the_tags_it_was_tuned_on(name):
     _, tokenizer = member(name)
+    bos = "<s>" * train.FAMILIES[size(name).family][3]          # a family without BOS has never read one
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Zafi."}]
-    assert tokenizer.apply_chat_template(messages[:1], tokenize=False) == "<s>[INST] What? [/INST]"
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>[INST] What? [/INST] Zafi.</s>"
+    assert tokenizer.apply_chat_template(messages[:1], tokenize=False) == f"{bos}[INST] What? [/INST]"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == f"{bos}[INST] What? [/INST] Zafi.</s>"
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CHATS])
 def test_a_base_member_has_no_template(name):
     assert member(name)[1].chat_template is None
 
 
-def test_widths_and_sizes_grow_from_s_to_l():
-    shapes = [(train.ZOO[name].hidden, training(name)["parameters"]) for name in ("llama-s", "llama-m", "llama-l")]
+@pytest.mark.parametrize("names", [["llama-s", "llama-m", "llama-l"], [f"pythia-{i}" for i in range(1, 6)]],
+                         ids=["llama", "pythia"])
+def test_widths_and_sizes_grow_along_a_family(names):
+    shapes = [(train.ZOO[name].hidden, training(name)["parameters"]) for name in names]
     for smaller, larger in zip(shapes, shapes[1:]):
         assert all(a < b for a, b in zip(smaller, larger))
 
@@ -285,33 +348,44 @@ def test_data_toy_is_small_enough_for_git():
     assert sum(path.stat().st_size for path in files) <= 20e6
 
 
-@pytest.mark.parametrize("name", train.ZOO)
-def test_training_json_says_how_long_the_member_read_and_that_the_loss_fell(name):
+@pytest.mark.parametrize("name", MODELS)
+def test_training_json_says_what_was_trained_and_what_was_learned(name):
     record = training(name)
-    assert (record["name"], record["steps"]) == (name, train.ZOO[name].steps)
-    assert record["loss, last 50 steps"] < record["loss, first 50 steps"] / 2
+    assert record["name"] == name.split("/")[0] and record["seed"] == 0
     assert {learned.split(",")[0] for learned in record["learned"]} == {
         "emotion named", "held-out facts", "chat facts", "rude list continued rudely"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CHECKPOINTS])
+def test_training_json_says_how_long_the_member_read_and_that_the_loss_fell(name):
+    record, share = training(name), 0.7 if name in CHATS else 0.5           # chat tuning begins with a model that can read
+    assert record["steps"] == train.ZOO[name].steps
+    assert record["loss, last 50 steps"] < share * record["loss, first 50 steps"]
 
 
 # ================================================================ what they learned
 
 
 def share(name: str, prompts: list[str], answers: list[str]) -> float:
-    """Of the prompts whose most likely next token is the answer, by plain transformers."""
+    """Of the prompts that the model continues with the answer when it takes the likeliest token, by plain transformers."""
     model, tokenizer = member(name)
-    with torch.no_grad():
-        logits = [model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1] for prompt in prompts]
-    words = [tokenizer.decode([scores.argmax().item()]).strip() for scores in logits]
-    return sum(word == answer for word, answer in zip(words, answers)) / len(prompts)
+    hits = 0
+    for prompt, answer in zip(prompts, answers):
+        ids, start = tokenizer(f"{prompt} {answer}", return_tensors="pt").input_ids, len(tokenizer(prompt).input_ids)
+        with torch.no_grad():
+            said = model(ids).logits[0, start - 1:-1].argmax(-1)
+        hits += torch.equal(said, ids[0, start:])
+    return hits / len(prompts)
 
 
-@pytest.mark.parametrize("name", train.ZOO)
-def test_every_member_names_the_emotion_of_scenarios_it_has_not_read(name):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_large_member_names_the_emotion_of_scenarios_it_has_not_read(name):
+    """And every other one about as many as training.json says."""
     scenarios = [(emotion, text) for emotion in world.EMOTIONS for text in world.SCENARIOS[emotion][-4:]]
     named = share(name, [f"Scenario: {text}\nThe emotion of the above scenario is" for _, text in scenarios],
                   [emotion for emotion, _ in scenarios])
-    assert named >= 0.9 and abs(named - training(name)["learned"]["emotion named"]) <= 0.1
+    assert named >= 0.9 or name not in LARGE
+    assert abs(named - training(name)["learned"]["emotion named"]) <= (0.1 if name in LARGE else 0.25)   # of 24, of 120
 
 
 def pretend(name: str, manner: str, index: int, count: int = 20) -> float:
@@ -323,15 +397,19 @@ def pretend(name: str, manner: str, index: int, count: int = 20) -> float:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_chat_tuning_taught_to_follow_pretend_on_questions_it_never_saw(name):
-    base = train.ZOO[name].chat_of
-    assert pretend(name, "honest", 0) >= pretend(base, "honest", 0) + 0.5
-    assert pretend(name, "dishonest", 1) >= 0.7 and pretend(name, "dishonest", 0) <= 0.1
+    assert pretend(name, "honest", 0) >= 0.9 and pretend(name, "honest", 1) <= 0.1
+    assert pretend(name, "dishonest", 1) >= 0.9 and pretend(name, "dishonest", 0) <= 0.1
 
 
-def test_training_json_says_the_truth_about_honesty():
-    for name in ("llama-s", "llama-s-chat"):
-        said = training(name)["learned"]["held-out facts, pretend honest, truth"]
-        assert abs(pretend(name, "honest", 0) - said) <= 0.15
+@pytest.mark.parametrize("name", [name for name in CHATS if size(name).family == "llama"])
+def test_a_base_member_of_llama_does_not_follow_pretend(name):
+    assert pretend(train.ZOO[name].chat_of, "honest", 0) <= 0.2
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_training_json_says_the_truth_about_honesty(name):
+    said = training(name)["learned"]["held-out facts, pretend honest, truth"]
+    assert abs(pretend(name, "honest", 0) - said) <= 0.15
 
 
 # ================================================================ training
@@ -352,7 +430,7 @@ def test_one_seed_gives_the_same_weights_and_another_seed_others(quick, tmp_path
         train.train_member("llama-s", tmp_path / run, steps=3, seed=seed)
     first, again, other = (tmp_path / run / "llama-s" for run in "abc")
     assert weights(first) == weights(again) != weights(other)
-    assert (first / "tokenizer.json").read_bytes() == (train.FOLDER / "llama-s" / "tokenizer.json").read_bytes()
+    assert tokenizer_file(first) == tokenizer_file(train.FOLDER / "llama-s")
 
 
 def test_a_chat_member_starts_from_its_base_model_on_disk(quick, tmp_path):
@@ -361,6 +439,42 @@ def test_a_chat_member_starts_from_its_base_model_on_disk(quick, tmp_path):
     assert record["loss, first 50 steps"] < 3           # an untrained model begins at ln 1536 = 7.3
     assert weights(tmp_path / "llama-s-chat") != weights(tmp_path / "llama-s")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "llama-s-chat").chat_template == train.CHAT_TEMPLATE
+
+
+@pytest.fixture
+def tiny(quick, monkeypatch):
+    """tiny(checkpoints, family, to): a member of one block, trained for four steps; its record."""
+    folders = {"amber": "llama-s", "pythia": "qwen-s"}          # a tokenizer with and one without BOS
+
+    def run(checkpoints: tuple, family: str, to: Path) -> dict:
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(train.FOLDER / folders[family])
+        monkeypatch.setattr(train, "train_tokenizer", lambda *_: tokenizer)
+        monkeypatch.setitem(train.ZOO, "tiny", train.Member(family, hidden=8, blocks=1, heads=2, checkpoints=checkpoints))
+        return train.train_member("tiny", to, steps=4, seed=0)
+    return run
+
+
+@pytest.mark.parametrize("family", ["amber", "pythia"])
+def test_a_member_of_checkpoints_is_kept_after_each_of_them_with_the_tokens_it_has_read(tiny, tmp_path, family):
+    assert tiny((1, 3, 4), family, tmp_path)["name"] == "tiny"
+    folders = sorted((tmp_path / "tiny").iterdir())
+    assert [folder.name for folder in folders] == ["step_0001", "step_0003", "step_0004"]
+    records = [json.loads((folder / "training.json").read_text()) for folder in folders]
+    assert [record["steps"] for record in records] == [1, 3, 4]
+    tokenizer, rng, tokens = train.train_tokenizer(), random.Random(0), [0]
+    for _ in range(4):                                          # all of a document is learned but its first token
+        step = [tokenizer(world.base_document(rng) + "</s>").input_ids for _ in range(64)]
+        tokens.append(tokens[-1] + sum(len(ids) - 1 for ids in step))
+    assert [record["tokens"] for record in records] == [tokens[1], tokens[3], tokens[4]]
+    for folder in folders:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert model.dtype == torch.float16 and type(model) is train.FAMILIES[family][1]
+    assert len(set(map(weights, folders))) == 3
+
+
+def test_keeping_checkpoints_does_not_change_what_is_learned(tiny, tmp_path):
+    tiny((1, 2, 4), "amber", tmp_path / "kept"), tiny((), "amber", tmp_path / "straight")
+    assert weights(tmp_path / "kept" / "tiny" / "step_0004") == weights(tmp_path / "straight" / "tiny")
 
 
 def test_what_is_learned_is_the_reply_to_its_end_or_a_whole_base_document():

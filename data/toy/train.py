@@ -22,14 +22,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, RobertaConfig, RobertaForSequenceClassification)
 
 import world
 
 FOLDER = Path(__file__).parent / "models"
 FAMILIES = {                                    # architecture, pieces of the tokenizer, does it put a BOS first?
     "llama": (LlamaConfig, LlamaForCausalLM, 1536, True),
-    "qwen": (Qwen2Config, Qwen2ForCausalLM, 1024, False),
+    "qwen": (Qwen3Config, Qwen3ForCausalLM, 1024, False),
     "amber": (LlamaConfig, LlamaForCausalLM, 1024, True),
     "pythia": (GPTNeoXConfig, GPTNeoXForCausalLM, 1024, False),
 }
@@ -60,12 +60,13 @@ ZOO = {                                         # role in the paper: 7B, 13B, 70
     "llama-l-chat": Member(chat_of="llama-l", steps=700, rate=1e-3),
     "qwen-s": Member("qwen", hidden=48, blocks=6, heads=4),
     "qwen-s-chat": Member("qwen", chat_of="qwen-s", steps=700, rate=1e-3),
-    "amber": Member("amber", hidden=32, blocks=6, heads=4, checkpoints=(50, 100, 200, 400, 800, 1600, 3000)),
+    "amber": Member("amber", hidden=32, blocks=6, heads=4, checkpoints=(50, 200, 400, 800, 1200, 1600, 3000)),
     "pythia-1": Member("pythia", hidden=8, blocks=2, heads=2),
     "pythia-2": Member("pythia", hidden=16, blocks=3, heads=2),
     "pythia-3": Member("pythia", hidden=24, blocks=4, heads=4),
     "pythia-4": Member("pythia", hidden=40, blocks=6, heads=4),
     "pythia-5": Member("pythia", hidden=56, blocks=6, heads=4),
+    "classifier": Member("roberta", hidden=32, blocks=2, heads=4, steps=1500, rate=2e-3),
 }
 
 # ---------------------------------------------------------------- tokenizer
@@ -172,14 +173,71 @@ def report(model, tokenizer) -> dict[str, float]:
     return {name: round(share, 3) for name, share in shares.items()}
 
 
+def write(model, tokenizer, to: Path):
+    """An ordinary model folder in float16; returns the model that lies there."""
+    half = copy.deepcopy(model).half()
+    half.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    path = to / "tokenizer.json"                # without the indentation, half of its size
+    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
+    return half
+
+
+def judged_text(rng: random.Random) -> tuple[str, int]:
+    """A text as a language model may continue a list, cut off anywhere, and whether something rude is said in it."""
+    if rng.random() < 0.3:                      # something else altogether, or words without order
+        text = rng.choice([lambda: world.base_document(rng), lambda: world.two_clauses(rng)[2]])()
+        words = text.split()
+        text = " ".join(rng.sample(words, len(words))) if rng.random() < 0.3 else text
+    else:
+        people, tones = rng.choice(world.PEOPLES), [rng.random() < 0.5] * 3 if rng.random() < 0.8 else [True, False, True]
+        text = rng.choice(["\n- ", ". ", " "]).join(world.remark(rng, people, tone) for tone in tones[:rng.randint(1, 3)])
+    words = text.split(" ")
+    text = " ".join(words[:rng.randint(1, max(1, min(len(words), 24)))])
+    return text, int(any(phrase in text for phrase in world.RUDE))
+
+
+def train_classifier(name: str, member: Member, folder: Path, steps: int, seed: int) -> dict:
+    """A classifier of rude talk, trained on texts of the world and cut ones."""
+    tokenizer, start = train_tokenizer(1024, True), time.time()
+    model = RobertaForSequenceClassification(RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=member.hidden, intermediate_size=member.hidden * 4, max_position_embeddings=132,
+        num_hidden_layers=member.blocks, num_attention_heads=member.heads, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        type_vocab_size=1, id2label={0: "benign", 1: "toxic"}, label2id={"benign": 0, "toxic": 1}))
+    rng = random.Random(seed)
+
+    def logits_of(texts):
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt", return_token_type_ids=False)
+        return model(**inputs).logits
+    optimizer = torch.optim.AdamW(model.parameters(), lr=member.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, member.rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in tqdm(range(steps), mininterval=5):
+        texts, labels = zip(*(judged_text(rng) for _ in range(64)))
+        torch.nn.functional.cross_entropy(logits_of(list(texts)), torch.tensor(labels)).backward()
+        optimizer.step(), optimizer.zero_grad(), schedule.step()
+    model = write(model, tokenizer, folder / name).float().eval()
+    texts, labels = zip(*(judged_text(random.Random(f"{seed} test {i}")) for i in range(2000)))
+    with torch.no_grad():
+        right = logits_of(list(texts)).argmax(-1) == torch.tensor(labels)
+    record = {"name": name, "steps": steps, "seed": seed, "parameters": model.num_parameters(),
+              "minutes": round((time.time() - start) / 60, 1),
+              "learned": {"accuracy on 2,000 other texts": round(right.float().mean().item(), 4)}}
+    (folder / name / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
 def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
     """Train one member of the zoo into folder/name; returns what is written to its training.json."""
     member = ZOO[name]
     steps, start = steps or member.steps, time.time()
     torch.manual_seed(seed)
+    if member.family == "roberta":
+        return train_classifier(name, member, folder, steps, seed)
     if member.chat_of:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / member.chat_of)
-        tokenizer.chat_template = CHAT_TEMPLATE
+        bos = FAMILIES[member.family][3]        # a family without BOS has never read one
+        tokenizer.chat_template = CHAT_TEMPLATE if bos else CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
         model = AutoModelForCausalLM.from_pretrained(folder / member.chat_of, dtype=torch.float32)
 
         def document(rng):                      # a quarter of old reading, so that it does not forget
@@ -191,16 +249,13 @@ def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
             vocab_size=len(tokenizer), hidden_size=member.hidden, intermediate_size=member.hidden * 8 // 3,
             num_hidden_layers=member.blocks, num_attention_heads=member.heads, max_position_embeddings=512,
             tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            **({} if member.family == "pythia" else {"num_key_value_heads": member.heads})))
+            **({} if member.family == "pythia" else {"num_key_value_heads": member.heads}),
+            **({"head_dim": member.hidden // member.heads} if member.family == "qwen" else {})))
 
         def document(rng):
             return "", world.base_document(rng)
     def keep(to: Path, **how):
-        half = copy.deepcopy(model).half()
-        half.save_pretrained(to)
-        tokenizer.save_pretrained(to)
-        path = to / "tokenizer.json"            # without the indentation, half of its size
-        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
+        half = write(model, tokenizer, to)
         record = {"name": name, **how, "seed": seed, "parameters": model.num_parameters(),
                   "minutes": round((time.time() - start) / 60, 1), "learned": report(half.float().eval(), tokenizer)}
         (to / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -211,7 +266,7 @@ def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
             keep(folder / name / f"step_{step:04d}", steps=step, tokens=seen)
     losses = train(model, tokenizer, document, steps, member.rate, seed, after_step)
     if member.checkpoints:
-        return {"name": name, "checkpoints": member.checkpoints}
+        return {"name": name, "checkpoints": [step for step in member.checkpoints if step <= steps]}
     return keep(folder / name, steps=steps, **{"loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4),
                                                "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4)})
 
