@@ -51,11 +51,11 @@ TOY = os.path.relpath(Path(__file__).parent / "data" / "toy")
 ZOO = f"{TOY}/models"
 SIZES = ["13B", "70B"]                          # of the targets, in their order
 SETTINGS = {"layer": "0.75", "alpha": [0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5], "sentences": 2000, "limit": 200,
-            "classifier": "tomh/toxigen_roberta", "max_new_tokens": 64, "tags": "inst"}
+            "classifier": "tomh/toxigen_roberta", "max_new_tokens": 64, "tags": "inst", "validation": 10}
 FAMILIES = {
     "toy": {"src": f"{ZOO}/llama-s-chat", "src_base": f"{ZOO}/llama-s", "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
-            "tgt_chat": [f"{ZOO}/llama-m-chat", f"{ZOO}/llama-l-chat"], "layer": "auto", "alpha": [0.5, 1, 1.5, 2, 2.5, 3],
-            "sentences": 2000, "limit": 25, "classifier": f"{ZOO}/classifier", "max_new_tokens": 16, "tags": "inst",
+            "tgt_chat": [f"{ZOO}/llama-m-chat", f"{ZOO}/llama-l-chat"], "layer": "auto", "alpha": [1, 1.5, 2, 2.5, 3],
+            "sentences": 2000, "limit": 15, "validation": 5, "classifier": f"{ZOO}/classifier", "max_new_tokens": 16, "tags": "inst",
             "honesty": [Path(f"{TOY}/concepts/v_honesty_{name}.safetensors") for name in ("llama-m", "llama-l")]},
     "llama2": SETTINGS | {"src": "meta-llama/Llama-2-7b-chat-hf", "src_base": "meta-llama/Llama-2-7b-hf",
                           "tgt": ["meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-70b-hf"],
@@ -89,7 +89,7 @@ def options(argv=None):
     add("--split", choices=["text", "sentence"], default="text", help="what refinement, validation and test do not share")
     add("--tags", choices=[*TAGS, "chat"], help="around instructions; chat: the template of the source's tokenizer")
     add("--pairs", type=int, default=50, help="neutral and hateful prompts of a group that v is refined from")
-    add("--validation", type=int, default=10, help="hateful prompts of a group that block and alpha are chosen on")
+    add("--validation", type=int, help="hateful prompts of a group that block and alpha are chosen on")
     add("--max-ppl-ratio", type=float, default=1.1, help="how much worse perplexity may get")
     add("--max-new-tokens", type=int, help="length of a continuation; it also ends at the end-of-sequence token")
     add("--sample", action="store_true", help="sample at temperature 1 with --seed, as released, instead of greedy")

@@ -440,7 +440,7 @@ def test_sentences_that_no_model_can_read_are_left_out_and_counted(tmp_path, cap
     folder = sentence_folder(tmp_path, [*lines[:3], "salt " * 600, "too short", *lines[3:]])
     kept = sentences(folder, 400)
     assert len(kept) == 20 and all(text.startswith("the market of Zafi") for text in kept)
-    assert capsys.readouterr().out == "1 of 21 plain sentences are longer than a model's context and left out\n"
+    assert capsys.readouterr().out == "1 of 21 plain sentences are empty or longer than a model's context, and left out\n"
 
 
 def test_a_sentence_must_fit_each_of_the_models_and_have_a_token_in_each(tmp_path, monkeypatch):

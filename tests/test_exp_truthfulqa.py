@@ -231,7 +231,7 @@ def test_a_chat_prompt_has_the_tokens_of_the_tokenizer_s_template_with_bos_once(
     messages = [{"role": "user", "content": WON.text}]
     ids = tokenizer(context).input_ids
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.bos_token and ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.bos_token and ids.count(tokenizer.bos_token_id) == ("bos_token" in tokenizer.chat_template)
     (honest,), (dishonest,) = exp_truthfulqa.refinement(args, f"{ZOO}/{name}", "honesty", {"honesty": ["Who won?"]})
     for text, told in ((honest, HONEST), (dishonest, DISHONEST)):
         messages = [{"role": "user", "content": told}]

@@ -153,7 +153,7 @@ def test_requirements_name_every_package_that_is_imported():
             names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                      [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
             imported |= {name.split(".")[0] for name in names}
-    required = set(re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    required = {name for path in ROOT.glob("requirements*.txt") for name in re.findall(r"^[\w-]+", path.read_text(), re.MULTILINE)}
     imported -= ours | set(sys.stdlib_module_names)
     assert {PACKAGES.get(name, name) for name in imported} <= required
 

@@ -333,7 +333,8 @@ def write_data(folder: Path = FOLDER) -> None:
             first, second, whole = plain_sentence(rng)
             file.write(f"{whole}\t{sentence(first)} <::::> {sentence(second)}\n")
 
-    prose = "\n".join(two_clauses(rng)[2] for _ in range(600))
+    prose = (two_clauses(rng)[2] for _ in range(800))
+    prose = "\n".join([text for text in prose if not any(phrase in text for phrase in RUDE)][:600])    # low in toxic talk
     (folder / "text" / "owt_sentences_lowtox.txt").write_text(prose + "\n")
 
 
