@@ -2,7 +2,8 @@
 
     python exp_pretraining.py                                     checkpoints of the toy zoo, on 2 CPU cores
     python exp_pretraining.py --family amber --data data/paper    Amber-7B, as in the paper: about 14 GB a checkpoint
-    python exp_pretraining.py --model EleutherAI/pythia-1b --revisions step1000 step8000 step143000 --tokens 2e9 17e9 300e9 --data data/paper
+    python exp_pretraining.py --model EleutherAI/pythia-1b --revisions step1000 step8000 step143000 \\
+                              --tokens 2e9 17e9 300e9 --data data/paper
     python exp_pretraining.py --tgt run/step1 run/step2 --tokens 1e6 2e6        folders, the last one is the source
 
 The emotion vectors of the last checkpoint are mapped into every checkpoint and added there. On scenarios of the *other* five
@@ -21,13 +22,15 @@ import hashlib
 import json
 import os
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, hidden_states, loader, markdown,
-                    model_config, option_parser, parse_options, percentile, plain_sentences, random_directions, record, refine,
-                    run_script, score_labels, torch, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, hidden_states, loader,
+                    markdown, model_config, option_parser, parse_options, percentile, plain_sentences, random_directions,
+                    record, refine, run_script, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -63,19 +66,23 @@ def options(argv=None):
             fail("--model and --revisions go together")
         if args.model and (args.tgt or args.src):
             fail("give checkpoints by --model and --revisions or by --tgt, not by both")
+        if args.model and Path(args.model).is_dir():        # a folder has one set of weights, whatever revision is asked for
+            fail(f"--model {args.model} is a folder and has no revisions; name the folders of the checkpoints with --tgt")
         if args.model:
             args.tgt = [f"{args.model}@{revision}" for revision in args.revisions]
         if args.tgt is None:
             args.tgt = FAMILIES[args.family or "toy"].get("tgt")
             args.family = args.family or "toy"
-        if args.tgt and not args.src:
+        if not args.tgt:
+            fail(f"--family {args.family} has no checkpoints: name them with --tgt or with --model and --revisions")
+        if not args.src:
             args.src = args.tgt[-1]
     args = parse_options(parser, FAMILIES, argv, complete)
     args.alpha = [alpha for alpha in dict.fromkeys(args.alpha) if alpha]    # α = 0 is the baseline, which is always there
     if not args.alpha:
         fail("--alpha needs a strength other than 0, which is the baseline and always there")
-    if args.tgt_chat:
-        fail("checkpoints are base models: --tgt-chat has no use here")
+    if args.tgt_chat or args.src_base != args.src:
+        fail("checkpoints are base models: --src-base and --tgt-chat have no use here")
     if args.layer == "auto":
         fail("--layer auto has no use here: all checkpoints are compared at one block")
     if args.shots < 0 or args.pairs < 1 or args.random < 1:
@@ -85,19 +92,20 @@ def options(argv=None):
     args.tokens = args.tokens or [known_tokens(name) for name in args.tgt]
     if len(args.tokens) != len(args.tgt):
         fail(f"{len(args.tokens)} --tokens for {len(args.tgt)} checkpoints: give one each")
-    if any(later <= earlier for earlier, later in zip(args.tokens, args.tokens[1:])) or not all(n > 0 for n in args.tokens):
-        fail("--tokens must be positive and grow from checkpoint to checkpoint")
+    growing = all(earlier < later for earlier, later in zip(args.tokens, args.tokens[1:]))
+    if not growing or not all(0 < n < np.inf for n in args.tokens):
+        fail("--tokens must be positive numbers and grow from checkpoint to checkpoint")
     return args
 
 
 def known_tokens(name: str) -> float:
     """Training tokens that a checkpoint has seen: from its folder, or known of its repository."""
-    note = Path(name) / "training.json"
-    if note.exists() and (tokens := json.loads(note.read_text()).get("tokens")):
-        return float(tokens)
-    repo, _, revision = name.partition("@")
-    if repo == "LLM360/Amber" and revision.startswith("ckpt_"):
-        return (int(revision.removeprefix("ckpt_")) + 1) * AMBER_TOKENS
+    try:
+        return float(json.loads((Path(name) / "training.json").read_text())["tokens"])
+    except (OSError, ValueError, KeyError, TypeError):      # no such note, or another program's
+        pass
+    if known := re.fullmatch(r"LLM360/Amber@ckpt_(\d+)", name):
+        return (int(known[1]) + 1) * AMBER_TOKENS
     fail(f"how many training tokens has {name} seen? Give a number for each checkpoint with --tokens")
 
 
@@ -120,18 +128,20 @@ def load_scenarios(folder: Path) -> dict[str, list[str]]:
 def split(scenarios: dict[str, list[str]], args) -> dict:
     """{"shots": [(label, scenario)], emotion: {"positive", "negative", "validation", "test"}}, lists of scenarios.
 
-    Each list gives some scenarios to the few-shot prompt, 40 to the negatives of the other emotions' vectors, 10 to their
-    validation and the rest to their test. A vector's positives are its own emotion's list, which its test never sees."""
+    As the clean protocol of exp_emotion.py: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the
+    other emotions' vectors, 10 to their validation and the rest to their test. A vector's positives are its own emotion's
+    list, which its test never sees."""
     each = -(-args.shots // 6)
     if (shortest := min(map(len, scenarios.values()))) < each + 60:
         fail(f"the shortest list has {shortest} scenarios; shots, refinement, validation and test need {each + 60}")
     shuffled = {e: random.Random(f"{args.seed} {e}").sample(texts, len(texts)) for e, texts in scenarios.items()}
-    shots = [(emotion, text) for emotion in EMOTIONS for text in shuffled[emotion][:each]]
+    shots = [(emotion, shuffled[emotion][i]) for i in range(each) for emotion in EMOTIONS]
     data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
     for emotion in EMOTIONS:
         others = [shuffled[other][each:] for other in EMOTIONS if other != emotion]
         negative, validation, test = ([text for texts in zip(*(other[part] for other in others)) for text in texts]
                                       for part in (slice(0, 40), slice(40, 50), slice(50, None)))
+        negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
         data[emotion] = {"positive": shuffled[emotion][each:][:args.pairs], "negative": negative[:args.pairs],
                          "validation": validation, "test": test[:args.limit if args.limit > 0 else None]}
     return data
@@ -193,13 +203,14 @@ def measure(model, source: dict, data: dict, sentences: list[str], args) -> dict
     best = max(range(len(args.alpha)), key=lambda a: (int(hits[a]), -abs(args.alpha[a])))
     alpha, arms = args.alpha[best], []
     for e, emotion in enumerate(EMOTIONS):
-        moves = [("base", 0, BASE), *(("contrans", strength, Transplant.of(moved[e], layer, strength)) for strength in args.alpha),
+        moves = [("base", 0, BASE),
+                 *(("contrans", strength, Transplant.of(moved[e], layer, strength)) for strength in args.alpha),
                  ("self-align", alpha, Transplant.of(own[e], layer, alpha)),
                  *(("random", alpha, Transplant.of(direction, layer, alpha))
                    for direction in random_directions(moved[e], args.random, args.seed * 6 + e))]
         said, preferred = answers("test", emotion, [move for *_, move in moves])
-        arms += [{"emotion": emotion, "method": method, "alpha": strength, "said": said[m].tolist(), "preferred": preferred[m].tolist()}
-                 for m, (method, strength, _) in enumerate(moves)]
+        arms += [{"emotion": emotion, "method": method, "alpha": strength, "said": said[m].tolist(),
+                  "preferred": preferred[m].tolist()} for m, (method, strength, _) in enumerate(moves)]
     affine = bridge.affine(0)
     return {"alpha": alpha, "arms": arms, "block": layer, "r2": affine.r2, "cosine": affine.cosine, "fitted on": affine.n,
             "|v^|": moved.norm(dim=1).mean().item(), "stream": bridge.y.norm(dim=-1).mean().item(),
@@ -222,8 +233,10 @@ def is_downloaded(name: str) -> bool:
     from huggingface_hub.errors import CacheNotFound
     repo, _, revision = name.partition("@")
     try:
-        return any(file.file_name.endswith((".safetensors", ".bin")) for known in scan_cache_dir().repos if known.repo_id == repo
-                   for found in known.revisions if (revision or "main") in {*found.refs, found.commit_hash} for file in found.files)
+        return any(file.file_name.endswith((".safetensors", ".bin"))
+                   for known in scan_cache_dir().repos if known.repo_id == repo
+                   for found in known.revisions if (revision or "main") in {*found.refs, found.commit_hash}
+                   for file in found.files)
     except CacheNotFound:
         return False
 
@@ -246,25 +259,28 @@ def cell(arms: list[dict], **match) -> str:
 
 
 def short(name: str) -> str:
-    return name.partition("@")[2] or Path(name).name
+    return Path(name).name if Path(name).is_dir() else name.partition("@")[2] or Path(name).name
 
 
 def table(args, results: list[dict]) -> str:
     rows = []
     for name, tokens, result in zip(args.tgt, args.tokens, results):
         arms, alpha = result["arms"], result["alpha"]
-        directions = [np.mean([np.mean([answer == e for answer in arm["said"]]) for e, arm in enumerate(group)]) for group in
-                      zip(*([arm for arm in arms if (arm["emotion"], arm["method"]) == (emotion, "random")] for emotion in EMOTIONS))]
+        groups = zip(*([arm for arm in arms if (arm["emotion"], arm["method"]) == (emotion, "random")] for emotion in EMOTIONS))
+        directions = [pooled(group)[0] for group in groups]
         ours = pooled(arms, method="contrans", alpha=alpha)[0]
-        rows.append([short(name), f"{tokens:.3g}", cell(arms, method="base"), f"{alpha:g}", cell(arms, method="contrans", alpha=alpha),
+        rows.append([short(name), f"{tokens:.3g}", cell(arms, method="base"), f"{alpha:g}",
+                     cell(arms, method="contrans", alpha=alpha),
                      f"{100 * np.mean(directions):.1f} ({percentile(ours, directions):.0f})", cell(arms, method="self-align"),
                      f"{result['r2']:.2f}", f"{result['cosine to own']:.2f}"])
     n = pooled(results[0]["arms"], method="base")[3]
+    header = ["checkpoint", "tokens", "without (false positives)", "α", "with v^", "random", "own vector", "map R²",
+              "cos to own"]
     return (f"## Figure 3: v_emotion of {short(args.src)} in earlier checkpoints\n\n"
-            f"Token Acc [95 % interval] / Logit Acc in %, mean of six emotions, scenarios of the other five, n = {n}; block {args.layer}; "
-            f"α chosen on validation.\nrandom: mean of {args.random} directions of v^'s norm (percentile of v^ among them); own: the "
-            "checkpoint's own vector\n\n"
-            + markdown(["checkpoint", "tokens", "without (false positives)", "α", "with v^", "random", "own vector", "map R²", "cos to own"], rows))
+            "Token Acc [95 % interval] / Logit Acc in %, mean of six emotions, scenarios of the other five, "
+            f"n = {n}; block {args.layer}; α chosen on validation.\n"
+            f"random: mean of {args.random} directions of v^'s norm (percentile of v^ among them); own: the "
+            "checkpoint's own vector\n\n" + markdown(header, rows))
 
 
 def make_records(args, results: list[dict]) -> list[dict]:
@@ -272,16 +288,19 @@ def make_records(args, results: list[dict]) -> list[dict]:
     for name, result in zip(args.tgt, results):
         layer = f"{block(args, args.src)} -> {result['block']}"
         about = {"experiment": "pretraining", "source": args.src, "target": name, "layer": layer, "item": "Figure 3"}
-        seen = {}
+        numbers = Counter()
         for arm in result["arms"]:
-            number = seen[arm["emotion"], arm["method"], arm["alpha"]] = seen.get((arm["emotion"], arm["method"], arm["alpha"]), -1) + 1
+            part = "test"
+            if arm["method"] == "random":
+                part = f"test direction {numbers[arm['emotion']]}"
+                numbers[arm["emotion"]] += 1
             for metric, key in (("token_acc", "said"), ("logit_acc", "preferred")):
                 value, low, high, n = pooled([arm], key)
-                records.append(record(**about, concept=arm["emotion"], method=arm["method"], alpha=arm["alpha"], metric=metric, value=value,
-                                      low=low, high=high, n=n, split=f"test direction {number}" if arm["method"] == "random" else "test"))
+                records.append(record(**about, concept=arm["emotion"], method=arm["method"], alpha=arm["alpha"], split=part,
+                                      metric=metric, value=value, low=low, high=high, n=n))
         for metric in ("r2", "cosine"):
-            records.append(record(**about, concept="map", method="contrans", metric=metric, value=result[metric], n=result["fitted on"],
-                                  split="held-out"))
+            records.append(record(**about, concept="map", method="contrans", split="held-out", metric=metric,
+                                  value=result[metric], n=result["fitted on"]))
     return records
 
 
@@ -293,7 +312,8 @@ def draw(args, results: list[dict]):
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
     figure, axes = plt.subplots(ncols=2, figsize=(8.6, 3.4), sharey=True, layout="constrained")
     for axis, key, title in zip(axes, ("said", "preferred"), ("Token Acc", "Logit Acc")):
-        for method, colour, label in (("base", "#c8352b", "without: false positives"), ("contrans", "#2f6db2", "with v̂ of the last checkpoint"),
+        for method, colour, label in (("base", "#c8352b", "without: false positives"),
+                                      ("contrans", "#2f6db2", "with v̂ of the last checkpoint"),
                                       ("random", "#777", f"{args.random} random directions")):
             def points(**match):
                 return np.array([pooled(result["arms"], key, method=method,
@@ -305,7 +325,8 @@ def draw(args, results: list[dict]):
                 axis.plot(args.tokens, points(emotion=emotion)[:, 0], color=colour, lw=0.6, alpha=0.4)
         axis.set(xscale="log", xlabel="training tokens", ylim=(0, 1.05), title=title)
     axes[0].set_ylabel("accuracy on negative scenarios")
-    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="mean, 95 % interval;\nthin: each emotion")
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
+                   title="mean, 95 % interval;\nthin: each emotion")
     figure.suptitle(f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training", fontsize=10)
     return figure
 
@@ -330,17 +351,19 @@ def main(argv=None):
 
     source, results = None, {}
     for name in names:                          # the source first, so that it is loaded once
-        fresh = not Path(name).is_dir() and not is_downloaded(name)
+        # Noted in the run folder, so that what an interrupted run has downloaded is still known as its own.
+        ours = not Path(name).is_dir() and not run.step(f"in the cache before {name}", lambda: is_downloaded(name))
         if source is None:
             source = run.tensors(f"source {name}", lambda: collect(load(name), data, sentences, args))
         if name in args.tgt:
             results[name] = run.step(f"checkpoint {name}", lambda: measure(load(name), source, data, sentences, args))
-        if fresh and not args.keep_downloads and is_downloaded(name):
+        if ours and not args.keep_downloads:
             load()                              # lets go of the weights
-            forget(name)
+            run.step(f"removed {name}", lambda: forget(name))
     results = [results[name] for name in args.tgt]
     examples = [{"target": name, "scenario": text, **{key: arm[key] for key in ("emotion", "method", "alpha")}, "said": said,
-                 "preferred": preferred} for name, result in zip(args.tgt, results) for arm in result["arms"] if arm["method"] != "random"
+                 "preferred": preferred} for name, result in zip(args.tgt, results)
+                for arm in result["arms"] if arm["method"] != "random"
                 for text, said, preferred in zip(data[arm["emotion"]]["test"], arm["said"], arm["preferred"])]
     run.figure(draw(args, results), "figure_3")
     run.save(make_records(args, results), examples, table(args, results))

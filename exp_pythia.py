@@ -9,7 +9,8 @@ scenarios of the *other* five emotions, how often is the target emotion then the
 without? Figure 4: improvement ratio and absolute improvement as heat maps. Figure 8: t-SNE of three sizes' states.
 
 The scenarios that make a vector, the few-shot examples and the scenarios that test it are disjoint; alpha is chosen for each
-pair on a validation part. Each model is loaded once and stays (--one-at-a-time: twice, and only one is in memory).
+pair on a validation part. Each model is loaded once and stays (--one-at-a-time: only one is in memory, and all but the last are
+loaded twice).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, hidden_states, loader, markdown,
-                    mcnemar, model_config, option_parser, parse_options, percentile, plain_sentences, random_directions, record, refine,
-                    run_script, score_labels, torch, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, hidden_states, loader,
+                    markdown, mcnemar, model_config, option_parser, parse_options, percentile, plain_sentences,
+                    random_directions, record, refine, run_script, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
@@ -32,7 +33,7 @@ COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a
 ZOO = os.path.relpath(Path(__file__).parent / "data" / "toy" / "models")
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 FAMILIES = {
-    "toy": SETTINGS | {"tgt": [f"{ZOO}/pythia-{k}" for k in range(1, 6)], "limit": 20},
+    "toy": SETTINGS | {"tgt": [f"{ZOO}/pythia-{k}" for k in range(1, 6)], "limit": 50},
     "pythia": SETTINGS | {"tgt": [f"EleutherAI/pythia-{size}" for size in ("14m", "70m", "410m", "1.4b", "6.9b")]},
     "custom": SETTINGS,
 }
@@ -48,7 +49,7 @@ def options(argv=None):
     parser = option_parser(__doc__, FAMILIES)
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="models from small to large; each is source and target")
-    add("--one-at-a-time", action="store_true", help="hold one model in memory; each is then loaded twice")
+    add("--one-at-a-time", action="store_true", help="hold one model in memory; all but the last are then loaded twice")
     add("--shots", type=int, default=6, help="few-shot examples before each test prompt (paper: 6)")
     add("--pairs", type=int, default=200, help="example pairs of one vector (paper: 200)")
     add("--random", type=int, default=20, help="random control directions of each target")
@@ -58,13 +59,15 @@ def options(argv=None):
             fail("every model is source and target here: name them with --models")
         args.tgt = args.models or FAMILIES[args.family or "toy"].get("tgt")
         args.family = args.family or ("custom" if args.models else "toy")
-        args.src = args.tgt[0] if args.tgt else None
+        if not args.tgt:
+            fail(f"--family {args.family} has no models: name them with --models")
+        args.src = args.tgt[0]
     args = parse_options(parser, FAMILIES, argv, complete)
     args.alpha = [alpha for alpha in dict.fromkeys(args.alpha) if alpha]    # α = 0 is the baseline, which is always there
     if not args.alpha:
         fail("--alpha needs a strength other than 0, which is the baseline and always there")
-    if args.tgt_chat:
-        fail("these are base models: --tgt-chat has no use here")
+    if args.tgt_chat or args.src_base != args.src:
+        fail("these are base models: --src-base and --tgt-chat have no use here")
     if args.layer == "auto" or "," in args.layer:
         fail("--layer takes one index or fraction here: all models are read and edited there")
     if args.shots < 0 or args.pairs < 1 or args.random < 1:
@@ -93,18 +96,20 @@ def load_scenarios(folder: Path) -> dict[str, list[str]]:
 def split(scenarios: dict[str, list[str]], args) -> dict:
     """{"shots": [(label, scenario)], emotion: {"positive", "negative", "validation", "test"}}, lists of scenarios.
 
-    Each list gives some scenarios to the few-shot prompt, 40 to the negatives of the other emotions' vectors, 10 to their
-    validation and the rest to their test. A vector's positives are its own emotion's list, which its test never sees."""
+    As the clean protocol of exp_emotion.py: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the
+    other emotions' vectors, 10 to their validation and the rest to their test. A vector's positives are its own emotion's
+    list, which its test never sees."""
     each = -(-args.shots // 6)
     if (shortest := min(map(len, scenarios.values()))) < each + 60:
         fail(f"the shortest list has {shortest} scenarios; shots, refinement, validation and test need {each + 60}")
     shuffled = {e: random.Random(f"{args.seed} {e}").sample(texts, len(texts)) for e, texts in scenarios.items()}
-    shots = [(emotion, text) for emotion in EMOTIONS for text in shuffled[emotion][:each]]
+    shots = [(emotion, shuffled[emotion][i]) for i in range(each) for emotion in EMOTIONS]
     data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
     for emotion in EMOTIONS:
         others = [shuffled[other][each:] for other in EMOTIONS if other != emotion]
         negative, validation, test = ([text for texts in zip(*(other[part] for other in others)) for text in texts]
                                       for part in (slice(0, 40), slice(40, 50), slice(50, None)))
+        negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
         data[emotion] = {"positive": shuffled[emotion][each:][:args.pairs], "negative": negative[:args.pairs],
                          "validation": validation, "test": test[:args.limit if args.limit > 0 else None]}
     return data
@@ -163,11 +168,13 @@ def measure(model, states: dict, data: dict, args) -> dict:
         moved[source] = own["v"] if source == model.name else bridge.carry(states[source]["v"], 0)   # its own needs no map
         fits[source] = {"r2": bridge.affine(0).r2, "cosine": bridge.affine(0).cosine, "fitted on": bridge.affine(0).n}
     grid = [(source, alpha) for source in args.tgt for alpha in args.alpha]
-    hits = sum((answers(model, data, "validation", emotion, [Transplant.of(moved[source][e], layer, alpha) for source, alpha in grid])
-                == e).sum(1) for e, emotion in enumerate(EMOTIONS)).tolist()
+    hits = sum((answers(model, data, "validation", emotion, [Transplant.of(moved[source][e], layer, alpha)
+                                                             for source, alpha in grid]) == e).sum(1)
+               for e, emotion in enumerate(EMOTIONS)).tolist()
     validation = {source: {alpha: count for (name, alpha), count in zip(grid, hits) if name == source} for source in args.tgt}
     chosen = {source: max(counts, key=lambda alpha: (counts[alpha], -abs(alpha))) for source, counts in validation.items()}
-    largest = max(args.tgt, key=lambda source: moved[source].norm() * chosen[source])     # the control is as strong as the strongest
+    # the control is as strong as the strongest
+    largest = max(args.tgt, key=lambda source: moved[source].norm() * abs(chosen[source]))
     result = {"base": [], "with": {source: [] for source in args.tgt}, "random": [[] for _ in range(args.random)]}
     for e, emotion in enumerate(EMOTIONS):
         moves = [BASE, *(Transplant.of(moved[source][e], layer, chosen[source]) for source in args.tgt),
@@ -220,34 +227,37 @@ def tables(args, results: dict) -> str:
               for target, name in zip(args.tgt, short)]
     n = len(results[args.tgt[0]]["base"])
     return (f"## Figure 4: v_emotion of every model in every model\n\n"
-            f"Token Acc [95 % interval] in %, mean of six emotions, scenarios of the other five, n = {n}; rows are targets, columns "
-            f"sources; block {args.layer}, α chosen on validation for each pair.\n"
-            f"*: p < 0.001 against no vector (McNemar); in brackets the percentile among {args.random} random directions as strong as the "
-            "strongest v^ of the row\n\n"
+            f"Token Acc [95 % interval] in %, mean of six emotions, scenarios of the other five, n = {n}; rows are targets, "
+            f"columns sources; block {args.layer}, α chosen on validation for each pair.\n"
+            f"*: p < 0.001 against no vector (McNemar); in brackets the percentile among {args.random} random directions as "
+            "strong as the strongest v^ of the row\n\n"
             + markdown(["target", "no vector", "random", *(f"v of {name}" for name in short)], rows)
-            + "\n\nImprovement ratio (over a baseline of 0 the counts: hits with / without)\n\n" + markdown(["target", *short], ratios))
+            + "\n\nImprovement ratio (over a baseline of 0 the counts: hits with / without)\n\n"
+            + markdown(["target", *short], ratios))
 
 
 def make_records(args, results: dict) -> list[dict]:
     records = []
     for target, result in results.items():
+        about = {"experiment": "pythia", "item": "Figure 4", "target": target, "concept": "mean of six", "split": "test",
+                 "n": len(result["base"])}
+
         def add(hits, **fields):
-            value, low, high, n = rate(hits)
-            records.append(record(**{"experiment": "pythia", "item": "Figure 4", "target": target, "concept": "mean of six", "split": "test",
-                                     "metric": "token_acc", "value": value, "low": low, "high": high, "n": n} | fields))
+            value, low, high, _ = rate(hits)
+            records.append(record(**about | {"metric": "token_acc", "value": value, "low": low, "high": high} | fields))
         add(result["base"], method="base", alpha=0)
         for number, hits in enumerate(result["random"]):
             add(hits, method="random", split=f"test direction {number}")
         for source in args.tgt:
-            where = {"source": source, "method": "self-align" if source == target else "contrans", "alpha": result["alpha"][source],
+            where = {"source": source, "method": "self-align" if source == target else "contrans",
+                     "alpha": result["alpha"][source],
                      "layer": f"{block(args, source)} -> {result['block']}"}
             add(result["with"][source], **where)
             gain = sum(result["with"][source]) - sum(result["base"])
-            records.append(record(experiment="pythia", item="Figure 4", target=target, concept="mean of six", split="test",
-                                  metric="absolute improvement", value=gain / len(result["base"]), n=len(result["base"]), **where))
-            if sum(result["base"]):
-                records.append(record(experiment="pythia", item="Figure 4", target=target, concept="mean of six", split="test", n=len(result["base"]),
-                                      metric="improvement ratio", value=sum(result["with"][source]) / sum(result["base"]), **where))
+            records.append(record(**about, metric="absolute improvement", value=gain / about["n"], **where))
+            if sum(result["base"]):             # over a baseline of 0 there is no ratio
+                records.append(record(**about, metric="improvement ratio",
+                                      value=sum(result["with"][source]) / sum(result["base"]), **where))
             for metric in ("r2", "cosine"):
                 records.append(record(experiment="pythia", target=target, concept="map", metric=metric, split="held-out",
                                       value=result["fits"][source][metric], n=result["fits"][source]["fitted on"],
@@ -273,14 +283,14 @@ def draw_heat(args, results: dict):
     absolute = 100 * (hits - base) / n
     ratios = np.where(base > 0, hits / np.maximum(base, 1), np.nan)
     words = [[ratio(results[target]["with"][source], results[target]["base"]) for source in args.tgt] for target in args.tgt]
-    for axis, values, text, title in [
-            (axes[0], ratios, words, "improvement ratio\n(grey: baseline 0, hits with / without)"),
+    for axis, values, text, title in [          # blue: more with v^, red: less; the ratio is coloured by its logarithm
+            (axes[0], np.log(np.where(hits > 0, ratios, np.nan)), words, "improvement ratio\n(grey: a count of 0, hits with / without)"),
             (axes[1], absolute, [[f"{value:+.0f}" for value in row] for row in absolute], "absolute improvement [points]")]:
         axis.set_facecolor("#ddd")
-        top = np.nanmax(values) if np.isfinite(values).any() else 1
-        axis.imshow(values, cmap="Blues", vmin=min(0, np.nanmin(values)) if np.isfinite(values).any() else 0, vmax=max(top, 1e-9))
+        top = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1
+        axis.imshow(values, cmap="RdBu", vmin=-max(top, 1e-9), vmax=max(top, 1e-9))
         for (y, x), value in np.ndenumerate(values):
-            axis.text(x, y, text[y][x], ha="center", va="center", fontsize=8, color="white" if value > 0.6 * top else "black")
+            axis.text(x, y, text[y][x], ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * top else "black")
         axis.set(xticks=range(size), xticklabels=short, yticks=range(size), yticklabels=short, xlabel="source", title=title)
         axis.tick_params(axis="x", rotation=30)
         axis.spines[:].set_visible(False)
@@ -297,7 +307,8 @@ def draw_scatter(points: dict[str, list]):
             axis.scatter(*part.T, s=12, lw=0, color=COLOURS[emotion], label=emotion)
         axis.set(xticks=[], yticks=[], title=Path(name).name)
     np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("t-SNE of last-token states, 20 scenarios of each emotion", fontsize=10)
+    each = min(map(len, points.values())) // len(EMOTIONS)
+    figure.suptitle(f"t-SNE of last-token states, {each} scenarios of each emotion", fontsize=10)
     return figure
 
 
@@ -326,7 +337,9 @@ def main(argv=None):
         loaded[:] = dict.fromkeys([*loaded, name])
         return dict(zip(loaded, load(*loaded) if len(loaded) > 1 else [load(name)]))[name]
     states = {name: run.tensors(f"states {name}", lambda: collect(get(name), data, sentences, args)) for name in args.tgt}
-    results = {name: run.step(f"target {name}", lambda: measure(get(name), states, data, args)) for name in args.tgt}
+    backwards = [run.step(f"target {name}", lambda: measure(get(name), states, data, args))
+                 for name in reversed(args.tgt)]                            # the last, and largest, is still in memory
+    results = dict(zip(args.tgt, reversed(backwards)))
     three = dict.fromkeys([args.tgt[0], args.tgt[len(args.tgt) // 2], args.tgt[-1]])
     points = {name: run.step(f"t-SNE {name}", lambda: scatter(states[name]["shown"], args.seed)) for name in three}
 

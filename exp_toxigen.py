@@ -55,8 +55,9 @@ SETTINGS = {"layer": "0.75", "alpha": [0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5], "sent
 FAMILIES = {
     "toy": {"src": f"{ZOO}/llama-s-chat", "src_base": f"{ZOO}/llama-s", "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
             "tgt_chat": [f"{ZOO}/llama-m-chat", f"{ZOO}/llama-l-chat"], "layer": "auto", "alpha": [1, 1.5, 2, 2.5, 3],
-            "sentences": 2000, "limit": 15, "validation": 5, "classifier": f"{ZOO}/classifier", "max_new_tokens": 16, "tags": "inst",
-            "honesty": [Path(f"{TOY}/concepts/v_honesty_{name}.safetensors") for name in ("llama-m", "llama-l")]},
+            "sentences": 2000, "limit": 15, "validation": 5, "classifier": f"{ZOO}/classifier", "max_new_tokens": 16,
+            "tags": "inst", "honesty": {f"{ZOO}/{name}": Path(f"{TOY}/concepts/v_honesty_{name}.safetensors")
+                                        for name in ("llama-m", "llama-l")}},
     "llama2": SETTINGS | {"src": "meta-llama/Llama-2-7b-chat-hf", "src_base": "meta-llama/Llama-2-7b-hf",
                           "tgt": ["meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-70b-hf"],
                           "tgt_chat": ["meta-llama/Llama-2-13b-chat-hf", "meta-llama/Llama-2-70b-chat-hf"]},
@@ -108,11 +109,14 @@ def options(argv=None):
         fail("--max-ppl-ratio must be 1 or more: the unsteered model has ratio 1")
     if len({Path(target).name for target in args.tgt}) < len(args.tgt):
         fail("two --tgt models have one name, and their figures would overwrite each other; run them one by one")
-    args.honesty = [path for path in args.honesty or [] if path.stem.removeprefix("v_honesty_") in
-                    {Path(target).name for target in args.tgt}] if args.family == "toy" else args.honesty or []
-    if args.honesty and len(args.honesty) != len(args.tgt):
+    if args.show_examples < 0:
+        fail("--show-examples must not be negative")
+    if isinstance(args.honesty, dict):          # the family's, whichever of its targets are asked for
+        args.honesty = [args.honesty.get(target) for target in args.tgt]
+    args.honesty = args.honesty or [None] * len(args.tgt)
+    if len(args.honesty) != len(args.tgt):
         fail(f"{len(args.honesty)} --honesty files for {len(args.tgt)} targets: give one each")
-    if missing := [path for path in args.honesty if not path.exists()]:
+    if missing := [path for path in args.honesty if path and not path.exists()]:
         fail(f"no file {missing[0]}; python exp_truthfulqa.py --save-vector FOLDER writes it")
     return args
 
@@ -155,7 +159,7 @@ def load_prompts(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def sentences_of(prompt: str) -> list[str]:
-    return [line.removeprefix("-").strip() for line in prompt.split("\n") if line.removeprefix("-").strip()]
+    return [line.strip("- ") for line in prompt.split("\n") if line.strip("- ")]
 
 
 def split(prompts: dict, args) -> dict[str, Parts]:
@@ -163,7 +167,8 @@ def split(prompts: dict, args) -> dict[str, Parts]:
     cut = args.limit if args.limit > 0 else None
     parts, dealt = {}, 0
     for group, tones in prompts.items():
-        hate, neutral = (random.Random(f"{args.seed} {group} {tone}").sample(texts, len(texts)) for tone, texts in tones.items())
+        hate, neutral = (random.Random(f"{args.seed} {group} {tone}").sample(texts, len(texts))
+                         for tone, texts in tones.items())
         n = min(args.pairs, len(neutral), len(hate))
         if args.split == "text":
             rest = hate[n:]
@@ -185,7 +190,8 @@ def without_shared_sentences(parts: dict[str, Parts]) -> dict[str, Parts]:
     """Drops prompts of validation and test that share a sentence with refinement, and of the test with validation."""
     seen = {sentence for part in parts.values() for prompt in [*part.neutral, *part.hate] for sentence in sentences_of(prompt)}
     for name in ("validation", "test"):
-        parts = {group: part._replace(**{name: [prompt for prompt in getattr(part, name) if not seen & set(sentences_of(prompt))]})
+        parts = {group: part._replace(**{name: [prompt for prompt in getattr(part, name)
+                                                if not seen & set(sentences_of(prompt))]})
                  for group, part in parts.items()}
         seen |= {sentence for part in parts.values() for prompt in getattr(part, name) for sentence in sentences_of(prompt)}
     return parts
@@ -205,11 +211,32 @@ def load_texts(folder: Path) -> list[str]:
 def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
     """Happy and sad scenarios: the pairs of another concept's vector, a control."""
     try:
-        lists = [json.loads((folder / "emotions" / f"{emotion}.json").read_text())[:100] for emotion in ("happiness", "sadness")]
+        lists = [json.loads((folder / "emotions" / f"{emotion}.json").read_text())[:100]
+                 for emotion in ("happiness", "sadness")]
         assert all(texts and all(isinstance(text, str) for text in texts) for texts in lists), "not a list of texts"
     except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        fail(f"cannot read emotions/happiness.json and sadness.json, for the control vector: {error}; python data/prepare.py fetches them")
+        fail(f"cannot read emotions/happiness.json and sadness.json, for the control vector: {error}; "
+             "python data/prepare.py fetches them")
     return tuple([f"Scenario: {text}" for text in texts[:min(map(len, lists))]] for texts in lists)
+
+
+def load_questions(args) -> list[dict]:
+    """TruthfulQA's questions with their choices of MC1, for Table 7; says how many are too long for a target."""
+    path = args.data / "truthfulqa" / "mc_task.json"
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+        choices = [list(item["mc1_targets"].values()) for item in items if item["question"].strip()]
+        assert items and all(len(truths) > 1 and truths.count(1) == 1 for truths in choices), "a question has one right choice"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        fail(f"cannot read {path}, for Table 7: {error}; python data/prepare.py fetches it")
+    limits = [(context_length(config), tokenizer) for config, tokenizer in map(model_config, args.tgt)]
+    kept = [item for item in items if all(len(tokenizer("".join(pair)).input_ids) <= limit
+                                          for limit, tokenizer in limits for pair in choices_of(args, item))]
+    if not kept:
+        fail(f"no question of {path} fits the targets' contexts; --honesty, for Table 7, needs some")
+    if len(kept) < len(items):
+        print(f"{len(items) - len(kept)} of {len(items)} questions are longer than a target's context and left out of Table 7")
+    return kept
 
 
 # ---------------------------------------------------------------- prompts
@@ -222,7 +249,8 @@ def wrapped(args, text: str) -> str:
     tokenizer = model_config(args.src)[1]
     if not tokenizer.chat_template:
         fail(f"--tags chat: {args.src} has no chat template; try --tags inst")
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": text.strip()}], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": text.strip()}], tokenize=False,
+                                          add_generation_prompt=True)
     adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     return whole.removeprefix(tokenizer.bos_token) if adds_bos else whole      # once is enough
 
@@ -237,6 +265,12 @@ def to_continue(args, prompt: str, instructed: bool = False) -> str:
     return f"{context}{'' if context[-1].isspace() else ' ' if context[-1] == ':' else ': '}{prompt}"
 
 
+def choices_of(args, item: dict) -> list[tuple[str, str]]:
+    """A question of TruthfulQA with each of its choices, as in exp_truthfulqa.py."""
+    context = wrapped(args, item["question"].strip())
+    return [(context, f"{'' if context[-1].isspace() else ' '}{answer}") for answer in item["mc1_targets"]]
+
+
 def fitting(args, prompts: dict, names: list[str]) -> dict:
     """The prompts that leave room for refinement and a continuation in every model; says how many do not."""
     kept, every = {}, sum(len(texts) for tones in prompts.values() for texts in tones.values())
@@ -244,10 +278,10 @@ def fitting(args, prompts: dict, names: list[str]) -> dict:
     for group, tones in prompts.items():
         kept[group] = {}
         for tone, texts in tones.items():
-            wholes = [max(wrapped(args, REFINE.replace("{scenario}", text)), to_continue(args, text, True), key=len) for text in texts]
             fits = np.ones(len(texts), bool)
-            for limit, tokenizer in limits:
-                if texts:
+            for wholes in ([wrapped(args, REFINE.replace("{scenario}", text)) for text in texts],
+                           [to_continue(args, text, instructed=True) for text in texts]):
+                for limit, tokenizer in limits if texts else []:
                     fits &= np.array([len(ids) <= limit for ids in tokenizer(wholes, verbose=False).input_ids])
             kept[group][tone] = [text for text, fit in zip(texts, fits) if fit]
     left = sum(len(texts) for tones in kept.values() for texts in tones.values())
@@ -261,7 +295,12 @@ def fitting(args, prompts: dict, names: list[str]) -> dict:
 
 def toxic_index(args) -> int:
     """Which class of the classifier means toxic: what its config or --toxic-label says, never a guess."""
-    labels = {int(index): str(label) for index, label in model_config(args.classifier)[0].id2label.items()}
+    config = model_config(args.classifier)[0]
+    if not any("SequenceClassification" in name for name in config.architectures or []):
+        fail(f"{args.classifier} is no sequence classifier (its config names {', '.join(config.architectures or ['nothing'])})")
+    labels = {int(index): str(label) for index, label in config.id2label.items()}
+    if config.problem_type not in (None, "single_label_classification"):    # the highest of them would say nothing
+        fail(f"the classes of {args.classifier} do not exclude each other (its config says {config.problem_type})")
     if args.toxic_label is not None:
         found = [index for index, label in labels.items() if args.toxic_label in (label, str(index))]
     elif args.classifier in TOXIC_INDEX:
@@ -289,7 +328,7 @@ class Judge:
         verdicts = []
         for start in range(0, len(texts), 64):
             inputs = self.tokenizer(texts[start:start + 64], padding=True, truncation=True, return_tensors="pt",
-                                    max_length=min(512, self.model.config.max_position_embeddings - 2))
+                                    max_length=min(512, context_length(self.model.config) - 2))
             inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 verdicts += (self.model(**inputs).logits.argmax(-1) == self.index).int().tolist()
@@ -362,7 +401,8 @@ def repetition(text: str) -> float:
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
 
-def validate(model, vectors: Vectors, judge: Judge, args, prompts: list[str], texts: list[str], vector: Vector, target: str) -> dict:
+def validate(model, vectors: Vectors, judge: Judge, args, prompts: list[str], texts: list[str], vector: Vector,
+             target: str) -> dict:
     """Toxic rate and perplexity at every depth and strength; `chosen` is the least toxic one that perplexity allows."""
     points = [{"i": i, "block": block, "alpha": alpha} for i, block in enumerate(blocks(args, target)) for alpha in args.alpha]
     moves = [Transplant.of(vectors.at(vector, target, point["i"]), point["block"], point["alpha"]) for point in points]
@@ -380,7 +420,8 @@ def choose(model, judge: Judge, args, prompts: list[str], texts: list[str], poin
         if may or every:
             point["toxic"] = sum(continuations(model, judge, args, prompts, move, label=f"α = {point['alpha']:g}")["toxic"])
     candidates = [point for point, may in zip(points, allowed) if may]
-    chosen = min(candidates, key=lambda point: (point["toxic"], abs(point["alpha"])), default=min(points, key=lambda p: p["ratio"]))
+    chosen = min(candidates, key=lambda point: (point["toxic"], abs(point["alpha"])),
+                 default=min(points, key=lambda point: point["ratio"]))
     return {"grid": points, "chosen": chosen, "allowed": bool(candidates)}
 
 
@@ -394,16 +435,19 @@ def random_controls(model, vectors: Vectors, judge: Judge, args, parts: dict, te
         found = choose(model, judge, args, parts["validation"], texts, points, moves)["chosen"]
         result = continuations(model, judge, args, parts["test"], Transplant.of(direction, chosen["block"], found["alpha"]),
                                label=f"random direction {r}")
-        results.append({"alpha": found["alpha"], "ratio": found["ratio"], **{name: result[name] for name in result if name != "texts"}})
+        results.append({"alpha": found["alpha"], "ratio": found["ratio"],
+                        **{name: result[name] for name in result if name != "texts"}})
     return results
 
 
-def other_controls(model, vectors: Vectors, judge: Judge, args, prompts: list[str], vector: Vector, target: str, chosen: dict) -> dict:
+def other_controls(model, vectors: Vectors, judge: Judge, args, prompts: list[str], vector: Vector, target: str,
+                   chosen: dict) -> dict:
     """At the chosen block and strength: other maps, and vectors of v^'s norm that are not the concept."""
     i, v = chosen["i"], vectors.at(vector, target, chosen["i"])
 
     def run(direction, label):
-        result = continuations(model, judge, args, prompts, Transplant.of(direction, chosen["block"], chosen["alpha"]), label=label)
+        move = Transplant.of(direction, chosen["block"], chosen["alpha"])
+        result = continuations(model, judge, args, prompts, move, label=label)
         return {name: result[name] for name in result if name != "texts"}
     other = vectors.at(vector._replace(kind="happiness"), target, i)
     wrong = vectors.at(vector, target, i, shuffled=True)
@@ -433,40 +477,36 @@ def save(model, vectors: Vectors, args, run: Run, material: dict, vector: Vector
     return True
 
 
-def mc1(model, args, moves: list[Transplant], seen: list[str]) -> list[list[int]]:
-    """MC1 of TruthfulQA under each transplant, per question, on questions that v_honesty has not seen (exp_truthfulqa.py)."""
-    path = args.data / "truthfulqa" / "mc_task.json"
-    try:
-        items = [item for item in json.loads(path.read_text(encoding="utf-8")) if item["question"].strip() not in set(seen)]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"cannot read {path}: {error}; python data/prepare.py fetches it")
-    pairs = [[(wrapped(args, item["question"].strip()), f" {answer}") for answer in item["mc1_targets"]] for item in items]
-    fits = [max(len(model.tokenizer("".join(pair)).input_ids) for pair in own) <= context_length(model.config) for own in pairs]
-    items, pairs = ([thing for thing, fit in zip(things, fits) if fit] for things in (items, pairs))
+def mc1(model, args, items: list[dict], moves: list[Transplant]) -> list[list[int]]:
+    """MC1 of TruthfulQA under each transplant, per question (exp_truthfulqa.py)."""
+    pairs = [choices_of(args, item) for item in items]
+    right = [list(item["mc1_targets"].values()).index(1) for item in items]
     logprobs, _ = choice_logprobs(model, [pair for own in pairs for pair in own], moves, label="TruthfulQA")
     answers = []
     for row in logprobs.numpy():
         scores = np.split(row, np.cumsum([len(own) for own in pairs])[:-1])
-        right = [list(item["mc1_targets"].values()).index(1) for item in items]
         answers.append([int(own[k] > np.delete(own, k).max()) for own, k in zip(scores, right)])
     return answers
 
 
 def two_concepts(model, vectors: Vectors, judge: Judge, args, parts: dict, texts: list[str], vector: Vector, chosen: dict,
-                 path: Path) -> dict:
-    """Table 7: v_honesty, v_fairness and both, on TruthfulQA and on ToxiGen."""
+                 path: Path, questions: list[dict]) -> dict:
+    """Table 7: v_honesty, v_fairness and both, on ToxiGen and on the questions of TruthfulQA that v_honesty has not seen
+    (on all of them where it has seen all, as under exp_truthfulqa.py --protocol paper)."""
     honesty, about = load_concept(path, model)
     fairness = vectors.at(vector, model.name, chosen["i"])
     moves = {"Base Model": BASE, "v_honesty": Transplant.of(honesty, about["layer"], about.get("alpha", 1)),
              "v_fairness": Transplant.of(fairness, chosen["block"], chosen["alpha"])}
     moves["v_honesty + v_fairness"] = moves["v_honesty"] + moves["v_fairness"]
-    truths = mc1(model, args, list(moves.values()), about.get("questions", []))
+    seen = set(about.get("questions", []))
+    unseen = [item for item in questions if item["question"].strip() not in seen]
+    truths = mc1(model, args, unseen or questions, list(moves.values()))
     costs, _ = perplexity(model, texts, list(moves.values()))
     rows = {label: {"mc1": truth, "perplexity": cost.item(),
                     "toxic": continuations(model, judge, args, parts["test"], move, label=label)["toxic"]}
             for (label, move), truth, cost in zip(moves.items(), truths, costs)}
     return {"rows": rows, "cosine": float(honesty @ fairness / honesty.norm() / fairness.norm()),
-            "honesty": {"block": about["layer"], "alpha": about.get("alpha", 1), "unseen": "questions" in about}}
+            "honesty": {"block": about["layer"], "alpha": about.get("alpha", 1), "unseen": bool(seen and unseen)}}
 
 
 # ---------------------------------------------------------------- records and tables
@@ -489,6 +529,18 @@ def place(args, chosen: dict, origin: str) -> str:
     return f"block {blocks(args, origin)[chosen['i']]} -> {chosen['block']}, α = {chosen['alpha']:g}"
 
 
+def published(args, target: str, chat: str | None) -> tuple[str, list[list], tuple | None]:
+    """A target's size in the paper, and the paper's numbers of Tables 2 and 7 where its own models run (or those that take
+    their place in the zoo)."""
+    known = FAMILIES[args.family]
+    size, partner = dict(zip(known.get("tgt", []), zip(SIZES, known.get("tgt_chat", [])))).get(target, ("", None))
+    key = "llama2" if args.family == "toy" else args.family, size
+    source, aligned = (args.src, args.src_base) == (known.get("src"), known.get("src_base")), chat in (None, partner)
+    keep = [True, aligned, aligned, True, source, source]
+    two = [[value if kept else None for value, kept in zip(row, keep)] for row in PAPER["2"].get(key, [[None] * 6] * 2)]
+    return size, two, PAPER["7"].get(key) if source else None
+
+
 def toxic_table(args, result: dict, paper: tuple) -> str:
     """Table 2 of one target, with the controls below."""
     def line(label, found, cost, note="", published=None):
@@ -503,16 +555,19 @@ def toxic_table(args, result: dict, paper: tuple) -> str:
             lines.append([label, rows[method], "", "", "", "", "", published, ""])
             continue
         cost = costs.get(method)
-        shown = "" if cost is None else f"{cost:.2f}" + (f" (x{cost / costs['base']:.2f})" if method not in ("base", "align-training") else "")
+        times = "" if cost is None or method in ("base", "align-training") else f" (x{cost / costs['base']:.2f})"
+        shown = "" if cost is None else f"{cost:.2f}{times}"
         note = place(args, *result["chosen"][method]) if method in result["chosen"] else ""
         lines.append(line(label, rows[method], shown, note, published))
     directions, others = result["random"], result["others"]
     rates = [rate(found["toxic"])[0] for found in directions]
     maps = [rate(rows["contrans"]["toxic"])[0], *(rate(found["toxic"])[0] for found in others["maps"])]
-    lines += [[f"{args.maps} maps", f"{percent(min(maps))} to {percent(max(maps))}", *[""] * 6, "fitted on different plain sentences"],
-              [f"{args.random} random directions", f"{percent(np.mean(rates))} ({percent(min(rates))} to {percent(max(rates))})", "",
-               f"x{np.mean([found['ratio'] for found in directions]):.2f}", *(percent(np.mean([np.mean(found[name]) for found in directions]))
-                                                                            for name in ("empty", "copied", "repeated")), "",
+    ratio = np.mean([found["ratio"] for found in directions])
+    shares = [percent(np.mean([np.mean(found[name]) for found in directions])) for name in ("empty", "copied", "repeated")]
+    lines += [[f"{args.maps} maps", f"{percent(min(maps))} to {percent(max(maps))}", *[""] * 6,
+               "fitted on different plain sentences"],
+              [f"{args.random} random directions",
+               f"{percent(np.mean(rates))} ({percent(min(rates))} to {percent(max(rates))})", "", f"x{ratio:.2f}", *shares, "",
                f"α by the same rule; ConTrans is at percentile {percentile(maps[0], rates):.0f}"],
               line("other concept", others["other-concept"], "", "v of happiness, v^'s norm"),
               line("shuffled map", others["shuffled-map"], "", "fitted on shuffled sentences, v^'s norm")]
@@ -525,7 +580,8 @@ def group_table(groups: list[str], result: dict) -> str:
     lines = []
     for group in dict.fromkeys(groups):
         mine = np.array(groups) == group
-        lines.append([group, mine.sum(), cell(base[mine].tolist()), cell(ours[mine].tolist()), f"{mcnemar(base[mine], ours[mine]):.1g}"])
+        lines.append([group, mine.sum(), cell(base[mine].tolist()), cell(ours[mine].tolist()),
+                      f"{mcnemar(base[mine], ours[mine]):.1g}"])
     return markdown(["group", "n", "Base Model", "ConTrans", "p"], lines)
 
 
@@ -538,9 +594,10 @@ def gave_table(parts: dict[str, Parts], prompts: dict) -> str:
 
 def measure_text(measured: dict) -> str:
     own = measured["cosine to own"]
-    return (f"Affine map on {measured['fitted on']} sentences, held out: R² {min(measured['r2']):.3f} to {max(measured['r2']):.3f}, cosine "
-            f"{min(measured['cosine']):.3f} to {max(measured['cosine']):.3f} over {len(measured['r2'])} maps. |v| {measured['|v|']:.2f} "
-            f"in a stream of norm {measured['source stream']:.1f}; |v^| {measured['|v^|']:.2f} in {measured['target stream']:.1f}"
+    return (f"Affine map on {measured['fitted on']} sentences, held out: R² {min(measured['r2']):.3f} to "
+            f"{max(measured['r2']):.3f}, cosine {min(measured['cosine']):.3f} to {max(measured['cosine']):.3f} over "
+            f"{len(measured['r2'])} maps. |v| {measured['|v|']:.2f} in a stream of norm {measured['source stream']:.1f}; |v^| "
+            f"{measured['|v^|']:.2f} in {measured['target stream']:.1f}"
             + ("." if own is None else f", cosine with the target's own v {own:.2f}."))
 
 
@@ -551,10 +608,12 @@ def two_table(found: dict, paper: tuple | None) -> str:
     lines = [[label, cell(row["mc1"]), "" if row is base else f"{mcnemar(base['mc1'], row['mc1']):.1g}", cell(row["toxic"]),
               "" if row is base else f"{mcnemar(base['toxic'], row['toxic']):.1g}",
               f"{row['perplexity']:.2f} (x{row['perplexity'] / base['perplexity']:.2f})",
-              f"{percent(paper[0])} / {percent(paper[1])} ({paper[2]})" if paper and "+" in label else ""] for label, row in rows.items()]
+              f"{percent(paper[0])} / {percent(paper[1])} ({paper[2]})" if paper and "+" in label else ""]
+             for label, row in rows.items()]
     at = found["honesty"]
-    return (f"n = {len(base['mc1'])} questions{'' if at['unseen'] else ' (v_honesty may have seen them)'}, {len(base['toxic'])} prompts; "
-            f"v_honesty at block {at['block']}, α = {at['alpha']:g}; cosine between the two vectors {found['cosine']:.2f}\n\n"
+    return (f"n = {len(base['mc1'])} questions{'' if at['unseen'] else ' (v_honesty may have seen them)'}, "
+            f"{len(base['toxic'])} prompts; v_honesty at block {at['block']}, α = {at['alpha']:g}; "
+            f"cosine between the two vectors {found['cosine']:.2f}\n\n"
             + markdown(["vectors", "MC1 [95 %]", "p", "toxic [95 %]", "p", "perplexity", "paper: MC1 / toxic (ppl)"], lines))
 
 
@@ -563,8 +622,8 @@ def make_records(args, target: str, groups: list[str], result: dict, paper: tupl
 
     def add(metric, measured, **fields):
         value, low, high, n = measured
-        records.append(record(**{"experiment": "toxigen", "source": args.src, "target": target, "concept": "fairness", "split": "test",
-                                 "metric": metric, "value": value, "low": low, "high": high, "n": n} | fields))
+        records.append(record(**{"experiment": "toxigen", "source": args.src, "target": target, "concept": "fairness",
+                                 "split": "test", "metric": metric, "value": value, "low": low, "high": high, "n": n} | fields))
 
     for method, toxic, cost in zip(METHODS, *paper):
         row = result["rows"][method]
@@ -577,13 +636,17 @@ def make_records(args, target: str, groups: list[str], result: dict, paper: tupl
         for name in ("empty", "copied", "repeated"):
             add(name, (float(np.mean(row[name])), None, None, len(row[name])), **where)
         for group in dict.fromkeys(groups):
-            add("toxic_rate", rate([verdict for verdict, own in zip(row["toxic"], groups) if own == group]), split=f"test {group}", **where)
+            mine = [verdict for verdict, own in zip(row["toxic"], groups) if own == group]
+            add("toxic_rate", rate(mine), split=f"test {group}", **where)
         if method in result["perplexity"]:
-            add("perplexity", (result["perplexity"][method], None, None, result["tokens"]), paper=cost, split="OpenWebText", **where)
+            add("perplexity", (result["perplexity"][method], None, None, result["tokens"]), paper=cost, split="OpenWebText",
+                **where)
     for method, (_, origin) in result["chosen"].items():
         for point in result["grids"][method]["grid"]:
-            where = {"method": method, "alpha": point["alpha"], "layer": f"{blocks(args, origin)[point['i']]} -> {point['block']}"}
-            add("toxic_rate", (point["toxic"] / point["n"], *wilson(point["toxic"], point["n"]), point["n"]), split="validation", **where)
+            where = {"method": method, "alpha": point["alpha"],
+                     "layer": f"{blocks(args, origin)[point['i']]} -> {point['block']}"}
+            add("toxic_rate", (point["toxic"] / point["n"], *wilson(point["toxic"], point["n"]), point["n"]),
+                split="validation", **where)
             add("perplexity ratio", (point["ratio"], None, None, result["tokens"]), split="OpenWebText", **where)
     for r, found in enumerate(result["random"]):
         add("toxic_rate", rate(found["toxic"]), method="random", alpha=found["alpha"], split=f"test direction {r}")
@@ -628,7 +691,8 @@ def draw_grid(args, target: str, validation: dict, base: float):
     for i, (colour, source, block) in enumerate(zip(colours, blocks(args, args.src), blocks(args, target))):
         points = sorted((point for point in validation["grid"] if point["i"] == i), key=lambda point: point["alpha"])
         alphas = [0, *(point["alpha"] for point in points)]
-        left.plot(alphas, [base, *(point["toxic"] / point["n"] for point in points)], "o-", ms=3, color=colour, label=f"{source} → {block}")
+        left.plot(alphas, [base, *(point["toxic"] / point["n"] for point in points)], "o-", ms=3, color=colour,
+                  label=f"{source} → {block}")
         right.plot(alphas, [1, *(point["ratio"] for point in points)], "o-", ms=3, color=colour)
     left.plot(best["alpha"], best["toxic"] / best["n"], "o", ms=11, mfc="none", color="#c8352b", label="chosen")
     right.plot(best["alpha"], best["ratio"], "o", ms=11, mfc="none", color="#c8352b")
@@ -651,7 +715,8 @@ def main(argv=None):
     for name in names:
         blocks(args, name)                      # an impossible --layer ends here, before any weights are loaded
     for path, target in zip(args.honesty, args.tgt):
-        check_concept(path, target)
+        if path:
+            check_concept(path, target)
     judge = Judge(args)
     prompts = fitting(args, load_prompts(args.data), names)
     parts = split(prompts, args)
@@ -659,12 +724,15 @@ def main(argv=None):
     groups = [group for group, part in parts.items() for _ in part.test]
     material = {"fairness": refinement(args, parts), "happiness": load_scenarios(args.data)}
     texts, sentences = load_texts(args.data), plain_sentences(args, [args.src_base, *args.tgt])
+    questions = load_questions(args) if any(args.honesty) else []
     fair = Vector("fairness", args.src, args.src_base)
-    wanted = [fair, fair._replace(kind="happiness"), *(Vector("fairness", chat, target) for target, chat in chats.items() if chat)]
+    wanted = [fair, fair._replace(kind="happiness"),
+              *(Vector("fairness", chat, target) for target, chat in chats.items() if chat)]
     run = Run("exp_toxigen", args, {name: fingerprint(name) for name in [*names, args.classifier]} | {
         "prompts": hashlib.sha256(json.dumps([material, asked]).encode()).hexdigest()[:16],
         "texts": hashlib.sha256("\n".join([*texts, *sentences]).encode()).hexdigest()[:16],
-        "honesty": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.honesty],
+        "honesty": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.honesty if path],
+        "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
         "first refinement prompt": material["fairness"][0][0],
         "continuation": {"prompt": to_continue(args, "{prompt}"), "decoding": "sampled" if args.sample else "greedy",
                          "stop": f"end of sequence or {args.max_new_tokens} tokens"}})
@@ -676,14 +744,14 @@ def main(argv=None):
         return load(host), found
 
     records, examples, report = [], [], [
-        f"{sum(len(part.hate) for part in parts.values())} pairs refine v_fairness, {len(asked['validation'])} hateful prompts choose α, "
-        f"{len(groups)} test (split by {args.split}; {len(parts)} groups). Continuations: {'sampled' if args.sample else 'greedy'}, "
-        f"at most {args.max_new_tokens} tokens, judged alone by {Path(args.classifier).name}.\np: McNemar's, against Base. "
+        f"{sum(len(part.hate) for part in parts.values())} pairs refine v_fairness, {len(asked['validation'])} hateful prompts "
+        f"choose α, {len(groups)} test (split by {args.split}; {len(parts)} groups). Continuations: "
+        f"{'sampled' if args.sample else 'greedy'}, at most {args.max_new_tokens} tokens, judged alone by "
+        f"{Path(args.classifier).name}.\np: McNemar's, against Base. "
         f"α is the least toxic one whose perplexity is at most {args.max_ppl_ratio:g} times that of α = 0.\n\n"
         + gave_table(parts, prompts)]
     for number, (target, chat) in enumerate(chats.items()):
-        known = [*FAMILIES[args.family].get("tgt", []), *args.tgt].index(target)
-        key = ("llama2" if args.family == "toy" else args.family, SIZES[known] if known < 2 and target in FAMILIES[args.family].get("tgt", []) else "")
+        size, paper, paper7 = published(args, target, chat)
         rows, grids, chosen = {}, {}, {}
 
         def plain(name, **how):
@@ -700,11 +768,13 @@ def main(argv=None):
             best = grids[method]["chosen"]
             chosen[method] = best, vector.origin
             rows[method] = run.step(f"{target} {vector} {best}", lambda: (lambda model, found: continuations(
-                model, judge, args, asked["test"], Transplant.of(found.at(vector, target, best["i"]), best["block"], best["alpha"]),
-                label=method))(*ready(target)))
+                model, judge, args, asked["test"], Transplant.of(
+                    found.at(vector, target, best["i"]), best["block"], best["alpha"]), label=method))(*ready(target)))
         rows["inst-align"] = run.step(f"{target} instructed", lambda: plain(target, instructed=True))
         if args.src_base == args.src:
             rows["eft"] = "no --src-base given"
+        elif args.remote:
+            rows["eft"] = "not with a remote target: it adds up logits at every new token"
         elif not same_vocabulary([model_config(name)[1] for name in (target, args.src, args.src_base)]):
             rows["eft"] = "needs one vocabulary, and these models have several"
         else:
@@ -724,16 +794,19 @@ def main(argv=None):
         best = chosen["contrans"][0]
         result = {"rows": rows, "grids": grids, "chosen": chosen, "perplexity": costs,
                   "tokens": run.step(f"{target} perplexity", lambda: None)[1],
-                  "random": run.step(f"{target} random", lambda: random_controls(*ready(target), judge, args, asked, texts, fair, target, best)),
-                  "others": run.step(f"{target} others", lambda: other_controls(*ready(target), judge, args, asked["test"], fair, target, best)),
+                  "random": run.step(f"{target} random", lambda: random_controls(
+                      *ready(target), judge, args, asked, texts, fair, target, best)),
+                  "others": run.step(f"{target} others", lambda: other_controls(
+                      *ready(target), judge, args, asked["test"], fair, target, best)),
                   "measured": run.step(f"{target} measures", lambda: measures(*ready(target), args, texts, fair, target, best)),
                   "two": run.step(f"{target} two concepts", lambda: two_concepts(
-                      *ready(target), judge, args, asked, texts, fair, best, args.honesty[number])) if args.honesty else None}
+                      *ready(target), judge, args, asked, texts, fair, best, args.honesty[number], questions))
+                  if args.honesty[number] else None}
         run.step(f"{target} save", lambda: save(*ready(target), args, run, material, fair, best))
-        paper, paper7 = PAPER["2"].get(key, ([None] * 6, [None] * 6)), PAPER["7"].get(key)
-        place_of = f" (in the place of the paper's LLaMA 2, {key[1]})" if args.family == "toy" and key[1] else ""
+        place_of = f" (in the place of the paper's LLaMA 2, {size})" if args.family == "toy" and size else ""
         report += [f"## Table 2: {Path(args.src).name} -> {Path(target).name}{place_of}", toxic_table(args, result, paper),
-                   "" if grids["contrans"]["allowed"] else "No strength stays within the allowed perplexity: the mildest was taken.",
+                   "" if grids["contrans"]["allowed"] else
+                   "No strength stays within the allowed perplexity: the mildest was taken.",
                    measure_text(result["measured"]), group_table(groups, result),
                    f"## Table 7: two concepts in {Path(target).name}\n\n" + (
                        two_table(result["two"], paper7) if result["two"] else

@@ -1399,3 +1399,16 @@ def test_a_happy_vector_of_one_model_makes_another_happy(happy_sad):
     assert got[alphas.index(0)] == pytest.approx(-0.41, abs=0.03)
     assert (got.diff() > 0).all()
     assert len(chance) == 40 and share > 50
+
+
+@pytest.mark.parametrize("words", ["You are trying to access a gated repo.\nMake sure to have access to it at …",
+                                   "401 Client Error. Cannot access gated repo for url …"])
+def test_a_gated_model_without_access_names_the_licence_page_and_the_variable(words, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise OSError(words)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refused)
+    with pytest.raises(SystemExit) as stopped:
+        common.model_config("meta-llama/Llama-2-7b-chat-hf")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf" in error and "HF_TOKEN" in error
