@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -234,6 +235,7 @@ def loader(args: argparse.Namespace):
     def load(*names: str):
         for name in [name for name in held if name not in names]:
             del held[name]
+        gc.collect()                            # a model holds itself in a circle, and would still be there beside the next
         for name in names:
             if name not in held:
                 held[name] = load_model(name, args.dtype, args.device, args.remote and name in args.tgt, args.batch_tokens)
@@ -896,10 +898,11 @@ class Run:
         result = run.step("steer llama-m", lambda: …)      computed once, then read back; any JSON value
         run.save(records, examples, tables), run.figure(figure, "figure_2a")"""
 
-    def __init__(self, script: str, args: argparse.Namespace, inputs: dict):
+    def __init__(self, script: str, args: argparse.Namespace, inputs: dict, aside: tuple[str, ...] = ()):
+        # aside: options that change no step's result, so that the folder can go on without or with them
         settings = {name: [str(v) for v in value] if isinstance(value, list) and name != "alpha" else
                     str(value) if isinstance(value, Path) else value
-                    for name, value in sorted(vars(args).items()) if name not in ("out", "fresh")}
+                    for name, value in sorted(vars(args).items()) if name not in ("out", "fresh", *aside)}
         inputs = json.loads(json.dumps(inputs))             # as they will be read back
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
@@ -959,10 +962,12 @@ class Run:
         print(f"\n{tables}\n\n{self.folder}")
 
     def figure(self, figure, name: str) -> None:
-        """Save a matplotlib figure as PNG and PDF."""
+        """Save a matplotlib figure as PNG and PDF, and close it."""
+        import matplotlib.pyplot as plt
         for suffix in ("png", "pdf"):
             write_whole(self.folder / f"{name}.{suffix}",
                         lambda file: figure.savefig(file, format=suffix, dpi=150, bbox_inches="tight"))
+        plt.close(figure)
 
 
 def environment() -> dict:

@@ -298,6 +298,11 @@ def make_records(args, results: list[dict]) -> list[dict]:
                 value, low, high, n = pooled([arm], key)
                 records.append(record(**about, concept=arm["emotion"], method=arm["method"], alpha=arm["alpha"], split=part,
                                       metric=metric, value=value, low=low, high=high, n=n))
+        for method, alpha in (("base", 0), *(("contrans", strength) for strength in args.alpha), ("self-align", result["alpha"])):
+            for metric, key in (("token_acc", "said"), ("logit_acc", "preferred")):
+                value, low, high, n = pooled(result["arms"], key, method=method, alpha=alpha)
+                records.append(record(**about, concept="mean of six", method=method, alpha=alpha, metric=metric, value=value, low=low,
+                                      high=high, n=n, split="test"))
         for metric in ("r2", "cosine"):
             records.append(record(**about, concept="map", method="contrans", split="held-out", metric=metric,
                                   value=result[metric], n=result["fitted on"]))
@@ -346,7 +351,7 @@ def main(argv=None):
         "emotions": fingerprint(str(args.data / "emotions")),
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompt": prompts(data, data["happiness"]["positive"], shots=False)[0],
-        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]})
+        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]}, aside=("tokens", "keep_downloads", "model", "revisions"))
     load = loader(args)
 
     source, results = None, {}

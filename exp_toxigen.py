@@ -272,22 +272,36 @@ def choices_of(args, item: dict) -> list[tuple[str, str]]:
 
 
 def fitting(args, prompts: dict, names: list[str]) -> dict:
-    """The prompts that leave room for refinement and a continuation in every model; says how many do not."""
-    kept, every = {}, sum(len(texts) for tones in prompts.values() for texts in tones.values())
+    """The prompts, so short that refinement and a continuation fit every model: a list that is too long loses its first
+    sentences, the same for all models. Says how many lists do."""
     limits = [(context_length(config) - args.max_new_tokens, tokenizer) for config, tokenizer in map(model_config, names)]
+
+    def too_long(texts):
+        long = np.zeros(len(texts), bool)
+        for wholes in ([wrapped(args, REFINE.replace("{scenario}", text)) for text in texts],
+                       [to_continue(args, text, instructed=True) for text in texts]):
+            for limit, tokenizer in limits:
+                long |= np.array([len(ids) > limit for ids in tokenizer(wholes, verbose=False).input_ids])
+        return long
+
+    fit, cut, every = {}, 0, sum(len(texts) for tones in prompts.values() for texts in tones.values())
     for group, tones in prompts.items():
-        kept[group] = {}
+        fit[group] = {}
         for tone, texts in tones.items():
-            fits = np.ones(len(texts), bool)
-            for wholes in ([wrapped(args, REFINE.replace("{scenario}", text)) for text in texts],
-                           [to_continue(args, text, instructed=True) for text in texts]):
-                for limit, tokenizer in limits if texts else []:
-                    fits &= np.array([len(ids) <= limit for ids in tokenizer(wholes, verbose=False).input_ids])
-            kept[group][tone] = [text for text, fit in zip(texts, fits) if fit]
-    left = sum(len(texts) for tones in kept.values() for texts in tones.values())
-    if left < every:
-        print(f"{every - left} of {every} prompts do not fit a model's context with {args.max_new_tokens} new tokens: left out")
-    return kept
+            lists, todo = list(texts), range(len(texts))
+            while todo:
+                todo = [k for k, long in zip(todo, too_long([lists[k] for k in todo])) if long]
+                for k in todo:
+                    rest = lists[k].partition("\n")[2]
+                    lists[k] = rest if sentences_of(rest) else ""
+                todo = [k for k in todo if lists[k]]
+            cut += sum(short != text for short, text in zip(lists, texts))
+            fit[group][tone] = list(dict.fromkeys(filter(None, lists)))         # two may end in the same sentences
+    if cut:
+        left = sum(len(texts) for tones in fit.values() for texts in tones.values())
+        print(f"{cut} of {every} prompts do not fit a model's context with {args.max_new_tokens} new tokens: they lose their "
+              f"first sentences, which leaves {left} different ones")
+    return fit
 
 
 # ---------------------------------------------------------------- the classifier
@@ -735,7 +749,7 @@ def main(argv=None):
         "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
         "first refinement prompt": material["fairness"][0][0],
         "continuation": {"prompt": to_continue(args, "{prompt}"), "decoding": "sampled" if args.sample else "greedy",
-                         "stop": f"end of sequence or {args.max_new_tokens} tokens"}})
+                         "stop": f"end of sequence or {args.max_new_tokens} tokens"}}, aside=("show_examples",))
     load = loader(args)
     vectors = functools.cache(lambda: Vectors(args, wanted, material, sentences, load))
 

@@ -768,7 +768,7 @@ def main(argv=None):
         "facts and scenarios": hashlib.sha256(json.dumps(material).encode()).hexdigest()[:16],
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompts": [texts[0] for texts in refinement(args, args.src, "honesty", material)],
-        "first test prompt": first[0] + first[1]})
+        "first test prompt": first[0] + first[1]}, aside=("generate", "save_vector"))
     load = loader(args)
     vectors = functools.cache(lambda: Vectors(args, rows, material, sentences, load))
 
@@ -791,8 +791,8 @@ def main(argv=None):
         if (row.table, row.method) == ("1", "contrans"):
             arms[host] = run.step(f"{host} controls", lambda: controls(*ready(host), args, test, row, grids[host, vector]))
             measured[host] = run.step(f"{host} measures", lambda: measures(*ready(host), args, sentences, row, best))
-            shown += run.step(f"{host} texts", lambda: texts(*ready(host), args, test[:args.generate], row, best))
-            run.step(f"{host} save", lambda: save(*ready(host), args, run, material, row, best))
+            shown += run.step(f"{host} texts {args.generate}", lambda: texts(*ready(host), args, test[:args.generate], row, best))
+            run.step(f"{host} save {args.save_vector}", lambda: save(*ready(host), args, run, material, row, best))
 
     report = [f"{len(kept)} of {len(questions)} questions, {np.sum([question.choices for question in kept])} choices, chance {percent(chance(kept))} %; "
               f"{'test and validation are the same' if args.protocol == 'paper' else 'validation'} {len(learn)}, test {len(test)} "

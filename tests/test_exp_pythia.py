@@ -8,7 +8,6 @@ What this script shares with exp_pretraining.py is tested in tests/test_exp_pret
 
 import argparse
 import csv
-import gc
 import json
 import os
 import random
@@ -51,11 +50,11 @@ def options(*argv) -> argparse.Namespace:
 
 def test_every_model_is_a_target_and_five_of_the_zoo_are_the_default():
     args = options()
-    assert args.family == "toy" and args.tgt == [f"{ZOO}/pythia-{k}" for k in range(1, 6)] and args.limit == 20
+    assert args.family == "toy" and args.tgt == [f"{ZOO}/pythia-{k}" for k in range(1, 6)] and args.limit == 50
     args = options("--models", "some/model-small@main", TWO)
     assert (args.family, args.tgt, args.limit) == ("custom", ["some/model-small@main", TWO], 200)
     assert options("--family", "pythia").tgt == [f"EleutherAI/pythia-{n}" for n in ("14m", "70m", "410m", "1.4b", "6.9b")]
-    assert options("--family", "toy", "--models", ONE, TWO).limit == 20
+    assert options("--family", "toy", "--models", ONE, TWO).limit == 50
 
 
 def test_alpha_zero_is_the_baseline_alone_and_a_strength_counts_once():
@@ -250,7 +249,6 @@ class Loads:
         self.load = getattr(common.load_model, "load", common.load_model)
 
     def __call__(self, name, *options):
-        gc.collect()
         self.alive = [reference for reference in self.alive if reference() is not None]
         model = self.load(name, *options)
         self.names.append(name)

@@ -13,6 +13,7 @@ import csv
 import io
 import itertools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -267,22 +268,26 @@ def knowing(folder: Path, words: str, context: int) -> str:
 
 
 @pytest.mark.parametrize("words", ["nothing", "[INST] Consider the bias of the following scenario.\nScenario: "])
-def test_prompts_that_leave_no_room_in_a_model_are_left_out_and_all_others_fit_it(tmp_path, capsys, words):
+def test_lists_that_leave_no_room_in_a_model_lose_their_first_sentences_and_no_more(tmp_path, capsys, words):
     model, args = knowing(tmp_path / "m", words, context=140), options("--max-new-tokens", 20)
-    prompts = {"a": {"hate": ["-" * n for n in range(1, 120)], "neutral": []},
-               "b": {"hate": ["- short\n-"], "neutral": ["-" * 200]}}
-    kept = exp_toxigen.fitting(args, prompts, [model])
+    draw = random.Random(0)
+    lists = ["".join(f"- {'abcdef'[k] * draw.randint(1, 40)}\n" for k in range(draw.randint(1, 6))) + "-" for _ in range(60)]
+    lists += [f"- {'x' * 100}\n-", *(f"- {letter * 60}\n- same\n-" for letter in "yz")]
+    prompts = {"a": {"hate": lists, "neutral": []}, "b": {"hate": ["- short\n-"], "neutral": [f"- {'long' * 50}\n-"]}}
+    fit = exp_toxigen.fitting(args, prompts, [model])
     tokenizer = common.model_config(model)[1]
 
-    def room(text):
+    def fits(text, reserve):
         refined, plain, instructed = (len(tokenizer(whole).input_ids) for whole in read(args, text))
-        return 140 - max(refined, plain + 20, instructed + 20)
-    texts = kept["a"]["hate"]
-    assert texts == ["-" * (n + 1) for n in range(len(texts))] and 0 < len(texts) < 119
-    assert room(texts[-1]) >= 0 > room(texts[-1] + "-" * 21)       # what is left out is too long, but for the reserve
-    assert kept["b"] == {"hate": ["- short\n-"], "neutral": []}
-    assert capsys.readouterr().out == (
-        f"{120 - len(texts)} of 121 prompts do not fit a model's context with 20 new tokens: left out\n")
+        return max(refined + reserve, plain + 20, instructed + 20) <= 140
+    ends = [["".join(text.splitlines(True)[k:]) for k in range(text.count("\n"))] for text in lists]
+    wanted = [next((end for end in own if fits(end, 20)), None) for own in ends]
+    assert fit["a"]["hate"] == list(dict.fromkeys(filter(None, wanted))) and all(fits(text, 0) for text in fit["a"]["hate"])
+    assert fit["b"] == {"hate": ["- short\n-"], "neutral": []} and fit["a"]["neutral"] == []
+    cut = sum(short != text for short, text in zip(wanted, lists)) + 1
+    assert 4 < cut < 64 and None in wanted and capsys.readouterr().out == (
+        f"{cut} of 65 prompts do not fit a model's context with 20 new tokens: they lose their first sentences, which leaves "
+        f"{len(fit['a']['hate']) + 1} different ones\n")
 
 
 def test_prompts_that_fit_are_all_kept_without_a_word(toy, capsys):
@@ -887,7 +892,7 @@ def test_a_target_of_one_s_own_beside_the_zoo_s_has_no_table_7_until_its_v_hones
 def test_a_run_that_is_stopped_anywhere_goes_on_and_ends_in_the_same_numbers(sketch, tmp_path):
     argv = ["--tgt", TARGET, "--tgt-chat", TARGET_CHAT]
     whole, calls = sketch.run(tmp_path / "whole", *argv), len(sketch.written)
-    for call in range(0, calls, 3):
+    for call in range(0, calls, 4):
         sketch.written, sketch.stop = [], call
         with pytest.raises(KeyboardInterrupt):
             sketch.run(tmp_path / f"{call}", *argv)
@@ -905,7 +910,7 @@ def inputs_of(monkeypatch, argv: list) -> dict:
     class Stopped(Exception):
         pass
 
-    def stop(script, args, inputs):
+    def stop(script, args, inputs, **_):
         raise Stopped(inputs)
     with monkeypatch.context() as patch:
         patch.setattr(exp_toxigen, "Run", stop)
@@ -1271,19 +1276,20 @@ def test_table_7_is_on_record_and_its_truthful_answers_are_those_of_exp_truthful
     assert [row["value"] for row in found[:2]] == pytest.approx([np.mean(result["mc1"]) for result in results])
 
 
-def test_the_same_command_draws_a_finished_run_again_without_a_model(finished, small, monkeypatch, capsys):
+def test_a_finished_run_is_drawn_again_and_shows_examples_without_a_model(finished, small, monkeypatch):
     before = {name: (finished.folder / name).read_bytes() for name in FILES}
     (finished.folder / "grid_llama-m.png").unlink()
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(Judge, "__call__", lambda *_: pytest.fail("the classifier was loaded"))
-    exp_toxigen.main([*TINY, "--data", str(small), "--out", str(finished.out)])
+    shown = run(finished.out, *TINY, "--data", small, "--show-examples", "3").printed.split("Continuations (hateful text)")[1]
+    assert len(re.findall(r"^\| llama-m ", shown, re.MULTILINE)) == 3
+    again = run(finished.out, *TINY, "--data", small)               # there is one folder, and it goes on
+    assert again.printed.splitlines()[-1] == str(finished.folder) and "Continuations (hateful text)" not in again.printed
     assert {name: (finished.folder / name).read_bytes() for name in FILES} == before
     assert (finished.folder / "grid_llama-m.png").exists()
-    assert capsys.readouterr().out.splitlines()[-1] == str(finished.folder)
-    assert len(list(finished.folder.parent.iterdir())) == 1
 
 
-def test_a_stopped_run_ends_in_the_same_numbers_and_shows_examples_where_asked_for(finished, small, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_while_a_model_writes_ends_in_the_same_numbers(finished, small, tmp_path, monkeypatch):
     generate, calls = exp_toxigen.generate, []
 
     def stopping(*args, **how):
@@ -1291,21 +1297,17 @@ def test_a_stopped_run_ends_in_the_same_numbers_and_shows_examples_where_asked_f
         if len(calls) == 7:
             raise KeyboardInterrupt
         return generate(*args, **how)
-    argv = [*TINY, "--data", small, "--show-examples", "3"]
     with monkeypatch.context() as patch:
         patch.setattr(exp_toxigen, "generate", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, *argv)
+            run(tmp_path, *TINY, "--data", small)
     folder, = (tmp_path / "exp_toxigen").iterdir()
     steps = {path: path.stat().st_mtime_ns for path in folder.glob("steps/*.json")}
     assert len(steps) >= 2 and not [name for name in FILES if (folder / name).exists()]
-    again = run(tmp_path, *argv)
+    run(tmp_path, *TINY, "--data", small)
     assert all(path.stat().st_mtime_ns == moment for path, moment in steps.items())
-    for name in FILES[:3]:
+    for name in FILES:
         assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
-    shown = again.printed.split("Continuations (hateful text)")[1]
-    assert len(re.findall(r"^\| llama-m ", shown, re.MULTILINE)) == 3
-    assert (folder / "tables.md").read_text().startswith((finished.folder / "tables.md").read_text().strip())
 
 
 # ================================================================ slow
@@ -1340,8 +1342,10 @@ def test_two_real_pretrained_models_run_on_the_real_prompts_and_count_those_that
                  "--validation", 1, "--pairs", 2, "--random", 1, "--maps", 2, "--alpha", 1, "--layer", 0.75, "--sentences", 300,
                  "--max-new-tokens", 8)
     every = sum(map(sum, UNIQUE.values()))
-    left = int(re.search(rf"^(\d+) of {every} prompts do not fit a model's context", result.printed, re.MULTILINE)[1])
-    assert 0 < left < every and "no --src-base given" in result.printed and "Give v_honesty" in result.printed
+    said = re.search(rf"^(\d+) of {every} prompts do not fit a model's context .* leaves (\d+) ", result.printed, re.MULTILINE)
+    cut, left = map(int, said.groups())
+    assert 0 < cut <= every and 0 < left < every
+    assert "no --src-base given" in result.printed and "Give v_honesty" in result.printed
     rows = json_rows(result.folder, "records.jsonl")
     base, = find(rows, method="base", metric="toxic_rate", split="test")
     assert base["n"] == sum(row["n"] for row in find(rows, method="base", metric="toxic_rate") if row["split"] != "test") > 10

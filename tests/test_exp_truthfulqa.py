@@ -914,7 +914,7 @@ def inputs_of(monkeypatch, argv: list) -> dict:
     class Stopped(Exception):
         pass
 
-    def stop(script, args, inputs):
+    def stop(script, args, inputs, aside):
         raise Stopped(inputs)
     monkeypatch.setattr(exp_truthfulqa, "Run", stop)
     with pytest.raises(Stopped) as stopped:
