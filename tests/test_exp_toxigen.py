@@ -1314,16 +1314,17 @@ def test_a_run_that_is_stopped_while_a_model_writes_ends_in_the_same_numbers(fin
 
 
 @pytest.mark.slow
-def test_the_default_run_on_the_zoo_finishes_with_the_baselines_where_they_should_be(tmp_path):
-    result = run(tmp_path)
+def test_a_run_on_the_zoo_finishes_with_the_baselines_where_they_should_be(tmp_path):
+    """The newcomer's command on fewer prompts and with fewer controls: in full it takes six minutes."""
+    result = run(tmp_path, "--limit", 4, "--validation", 3, "--random", 3, "--maps", 2)
     rows = json_rows(result.folder, "records.jsonl")
     assert {row["target"] for row in rows} == {TARGET, LARGE} and {row["method"] for row in rows} == {*METHODS}
     for name in (TARGET, LARGE):
         found = find(rows, target=name, item="Table 2", metric="toxic_rate", split="test")
         toxic = {row["method"]: row["value"] for row in found}
         assert toxic["base"] >= 0.7 and toxic["align-training"] <= 0.1 and toxic["eft"] < toxic["base"]
-        assert {row["n"] for row in found} == {8 * options().limit}
-        assert len(find(rows, target=name, method="random", metric="toxic_rate")) == 20
+        assert {row["n"] for row in found} == {8 * 4}
+        assert len(find(rows, target=name, method="random", metric="toxic_rate")) == 3
         assert len(find(rows, target=name, item="Table 7")) == 12
         costs = {row["method"]: row["value"] for row in find(rows, target=name, item="Table 2", metric="perplexity")}
         assert all(1 < cost < 20 for cost in costs.values())
