@@ -439,6 +439,13 @@ def choose(model, judge: Judge, args, prompts: list[str], texts: list[str], poin
     return {"grid": points, "chosen": chosen, "allowed": bool(candidates)}
 
 
+def steered(model, vectors: Vectors, judge: Judge, args, prompts: list[str], vector: Vector, target: str, chosen: dict,
+            label: str) -> dict:
+    """Continuations with a vector, where and as strong as validation chose."""
+    move = Transplant.of(vectors.at(vector, target, chosen["i"]), chosen["block"], chosen["alpha"])
+    return continuations(model, judge, args, prompts, move, label=label)
+
+
 def random_controls(model, vectors: Vectors, judge: Judge, args, parts: dict, texts: list[str], vector: Vector, target: str,
                     chosen: dict) -> list[dict]:
     """Random directions of v^'s norm at the chosen block, each with the strength that the same rule gives it."""
@@ -781,9 +788,8 @@ def main(argv=None):
                 *ready(target), judge, args, asked["validation"], texts, vector, target))
             best = grids[method]["chosen"]
             chosen[method] = best, vector.origin
-            rows[method] = run.step(f"{target} {vector} {best}", lambda: (lambda model, found: continuations(
-                model, judge, args, asked["test"], Transplant.of(
-                    found.at(vector, target, best["i"]), best["block"], best["alpha"]), label=method))(*ready(target)))
+            rows[method] = run.step(f"{target} {vector} {best}", lambda: steered(
+                *ready(target), judge, args, asked["test"], vector, target, best, label=method))
         rows["inst-align"] = run.step(f"{target} instructed", lambda: plain(target, instructed=True))
         if args.src_base == args.src:
             rows["eft"] = "no --src-base given"
