@@ -1328,11 +1328,16 @@ def test_a_machine_without_git_can_run(start, monkeypatch):
 
 
 def test_figures_come_as_png_and_pdf(start):
-    class Figure:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    class Figure(matplotlib.figure.Figure):
         def savefig(self, file, format, **_):
             file.write(format.encode())
-    run = start()
-    run.figure(Figure(), "figure_2a")
+    run, figure = start(), plt.figure(FigureClass=Figure)
+    run.figure(figure, "figure_2a")
+    assert not plt.fignum_exists(figure.number)             # a long run does not keep its figures in memory
     assert [(run.folder / f"figure_2a.{suffix}").read_text() for suffix in ("png", "pdf")] == ["png", "pdf"]
 
 
