@@ -233,9 +233,10 @@ def loader(args: argparse.Namespace):
     held = {}
 
     def load(*names: str):
-        for name in [name for name in held if name not in names]:
-            del held[name]
-        gc.collect()                            # a model holds itself in a circle, and would still be there beside the next
+        if others := [name for name in held if name not in names]:
+            for name in others:
+                del held[name]
+            gc.collect()                        # a model holds itself in a circle, and would still be there beside the next
         for name in names:
             if name not in held:
                 held[name] = load_model(name, args.dtype, args.device, args.remote and name in args.tgt, args.batch_tokens)
