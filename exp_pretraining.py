@@ -351,7 +351,8 @@ def main(argv=None):
         "emotions": fingerprint(str(args.data / "emotions")),
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompt": prompts(data, data["happiness"]["positive"], shots=False)[0],
-        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]}, aside=("tokens", "keep_downloads", "model", "revisions"))
+        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]},
+        aside=("tokens", "keep_downloads", "model", "revisions"))
     load = loader(args)
 
     source, results = None, {}

@@ -326,7 +326,8 @@ def main(argv=None):
         "emotions": fingerprint(str(args.data / "emotions")),
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompt": prompts(data, data["happiness"]["positive"], shots=False)[0],
-        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]}, aside=("one_at_a_time",))
+        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]},
+        aside=("one_at_a_time",))
     load = loader(args)
 
     loaded = []                                 # all of them stay, unless one at a time is to be held

@@ -809,11 +809,12 @@ def main(argv=None):
         costs = {"base": run.step(f"{target} perplexity", lambda: cost_of(target))}
         if chat:
             costs["align-training"] = run.step(f"{chat} perplexity", lambda: cost_of(chat))
+        tokens = costs["base"][1]
         costs = {method: cost for method, (cost, _) in costs.items()} | {
             method: grids[method]["chosen"]["ratio"] * costs["base"][0] for method in grids}
         best = chosen["contrans"][0]
         result = {"rows": rows, "grids": grids, "chosen": chosen, "perplexity": costs,
-                  "tokens": run.step(f"{target} perplexity", lambda: None)[1],
+                  "tokens": tokens,
                   "random": run.step(f"{target} random", lambda: random_controls(
                       *ready(target), judge, args, asked, texts, fair, target, best)),
                   "others": run.step(f"{target} others", lambda: other_controls(

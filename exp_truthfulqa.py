@@ -768,7 +768,8 @@ def main(argv=None):
         "facts and scenarios": hashlib.sha256(json.dumps(material).encode()).hexdigest()[:16],
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
         "first refinement prompts": [texts[0] for texts in refinement(args, args.src, "honesty", material)],
-        "first test prompt": first[0] + first[1]}, aside=("generate", "save_vector"))
+        "first test prompt": first[0] + first[1]},
+        aside=("generate", "save_vector"))
     load = loader(args)
     vectors = functools.cache(lambda: Vectors(args, rows, material, sentences, load))
 
