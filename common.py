@@ -222,7 +222,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: boo
     model._module.eval()
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
         model.tokenizer.pad_token = model.tokenizer.eos_token
-    model.name, model.remote, model.batch_tokens = str(name), remote, batch_tokens
+    model.name, model.remote, model.batch_tokens, model.abilities = str(name), remote, batch_tokens, None
     model.fingerprint = fingerprint(name)
     return model
 
@@ -282,26 +282,28 @@ def encode(model, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _batches(lengths: list[int], tokens: int, rows_each: int = 1, label: str | None = None):
-    """Yield lists of indices, prompts of like length together, so that rows x longest stays within `tokens`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = None, order: list[int] | None = None):
+    """Yield lists of indices, prompts of like length together (or in the order given, longest first), so that rows x longest
+    stays within model.batch_tokens, which may shrink on the way."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if order is None else order
     start = 0
     with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64 or label is None, mininterval=1) as bar:
         while start < len(order):
-            size = max(1, tokens // (lengths[order[start]] * rows_each))
+            size = max(1, model.batch_tokens // (lengths[order[start]] * rows_each))
             yield order[start:start + size]
             bar.update(len(order[start:start + size]))
             start += size
 
 
-def _padded(model, rows: list[list[int]], prefix: int = 0) -> dict:
-    """Left-padded ids, mask and positions; `prefix` tokens before the rows are already in a cache."""
+def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) -> dict:
+    """Left-padded ids, mask and positions. before: which columns of a cache hold tokens of each row [rows, columns]."""
     width, pad = max(map(len, rows)), model.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    positions = prefix + (mask.cumsum(1) - 1).clamp(min=0)
-    if prefix:
-        mask = torch.cat([torch.ones(len(rows), prefix, dtype=mask.dtype), mask], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if before is not None:
+        positions += before.sum(1, keepdim=True)
+        mask = torch.cat([before, mask], 1)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
@@ -327,7 +329,7 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
     ids = encode(model, texts)
     shifts = _shifts(model, [transplant or Transplant()])
     result = torch.empty(len(texts), len(layers), model.config.hidden_size)
-    for batch in _batches([len(row) for row in ids], model.batch_tokens, label=label):
+    for batch in _batches(model, [len(row) for row in ids], label=label):
         inputs = _padded(model, [ids[i] for i in batch])
         with torch.no_grad():
             with model.trace(inputs, use_cache=False, remote=model.remote) as tracer:
@@ -560,33 +562,177 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
 # ================================================================ 7  Scoring
 
 
-def _last_logits(model, ids: list[list[int]], keep: list[int], transplants: list[Transplant], label: str):
-    """Yield (slice of `transplants`, indices of `ids`, logits [T, B, positions, V]) for the last keep[i] positions of each.
+@dataclass
+class _Start:
+    """Tokens that rows begin with, read once: keys and values of each block (a row a start up to the first steered block,
+    a row a transplant and start above it), and which of their columns hold tokens [starts, columns]."""
+    blocks: list[tuple[torch.Tensor, torch.Tensor]]
+    mask: torch.Tensor
 
-    Every row of a batch has a transplant of its own, so a sweep over strengths, vectors and controls is one batch.
-    Tokens that all prompts begin with (a few-shot prefix) are computed once a transplant, steered, and kept as a cache."""
-    lengths = [len(row) for row in ids]
-    prefix = 0 if model.remote or max(lengths) > _window(model.config) else _common_prefix(ids, max(keep))
+    def of(self, which: list[int]):
+        """A cache of its own for rows that begin with starts number `which`; a forward pass appends to it."""
+        from transformers import DynamicCache
+        starts, picked = len(self.mask), []
+        for keys, values in self.blocks:
+            rows = torch.tensor([copy * starts + i for copy in range(len(keys) // starts) for i in which], device=keys.device)
+            picked.append((keys[rows], values[rows]))
+        return DynamicCache(picked)
+
+
+def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool, keep: int = 1, start: _Start | None = None,
+          which: list[int] = (), keep_start: bool = False):
+    """One forward pass: rows of tokens, the i-th after start number which[i], under each of `copies` transplants.
+
+    Returns the logits [copies x rows, keep, V] and, where asked for, what was read as a _Start. shared: up to the first
+    steered block nothing depends on the transplant, so each row is there once, and from there on once a transplant."""
+    parting = min(shifts) if shared and shifts and copies > 1 else None     # the block after which rows part
+    each = copies if parting is None else 1
+    before = None if start is None else start.mask[list(which)]
+    inputs = _padded(model, rows * each, None if before is None else before.repeat(each, 1))
+    options = {"use_cache": keep_start} if start is None else {"past_key_values": start.of(which)}
+    with torch.no_grad():
+        with model.trace(inputs, logits_to_keep=keep, **options):
+            for block in shifts if parting is None else range(parting, len(model.layers)):
+                if parting is not None and block > parting:
+                    args, kwargs = model.layers[block].inputs
+                    model.layers[block].inputs = (args[0], *_repeated(args[1:], copies)), _repeated(kwargs, copies)
+                if block == parting:
+                    output = model.layers[block].output
+                    h = residual(output).repeat(copies, 1, 1)
+                    h += shifts[block].repeat_interleave(len(rows), 0)[:, None].to(h)
+                    model.layers[block].output = (h, *output[1:]) if isinstance(output, tuple) else h
+                elif block in shifts:
+                    h = residual(model.layers[block].output)
+                    h += shifts[block].repeat_interleave(len(rows), 0)[:, None].to(h)
+            if keep_start:
+                cache = model.output.past_key_values.save()
+            logits = model.output.logits.float().save()
+    kept = None
+    if keep_start:
+        kept = _Start([(block.keys, block.values) for block in cache.layers], inputs["attention_mask"][:len(rows)])
+    return logits, kept
+
+
+def _repeated(arguments, copies: int):
+    """What a block is given beside the stream (masks, positions, rotary angles), its rows repeated; caches stay as they are."""
+    if isinstance(arguments, torch.Tensor):
+        return arguments.repeat(copies, *[1] * (arguments.dim() - 1)) if arguments.dim() > 1 else arguments
+    if isinstance(arguments, dict):
+        return {name: _repeated(value, copies) for name, value in arguments.items()}
+    return tuple(_repeated(value, copies) for value in arguments) if isinstance(arguments, tuple) else arguments
+
+
+def _abilities(model) -> tuple[bool, bool]:
+    """Whether the model's blocks may go on with more rows than they began with, and whether it may go on from a start that it
+    has read before. Tried once a model on a few tokens, against the plain way; where it fails, the plain way is taken."""
+    if model.abilities is None:
+        rows = [[3, 4, 5, 6], [3, 4, 7]]
+        shifts = {len(model.layers) // 2: torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0))}
+        plain, _ = _read(model, rows, shifts, 2, False)
+
+        def agrees(**way) -> bool:
+            try:
+                if way.pop("started", False):
+                    _, way["start"] = _read(model, [rows[0][:2]], shifts, 2, False, keep_start=True)
+                    way["which"] = [0, 0]
+                logits, _ = _read(model, [row[2:] if way.get("start") else row for row in rows], shifts, 2, **way)
+            except Exception:                   # any: a model's own forward decides what it cannot do
+                return False
+            close = 1e-3 if model.dtype == torch.float32 else 0.1
+            return bool((logits - plain).abs().max() <= close * plain.std())
+        model.abilities = agrees(shared=True), agrees(shared=False, started=True)
+        if not all(model.abilities):
+            print(f"{model.name}: " + " and ".join(what for what, can in zip((
+                "strengths cannot share the lower blocks", "prompts cannot share their beginning"), model.abilities) if not can)
+                + f" ({type(model._module).__name__}); they are computed in full")
+    return model.abilities
+
+
+def _scorer(model, prefix: list[int], shifts: dict, copies: int, shared: bool):
+    """A function that scores one batch after another; the prefix that all rows begin with is read once, here."""
+    whole = _read(model, [prefix], shifts, copies, shared, keep_start=True)[1] if prefix else None
+
+    def score(rows, keep, starts, which, asked):
+        start, of = whole, [0] * len(rows)
+        if starts:
+            start, of = _read(model, starts, shifts, copies, shared, start=whole, which=[0] * len(starts), keep_start=True)[1], which
+        logits, _ = _read(model, rows, shifts, copies, shared, keep, start, of)
+        return logits.unflatten(0, (copies, -1)) if asked is None else _log_probabilities(logits, asked, copies)
+    return score
+
+
+def _log_probabilities(logits: torch.Tensor, asked: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [copies x rows, positions, V]: the log-probability of the asked tokens [rows, positions, candidates], summed over
+    the positions, and whether each is the likeliest [copies, rows, candidates]. A token of -1 asks for nothing."""
+    asked = asked.to(logits.device).repeat(copies, 1, 1)
+    picked = (logits.gather(-1, asked.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)).masked_fill(asked < 0, 0)
+    likeliest = (logits.argmax(-1, keepdim=True) == asked) | (asked < 0)
+    return (picked.double().sum(1).float().cpu().unflatten(0, (copies, -1)), likeliest.all(1).cpu().unflatten(0, (copies, -1)))
+
+
+def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Transplant], label: str | None,
+            asked: list | None = None, starts: list[int] | None = None):
+    """Yield (slice of `transplants`, indices of `rows`, scores of the last keep[i] positions of each), batch by batch: the logits
+    [T, B, positions, V], or with `asked` what _log_probabilities makes of them. asked[i][c]: candidate c's tokens at the end of row i.
+
+    What can be shared is computed once: tokens that all rows begin with (a few-shot prefix), the first starts[i] tokens
+    where several rows of a batch have the same (a question and its choices), and for all transplants the blocks below the
+    first steered one."""
+    lengths = [len(row) for row in rows]
+    shared, started = _abilities(model)
+    if max(lengths) > _window(model.config):
+        started = False                         # padding between a start and its rows would use the window up
+    prefix = _common_prefix(rows, max(keep)) if started else 0
+    starts = starts if started and starts else [prefix] * len(rows)
+    own = [tuple(row[prefix:start]) for row, start in zip(rows, starts)]
+    longest = {}                                # rows with one start go together, as if all were as long as the longest
+    for start, length in zip(own, lengths):
+        longest[start] = max(longest.get(start, 0), length)
+    ceiling = [longest[start] if start else length for start, length in zip(own, lengths)]
+    order = sorted(range(len(rows)), key=lambda i: (-ceiling[i], own[i]))
     group = max(1, min(len(transplants), model.batch_tokens // max(lengths)))
-    for start in range(0, len(transplants), group):
-        members = slice(start, start + group)
-        count = len(transplants[members])
-        shifts = _shifts(model, transplants[members])
-        cached = _prefix_cache(model, ids[0][:prefix], count, shifts) if prefix else None
-        skip = prefix if cached else 0
-        for batch in _batches(lengths, model.batch_tokens, count, label):
-            rows = [ids[i][skip:] for _ in range(count) for i in batch]
-            inputs = _padded(model, rows, skip)
+    for first in range(0, len(transplants), group):
+        members = slice(first, first + group)
+        copies, shifts = len(transplants[members]), _shifts(model, transplants[members])
+
+        def pack(batch):
+            each = {start: number for number, start in enumerate(dict.fromkeys(own[i] for i in batch))}
+            spared = sum(len(own[i]) for i in batch) - sum(map(len, each))
+            pays = all(each) and 4 * spared > sum(lengths[i] - prefix for i in batch)
             positions = max(keep[i] for i in batch)
-            options = {"logits_to_keep": positions, **_cache_options(cached, len(batch))}
-            with torch.no_grad():
-                with model.trace(inputs, remote=model.remote, **options):
-                    for layer, shift in shifts.items():
-                        h = residual(model.layers[layer].output)
-                        h += shift.repeat_interleave(len(batch), 0)[:, None].to(h)
-                    logits = model.output.logits.float().save()
-            _require_finite(logits, f"logits of {model.name} ({model.dtype})")
-            yield members, batch, logits.view(count, len(batch), positions, -1)
+            return {"rows": [rows[i][starts[i] if pays else prefix:] for i in batch], "keep": positions,
+                    "starts": [list(start) for start in each] if pays else [],
+                    "which": [each[own[i]] for i in batch] if pays else [],
+                    "asked": None if asked is None else torch.stack([_right_aligned(asked[i], positions) for i in batch])}
+        for batch, scores in _each_batch(model, _scorer, (rows[0][:prefix], shifts, copies, shared), pack,
+                                         _batches(model, ceiling, copies, label, order)):
+            if asked is None:
+                _require_finite(scores, f"logits of {model.name} ({model.dtype})")
+            else:
+                _require_finite(scores[0], f"log-probabilities of {model.name} ({model.dtype})")
+            yield members, batch, scores
+
+
+def _right_aligned(candidates: list[list[int]], positions: int) -> torch.Tensor:
+    return torch.tensor([[-1] * (positions - len(tokens)) + list(tokens) for tokens in candidates]).T
+
+
+def _each_batch(model, make, fixed: tuple, pack, batches):
+    """Yield (batch, answer): make(model, *fixed) is a function of pack(batch). A batch too large for memory is halved, and so
+    are those that follow."""
+    answer = make(model, *fixed)
+
+    def halving(batch):
+        try:
+            return [(batch, answer(**pack(batch)))]
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        model.batch_tokens = max(1, model.batch_tokens // 2)
+        gc.collect(), torch.cuda.empty_cache()
+        return halving(batch[:len(batch) // 2]) + halving(batch[len(batch) // 2:])
+    for batch in batches:
+        yield from halving(batch)
 
 
 def _common_prefix(ids: list[list[int]], keep: int) -> int:
@@ -602,31 +748,6 @@ def _window(config) -> int:
     """The fewest tokens that any block looks back on. Padding between a kept prefix and the rows would use them up."""
     sizes = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
     return min([size for size in sizes if size], default=sys.maxsize)
-
-
-def _prefix_cache(model, prefix: list[int], rows: int, shifts: dict) -> list | None:
-    """Keys and values [rows, heads, len(prefix), d_head] of each block, the prefix being steered row by row.
-
-    None where a block does not keep the whole prefix (a sliding window): then the prompts are computed in full."""
-    inputs = _padded(model, [prefix] * rows)
-    with torch.no_grad():
-        with model.trace(inputs, use_cache=True, logits_to_keep=1):
-            for layer, shift in shifts.items():
-                h = residual(model.layers[layer].output)
-                h += shift[:, None].to(h)
-            cache = model.output.past_key_values.save()
-    if any(getattr(block, "keys", None) is None or block.keys.shape[-2] != len(prefix) for block in cache.layers):
-        return None
-    return [(block.keys, block.values) for block in cache.layers]
-
-
-def _cache_options(cached: list | None, repeats: int) -> dict:
-    """A fresh cache a batch, since a forward pass appends to it; each row of the prefix serves `repeats` prompts."""
-    if cached is None:
-        return {"use_cache": False}
-    from transformers import DynamicCache
-    repeated = [(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in cached]
-    return {"past_key_values": DynamicCache(repeated)}
 
 
 def same_vocabulary(tokenizers) -> bool:
@@ -671,7 +792,7 @@ def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (
     """Logits of the token after each text, under each transplant: [transplants, texts, vocabulary] float32 on the CPU."""
     ids = encode(model, texts)
     result = None
-    for members, batch, logits in _last_logits(model, ids, [1] * len(ids), list(transplants), label):
+    for members, batch, logits in _scores(model, ids, [1] * len(ids), list(transplants), label):
         if result is None:
             result = torch.empty(len(transplants), len(texts), logits.shape[-1])
         result[members, batch] = logits[:, :, -1].cpu()
@@ -691,37 +812,33 @@ def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Trans
     for context, whole, pair in zip(contexts, ids, pairs):
         if whole[:len(context)] != context or len(whole) == len(context):
             raise ValueError(f"the tokens of context and continuation do not split at the context: {pair!r}")
-    tails = [len(whole) - len(context) for context, whole in zip(contexts, ids)]
     if eft:
         _require_same_vocabulary([model, *eft])
         _require_room(eft, ids)
-    return _tail_logprobs(model, ids, tails, list(transplants), label, eft)
+    return _tail_logprobs(model, ids, [len(context) for context in contexts], list(transplants), label, eft)
 
 
-def _tail_logprobs(model, ids: list[list[int]], tails: list[int], transplants: list[Transplant], label: str, eft: tuple = ()):
-    """Sum of log-probabilities of the last tails[i] tokens of each row, and whether each of them is the likeliest."""
+def _tail_logprobs(model, ids: list[list[int]], heads: list[int], transplants: list[Transplant], label: str, eft: tuple = ()):
+    """Sum of log-probabilities of the tokens of each row after its first heads[i], and whether each of them is the likeliest."""
     total = torch.empty(len(transplants), len(ids))
     greedy = torch.empty(len(transplants), len(ids), dtype=torch.bool)
-    keep, plain = [tail + 1 for tail in tails], [BASE] * len(transplants)
-    if any(small.batch_tokens != model.batch_tokens for small in eft):
-        raise ValueError("EFT reads three models batch by batch: load them with the same batch_tokens")
-    streams = [_last_logits(model, ids, keep, transplants, label), *(_last_logits(m, ids, keep, plain, None) for m in eft)]
-    for (members, batch, logits), *small in zip(*streams):
-        for sign, (_, same, difference) in zip((1, -1), small):
-            assert same == batch                # equal ids and equal batch_tokens make equal batches
-            width = min(logits.shape[-1], difference.shape[-1])         # rows of padding at the end of an unembedding
-            logits = logits[..., :width] + sign * difference[..., :width].to(logits)
-        for column, i in enumerate(batch):
-            scores = logits[:, column, -tails[i] - 1:-1].log_softmax(-1)
-            total[members, i], greedy[members, i] = _read(scores, ids[i][-tails[i]:])
+    rows, asked = [row[:-1] for row in ids], [[row[head:]] for row, head in zip(ids, heads)]
+    keep, starts = [len(tokens) for tokens, in asked], [head - 1 for head in heads]
+    if not eft:
+        for members, batch, (sums, likeliest) in _scores(model, rows, keep, transplants, label, asked, starts):
+            total[members, batch], greedy[members, batch] = sums[..., 0], likeliest[..., 0]
+        return total, greedy
+    for members, batch, logits in _scores(model, rows, keep, transplants, label, starts=starts):
+        for sign, small in zip((1, -1), eft):
+            for _, some, difference in _scores(small, [rows[i] for i in batch], [keep[i] for i in batch], [BASE], None,
+                                               starts=[starts[i] for i in batch]):
+                width = min(logits.shape[-1], difference.shape[-1])     # rows of padding at the end of an unembedding
+                logits = logits[..., :width]
+                logits[:, some, -difference.shape[2]:] += sign * difference[..., :width].to(logits)
+        tokens = torch.stack([_right_aligned(asked[i], logits.shape[2]) for i in batch])
+        sums, likeliest = _log_probabilities(logits.flatten(0, 1), tokens, len(logits))
+        total[members, batch], greedy[members, batch] = sums[..., 0], likeliest[..., 0]
     return total, greedy
-
-
-def _read(scores: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of log-probabilities [T, len(tokens), V]: the sum over the tokens [T], and whether each is the likeliest [T]."""
-    tokens = torch.tensor(tokens, device=scores.device)
-    picked = scores.gather(-1, tokens.expand(len(scores), -1)[..., None])[..., 0]
-    return picked.sum(-1).cpu(), (scores.argmax(-1) == tokens).all(-1).cpu()
 
 
 def label_tokens(model, prompt: str, labels: list[str]) -> list[list[int]]:
@@ -747,16 +864,16 @@ def score_labels(model, prompts: list[str], labels: list[str], transplants: list
     words = label_tokens(model, prompts[0], labels)
     starts = sorted({tuple(word[:-1]) for word in words})       # [()] where one token tells the labels apart
     rows = [ids + list(start) for ids in encode(model, prompts) for start in starts]
-    keep = [len(start) + 1 for _ in prompts for start in starts]
-    total = torch.empty(len(transplants), len(prompts), len(labels))
-    greedy = torch.empty(len(transplants), len(prompts), len(labels), dtype=torch.bool)
-    for members, batch, logits in _last_logits(model, rows, keep, list(transplants), label):
-        for column, i in enumerate(batch):
-            prompt, start = divmod(i, len(starts))
-            scores = logits[:, column].log_softmax(-1)
-            for w, word in enumerate(words):
-                if tuple(word[:-1]) == starts[start]:
-                    total[members, prompt, w], greedy[members, prompt, w] = _read(scores[:, -len(word):], word)
+    asked = [[word if tuple(word[:-1]) == start else [] for word in words] for _ in prompts for start in starts]
+    total = torch.full((len(transplants), len(rows), len(labels)), -math.inf)
+    greedy = torch.zeros(len(transplants), len(rows), len(labels), dtype=torch.bool)
+    here = torch.tensor([[bool(tokens) for tokens in row] for row in asked])
+    for members, batch, (sums, likeliest) in _scores(model, rows, [len(start) + 1 for _ in prompts for start in starts],
+                                                     list(transplants), label, asked):
+        total[members, batch] = sums.masked_fill(~here[batch], -math.inf)
+        greedy[members, batch] = likeliest & here[batch]
+    total = total.unflatten(1, (len(prompts), -1)).amax(2)      # each label is asked for after one of the starts
+    greedy = greedy.unflatten(1, (len(prompts), -1)).any(2)
     return torch.where(greedy.any(-1), greedy.int().argmax(-1), -1), total.argmax(-1)
 
 
@@ -780,7 +897,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
-    for batch in _batches([len(row) + max_new_tokens for row in ids], model.batch_tokens, label=label):
+    for batch in _batches(model, [len(row) + max_new_tokens for row in ids], label=label):
         inputs = _padded(model, [ids[i] for i in batch])
         inputs.pop("position_ids")              # generate makes its own from the mask
         width = inputs["input_ids"].shape[1]
@@ -811,19 +928,20 @@ def perplexity(model, texts: list[str], transplants: list[Transplant] = (BASE,),
     window = window or min(context_length(model.config), 1024)
     if window < 2:
         raise ValueError("a window of fewer than 2 tokens predicts nothing")
-    rows, tails = [], []
+    rows, heads = [], []
     for ids in model.tokenizer(list(texts)).input_ids:
         end = min(window, len(ids))
         if end > 1:
-            rows.append(ids[:end]), tails.append(end - 1)
+            rows.append(ids[:end]), heads.append(1)
         while end < len(ids):
-            tails.append(min(window // 2, len(ids) - end))
-            end += tails[-1]
+            heads.append(window - min(window // 2, len(ids) - end))
+            end += window - heads[-1]
             rows.append(ids[end - window:end])
     if not rows:
         raise ValueError("no text has two tokens or more, so there is nothing to predict")
-    total, _ = _tail_logprobs(model, rows, tails, list(transplants), label)
-    return (-total.double().sum(1) / sum(tails)).exp(), sum(tails)
+    total, _ = _tail_logprobs(model, rows, heads, list(transplants), label)
+    tokens = sum(map(len, rows)) - sum(heads)
+    return (-total.double().sum(1) / tokens).exp(), tokens
 
 
 def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,),

@@ -175,7 +175,7 @@ def test_an_empty_prompt_is_refused_where_the_tokenizer_adds_nothing(llama, monk
 
 def test_batches_hold_each_prompt_once_and_stay_within_the_tokens():
     lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
-    batches = list(common._batches(lengths, 100, rows_each=3))
+    batches = list(common._batches(SimpleNamespace(batch_tokens=100), lengths, rows_each=3))
     assert sorted(i for batch in batches for i in batch) == list(range(200))
     assert all(len(batch) == 1 or 3 * len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
 
@@ -601,14 +601,14 @@ def test_a_transplant_to_a_block_that_does_not_exist_is_refused(llama, layer):
 
 @pytest.fixture
 def prefixes(monkeypatch):
-    """What became of each try to keep a prefix: its length, or 0 where it was given up."""
-    taken, inner = [], common._prefix_cache
+    """Lengths of the prefixes that were read once for all rows."""
+    taken, inner = [], common._scorer
 
     def spy(model, prefix, *rest):
-        cached = inner(model, prefix, *rest)
-        taken.append(len(prefix) if cached else 0)
-        return cached
-    monkeypatch.setattr(common, "_prefix_cache", spy)
+        if prefix:
+            taken.append(len(prefix))
+        return inner(model, prefix, *rest)
+    monkeypatch.setattr(common, "_scorer", spy)
     return taken
 
 
