@@ -2,14 +2,15 @@
 
     1  Options        shared by all scripts; bad input ends in one line and exit code 2
     2  Model          any causal LM of the hub or of a folder, as an nnsight model with .layers
-    3  Hidden states  last token, output of block k (0-based), float32 on the CPU            Sec. 3
-    4  Refine         v = mean(h_pos - h_neg)                                                Eq. 1
-    5  Reformulate    v^ = v F,  F = V S^-1 U^T Y                                            Eq. 2, App. A
-    6  Transplant     h^k + alpha v^ at every position                                       Eq. 3
-    7  Scoring        next token, labels, choices, text, perplexity, logit lens: all under a transplant
-    8  Records        run folder, intervals, tables, concept vectors on disk
+    3  Work           in batches, here or on NDIF
+    4  Hidden states  last token, output of block k (0-based), float32 on the CPU            Sec. 3
+    5  Refine         v = mean(h_pos - h_neg)                                                Eq. 1
+    6  Reformulate    v^ = v F,  F = V S^-1 U^T Y                                            Eq. 2, App. A
+    7  Transplant     h^k + alpha v^ at every position                                       Eq. 3
+    8  Scoring        next token, labels, choices, text, perplexity, logit lens: all under a transplant
+    9  Records        run folder, intervals, tables, concept vectors on disk
 
-No plot lives here, and no data set but the plain sentences of the map. The file is read from top to bottom; each room uses only rooms above it.
+No plot lives here, and no data set but the plain sentences of the map. Each room uses only rooms above it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import gc
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -29,6 +31,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +103,9 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: float32 on CPU, bfloat16 on GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; auto spreads a model over all GPUs")
-    add("--remote", action="store_true", help="run the target on NDIF (key in NDIF_API_KEY)")
+    add("--remote", nargs="?", const="target", choices=["target", "both"],
+        help="run the targets, or both source and targets, on NDIF (key in NDIF_API_KEY)")
+    add("--ndif-host", metavar="URL", default=os.environ.get("NDIF_HOST", "https://api.ndif.us"), help="of the NDIF server")
     add("--batch-tokens", type=int, default=16384, help="tokens of one forward pass; lower it when memory runs out")
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where the run folder is made")
     add("--fresh", action="store_true", help="start over instead of continuing the run folder of the same arguments")
@@ -146,9 +151,45 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail("--rcond and --ridge must be finite numbers and not negative")
     if not re.fullmatch(r"auto|(\d+|\d*\.\d+)(,(\d+|\d*\.\d+))?", args.layer):
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
-    if args.remote and not os.environ.get("NDIF_API_KEY"):
-        fail("--remote needs an NDIF key in the environment variable NDIF_API_KEY; https://login.ndif.us gives one")
+    if args.remote:
+        check_ndif(args.ndif_host, remote_models(args))
     return args
+
+
+def remote_models(args: argparse.Namespace) -> list[str]:
+    """The models that --remote runs on NDIF: the targets and their aligned models, or all."""
+    source = {"target": [], "both": [args.src, args.src_base]}
+    return list(dict.fromkeys([*filter(None, [*args.tgt, *args.tgt_chat]), *source[args.remote]])) if args.remote else []
+
+
+def check_ndif(host: str, names: list[str]) -> None:
+    """Key, server, versions, models: whatever is missing ends here, in one line."""
+    import httpx
+    from importlib.metadata import version
+    if not os.environ.get("NDIF_API_KEY"):
+        fail("--remote needs an NDIF key in the environment variable NDIF_API_KEY; https://login.ndif.us gives one")
+    if not re.match("https?://", host):
+        fail(f"--ndif-host {host}: it must begin with http:// or https://")
+    for name in names:
+        if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name):
+            fail(f"--remote: {name} is not on NDIF, which knows models by their hub ids (like meta-llama/Llama-3.1-70B)")
+    try:
+        answers = [httpx.get(f"{host.rstrip('/')}/{page}", timeout=60) for page in ("status", "env")]
+        status, server = (answer.raise_for_status().json() for answer in answers)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        fail(f"no NDIF at {host}: {error}; see https://nnsight.net/status, or give another --ndif-host")
+    for package in ("nnsight", "transformers"):
+        theirs = server.get("packages", {}).get(package)
+        if theirs != version(package):
+            fail(f"NDIF runs {package} {theirs or '(version unknown)'}, here is {version(package)}, and results may differ: "
+                 f"pip install {package}=={theirs}")
+    running = {(model["repo_id"], model.get("revision") or "main") for model in status.get("deployments", {}).values()
+               if model.get("application_state") == "RUNNING"}
+    for name in names:
+        repo, revision = _split_revision(name)
+        if (repo, revision or "main") not in running:
+            up = ", ".join(sorted(repo if revision == "main" else f"{repo}@{revision}" for repo, revision in running))
+            fail(f"{name} is not running on NDIF; these are: {up or 'none'}")
 
 
 def block_index(layer: str, blocks: int, side: int = 0) -> int:
@@ -198,13 +239,14 @@ def model_config(name: str):
                                              if gated else str(error).strip().splitlines()[0]))
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: bool = False, batch_tokens: int = 16384):
+def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str | None = None, batch_tokens: int = 16384):
     """An nnsight model of any causal LM.
 
     name: hub id or folder, `REPO@REVISION` for a revision. dtype "auto": float32 on the CPU, bfloat16 on a GPU.
     The result has .layers, .final_norm and .unembed on every architecture, a tokenizer that pads on the left, and
-    carries .name, .fingerprint, .remote and .batch_tokens, which the functions below read. With remote=True no
-    weights are loaded here. Raises ValueError where the blocks are not found, naming the module lists that are there."""
+    carries .name, .fingerprint, .remote, .batch_tokens and .abilities, which the functions below read. remote: address of an
+    NDIF server that runs the model; no weights are loaded here then. Raises ValueError where the blocks are not found,
+    naming the module lists that are there."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
     logging.disable_progress_bar()              # a bar for every file of weights says little and hides the table
@@ -239,7 +281,8 @@ def loader(args: argparse.Namespace):
             gc.collect()                        # a model holds itself in a circle, and would still be there beside the next
         for name in names:
             if name not in held:
-                held[name] = load_model(name, args.dtype, args.device, args.remote and name in args.tgt, args.batch_tokens)
+                host = args.ndif_host if name in remote_models(args) else None
+                held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
         return held[names[0]] if len(names) == 1 else [held[name] for name in names]
     return load
 
@@ -265,6 +308,8 @@ def context_length(config) -> int:
     """Positions that the model was made for [tokens]."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or sys.maxsize
 
+
+# ================================================================ 3  Work: in batches, here or on NDIF
 
 def residual(output):
     """The residual stream in a block's output: a tensor on most architectures, the first of a tuple on GPT-Neo."""
@@ -307,7 +352,132 @@ def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) ->
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-# ================================================================ 3  Hidden states
+def _each_batch(model, make, fixed: tuple, pack, batches, fits=None):
+    """Yield (batch, answer): make(model, *fixed) is a function of pack(batch), here or on NDIF.
+
+    On NDIF several batches go as one job, and `make` with all that it calls travels as source text: it must reach no class of
+    ours, no cached function and no tqdm, and return tensors, numbers, lists and tuples. A batch too large for memory is
+    halved, and so are those that follow."""
+    answer = None
+
+    def answers(chunk: list[list[int]]) -> list:
+        nonlocal answer
+        if model.remote:
+            return _on_ndif(model, make, fixed, [pack(batch) for batch in chunk])
+        answer = answer or make(model, *fixed)
+        return [answer(**pack(batch)) for batch in chunk]
+
+    def halving(chunk):
+        try:
+            return list(zip(chunk, answers(chunk)))
+        except torch.OutOfMemoryError:
+            if max(map(len, chunk)) == 1:
+                raise
+        model.batch_tokens = max(1, model.batch_tokens // 2)
+        gc.collect(), torch.cuda.empty_cache()
+        return halving([half for batch in chunk for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half])
+    batches = iter(batches)
+    while chunk := list(itertools.islice(batches, JOB if model.remote else 1)):
+        yield from halving(chunk)
+
+
+JOB = 8                                         # batches of one NDIF job: few round trips, well within the server's time
+PATIENCE = [1, 2, 4, 8, 16, 32, 64]             # seconds to wait before a job that failed is sent again
+TRAFFIC = {"requests": 0, "failed": 0, "kept": 0, "bytes up": 0, "bytes down": 0, "queue s": 0.0, "run s": 0.0}
+
+
+def _job(model, make, fixed: tuple, packs: list[dict]) -> list:
+    answer = make(model, *fixed)
+    return [answer(**pack) for pack in packs]
+
+
+def _on_ndif(model, make, fixed: tuple, packs: list[dict]) -> list:
+    """_job on the server, sent again while there is hope; an answer is kept on disk and never asked for twice."""
+    import nnsight
+    from nnsight.intervention.backends.remote import RemoteError
+    from websocket import WebSocketException
+    path = CACHE / f"ndif-{_digest([model.fingerprint, model.remote, make.__name__, fixed, packs])}.pt"
+    if path.exists():
+        TRAFFIC["kept"] += 1
+        return torch.load(path)
+    for wait in [*PATIENCE, None]:
+        try:
+            with model.session(backend=_ndif_client(model)):
+                answers = nnsight.save(_job(model, make, fixed, packs))
+            break
+        except (RemoteError, WebSocketException, OSError) as error:
+            TRAFFIC["failed"] += 1
+            why = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            if re.search("out of memory|OutOfMemory|execution timeout", str(error)):
+                raise torch.OutOfMemoryError(why) from None
+            if wait is None or re.search("API key", str(error)):
+                fail(f"NDIF ({model.remote}): {why}; what was finished is kept, the same command goes on from there")
+            tqdm.write(f"NDIF: {why}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: torch.save(answers, file))
+    return answers
+
+
+def _ndif_client(model):
+    """nnsight's client for one job, which counts what the job costs and shows a queue that does not move."""
+    from nnsight.intervention.backends.remote import RemoteBackend
+
+    class Display:
+        enabled, since, shown = True, time.monotonic(), 0.0         # enabled: nnsight wakes us ten times a second
+
+        def update(self, response):
+            self.status, self.since, self.shown = response, time.monotonic(), 0.0
+
+        def refresh(self):
+            waited = time.monotonic() - self.since
+            if waited - self.shown >= 30:
+                self.shown = waited
+                tqdm.write(f"NDIF: {model.name} {self.status.status.value.lower()} for {waited:.0f} s "
+                           f"({self.status.description.strip() or 'the server says no more'})", file=sys.stderr)
+
+    class Client(RemoteBackend):
+        def _serialize(self, tracer):
+            blob = super()._serialize(tracer)
+            TRAFFIC["requests"] += 1
+            TRAFFIC["bytes up"] += len(blob)
+            return blob
+
+        def finalize(self, content):
+            TRAFFIC["bytes down"] += len(content)
+            return super().finalize(content)
+
+        def note(self, response):
+            now, name = time.monotonic(), response.status.value
+            TRAFFIC["run s" if self.before == "RUNNING" else "queue s"] += now - self.since
+            self.before, self.since = name if name != "LOG" else self.before, now
+            return super().note(response)
+    client = Client(model.to_model_key(), host=model.remote)
+    client.display, client.before, client.since = Display(), "", time.monotonic()
+    return client
+
+
+def _digest(value) -> str:
+    """A hash of nested lists, dictionaries, numbers, texts and tensors, the same in every process."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.contiguous().cpu().numpy().tobytes())
+        elif isinstance(value, dict):
+            for name in value:
+                add(name), add(value[name])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"[{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{type(value).__name__} {value!r};".encode())
+    add(value)
+    return digest.hexdigest()[:32]
+
+
+# ================================================================ 4  Hidden states
 
 CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
 
@@ -321,33 +491,42 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
     layers = list(range(len(model.layers))) if layers is None else list(layers)
     for layer in layers:
         _require_block(model, layer)
-    key = json.dumps([model.fingerprint, str(model.dtype), torch.__version__, layers, texts])
+    key = json.dumps([model.fingerprint, model.remote or str(model.dtype), torch.__version__, layers, texts])
     path = CACHE / f"states-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if transplant is None and path.exists():
         return torch.from_numpy(np.load(path))
 
     ids = encode(model, texts)
-    shifts = _shifts(model, [transplant or Transplant()])
     result = torch.empty(len(texts), len(layers), model.config.hidden_size)
-    for batch in _batches(model, [len(row) for row in ids], label=label):
-        inputs = _padded(model, [ids[i] for i in batch])
-        with torch.no_grad():
-            with model.trace(inputs, use_cache=False, remote=model.remote) as tracer:
-                states = []
-                for layer in range(max(layers) + 1):
-                    h = residual(model.layers[layer].output)
-                    if layer in shifts:
-                        h += shifts[layer][:, None].to(h)
-                    if layer in layers:
-                        states.append(h[:, -1].float().cpu())
-                states = torch.stack([states[sorted(set(layers)).index(layer)] for layer in layers], 1).save()
-                tracer.stop()
-        result[batch] = states
+    wanted = sorted(set(layers))
+    for batch, states in _each_batch(model, _reader, (wanted, _shifts(model, [transplant or Transplant()])),
+                                     lambda batch: {"rows": [ids[i] for i in batch]},
+                                     _batches(model, [len(row) for row in ids], label=label)):
+        result[batch] = states[:, [wanted.index(layer) for layer in layers]].float().cpu()
     _require_finite(result, f"hidden states of {model.name} ({model.dtype})")
     if transplant is None:
         CACHE.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: np.save(file, result.numpy()))
     return result
+
+
+def _reader(model, layers: list[int], shifts: dict):
+    """A function that reads the last token's states [B, layers, d] of one batch, in the model's own dtype."""
+    def states(rows):
+        with torch.no_grad():
+            with model.trace(_padded(model, rows), use_cache=False) as tracer:
+                found = []
+                for layer in range(max(layers) + 1):
+                    if layer in layers or layer in shifts:
+                        h = residual(model.layers[layer].output)
+                    if layer in shifts:
+                        h += shifts[layer][:, None].to(h)
+                    if layer in layers:
+                        found.append(h[:, -1].cpu())            # blocks may lie on several GPUs
+                found = torch.stack(found, 1).save()
+                tracer.stop()
+        return found
+    return states
 
 
 def _require_block(model, layer: int) -> None:
@@ -371,7 +550,7 @@ def write_whole(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ================================================================ 4  Refine
+# ================================================================ 5  Refine
 
 
 def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean") -> torch.Tensor:
@@ -405,16 +584,14 @@ def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean")
     return torch.stack(directions).float()
 
 
-# ================================================================ 5  Reformulate
+# ================================================================ 6  Reformulate
 
 
 @dataclass(frozen=True)
 class AffineMap:
     """x -> (x - x_mean) F + y_mean with F = V S^-1 U^T Y (Eq. 2), kept in factors: a mapped vector is a weighted sum
     of the target's own hidden states, so F [d1, d2] is never built. Both means are zero unless fitted with an intercept."""
-    u: torch.Tensor                             # [n, r] float64
-    inverse: torch.Tensor                       # [r]    1/s, or s/(s^2 + ridge); 0 where cut off
-    vt: torch.Tensor                            # [r, d1]
+    inverse: tuple[torch.Tensor, torch.Tensor]  # [d1, r] and [r, n], float64: their product is the pseudo-inverse of x
     y: torch.Tensor                             # [n, d2]
     x_mean: torch.Tensor
     y_mean: torch.Tensor
@@ -424,7 +601,8 @@ class AffineMap:
 
     def vector(self, v: torch.Tensor) -> torch.Tensor:
         """Map concept vectors [..., d1] to [..., d2], float32. A difference of states: the intercept cancels."""
-        return ((v.double() @ self.vt.T * self.inverse) @ self.u.T @ self.y).float()
+        left, right = self.inverse
+        return (v.double() @ left @ right @ self.y).float()
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
         """Predict the target's hidden states [n, d2] from the source's [n, d1], float32."""
@@ -432,12 +610,13 @@ class AffineMap:
 
 
 def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond: float = 0.0, ridge: float = 0.0,
-               held_out: float = 0.2) -> AffineMap:
+               held_out: float = 0.2, inverse: tuple | None = None) -> AffineMap:
     """Least squares from source states x [n, d1] to target states y [n, d2] of the same sentences (Eq. 2, App. A).
 
     As in the paper by default: no intercept, no ridge, no cut-off but for singular values that float64 cannot tell
     from zero. The last `held_out` share of the rows is kept for R² and cosine; with fewer rows than d1 the training
-    rows are interpolated, so only held-out numbers say anything. All in float64."""
+    rows are interpolated, so only held-out numbers say anything. All in float64. inverse: AffineMap.inverse of a map that was
+    fitted on the same x with the same options, so that maps into several spaces share one factorisation."""
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [n, d] with equal n; got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -448,13 +627,29 @@ def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
     x_mean = x[:n].mean(0) if intercept else torch.zeros(x.shape[1], dtype=x.dtype)
     y_mean = y[:n].mean(0) if intercept else torch.zeros(y.shape[1], dtype=y.dtype)
-    u, s, vt = torch.linalg.svd(x[:n] - x_mean, full_matrices=False)
-    keep = s > s[0] * max(rcond, torch.finfo(s.dtype).eps * max(x[:n].shape))
-    inverse = torch.where(keep, s / (s**2 + ridge * (s**2).mean()), 0.0).nan_to_num(0.0)
-    fitted = AffineMap(u, inverse, vt, y[:n] - y_mean, x_mean, y_mean, n=n)
+    inverse = inverse or _pseudo_inverse(x[:n] - x_mean, rcond, ridge)
+    fitted = AffineMap(inverse, y[:n] - y_mean, x_mean, y_mean, n=n)
     if n == len(x):
         return fitted
     return AffineMap(**{**vars(fitted), **held_out_fit(fitted.states(x[n:]), y[n:], y[:n].mean(0))})
+
+
+def _pseudo_inverse(x: torch.Tensor, rcond: float, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors [d, r] and [r, n] of the pseudo-inverse of x [n, d]: (V S^-1) U^T; with ridge, S / (S^2 + ridge).
+
+    X^T (X X^T)^-1 is the same and ten times faster, but has the square of X's condition number, so it is for the well
+    conditioned: what float64 then loses is below what float32 can show."""
+    n, d = x.shape
+    gram = x @ x.T if n < d else x.T @ x
+    penalty = ridge * gram.trace() / min(n, d)              # in units of the mean squared singular value
+    factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(len(gram), dtype=x.dtype))
+    if not rcond and not failed:
+        inverse = torch.cholesky_inverse(factor)
+        if gram.trace() * torch.linalg.matrix_norm(inverse) < 1e8:          # bounds the condition number of the Gram matrix
+            return (x.T, inverse) if n < d else (inverse, x.T)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    keep = s > s[0] * max(rcond, torch.finfo(s.dtype).eps * max(n, d))
+    return vt.T * torch.where(keep, s / (s**2 + penalty), 0.0).nan_to_num(0.0), u.T
 
 
 def held_out_fit(predicted: torch.Tensor, y: torch.Tensor, mean: torch.Tensor) -> dict[str, float]:
@@ -493,7 +688,7 @@ class Bridge:
     the sentences, so that the luck of one map can be seen; with shuffled=True on sentences that do not belong together."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor, args: argparse.Namespace):
-        self.x, self.y, self.args, self.maps = x, y, args, {}
+        self.x, self.y, self.args, self.maps, self.inverses = x, y, args, {}, {}
 
     def sample(self, number: int) -> list[int]:
         """Rows of the plain sentences that map `number` is fitted on."""
@@ -504,7 +699,8 @@ class Bridge:
         if (i, number, shuffled) not in self.maps:
             rows, args = self.sample(number), self.args
             y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
-            self.maps[i, number, shuffled] = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge)
+            fitted = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge, inverse=self.inverses.get((i, number)))
+            self.maps[i, number, shuffled], self.inverses[i, number] = fitted, fitted.inverse
         return self.maps[i, number, shuffled]
 
     def carry(self, v: torch.Tensor, i: int, **which) -> torch.Tensor:
@@ -522,7 +718,7 @@ def random_directions(v: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return directions / directions.norm(dim=1, keepdim=True) * v.norm()
 
 
-# ================================================================ 6  Transplant
+# ================================================================ 7  Transplant
 
 
 @dataclass(frozen=True)
@@ -559,37 +755,35 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
     return dict(sorted(shifts.items()))
 
 
-# ================================================================ 7  Scoring
+# ================================================================ 8  Scoring
 
 
-@dataclass
-class _Start:
-    """Tokens that rows begin with, read once: keys and values of each block (a row a start up to the first steered block,
-    a row a transplant and start above it), and which of their columns hold tokens [starts, columns]."""
-    blocks: list[tuple[torch.Tensor, torch.Tensor]]
-    mask: torch.Tensor
-
-    def of(self, which: list[int]):
-        """A cache of its own for rows that begin with starts number `which`; a forward pass appends to it."""
-        from transformers import DynamicCache
-        starts, picked = len(self.mask), []
-        for keys, values in self.blocks:
-            rows = torch.tensor([copy * starts + i for copy in range(len(keys) // starts) for i in which], device=keys.device)
-            picked.append((keys[rows], values[rows]))
-        return DynamicCache(picked)
+# What many rows begin with is read once and kept as a start: (blocks, mask). blocks: keys and values of each block, a row a
+# start up to the first steered block, a row a transplant and start above it. mask: which columns are tokens [starts, columns].
 
 
-def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool, keep: int = 1, start: _Start | None = None,
+def _cache(start: tuple, which: list[int]):
+    """A cache of its own for rows that begin with starts number `which`; a forward pass appends to it."""
+    from transformers import DynamicCache
+    blocks, mask = start
+    picked = []
+    for keys, values in blocks:
+        rows = torch.tensor([i + copy for copy in range(0, len(keys), len(mask)) for i in which], device=keys.device)
+        picked.append((keys[rows], values[rows]))
+    return DynamicCache(picked)
+
+
+def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool, keep: int = 1, start: tuple | None = None,
           which: list[int] = (), keep_start: bool = False):
     """One forward pass: rows of tokens, the i-th after start number which[i], under each of `copies` transplants.
 
-    Returns the logits [copies x rows, keep, V] and, where asked for, what was read as a _Start. shared: up to the first
+    Returns the logits [copies x rows, keep, V] and, where asked for, what was read as a start. shared: up to the first
     steered block nothing depends on the transplant, so each row is there once, and from there on once a transplant."""
     parting = min(shifts) if shared and shifts and copies > 1 else None     # the block after which rows part
     each = copies if parting is None else 1
-    before = None if start is None else start.mask[list(which)]
+    before = None if start is None else start[1][list(which)]
     inputs = _padded(model, rows * each, None if before is None else before.repeat(each, 1))
-    options = {"use_cache": keep_start} if start is None else {"past_key_values": start.of(which)}
+    options = {"use_cache": keep_start} if start is None else {"past_key_values": _cache(start, which)}
     with torch.no_grad():
         with model.trace(inputs, logits_to_keep=keep, **options):
             for block in shifts if parting is None else range(parting, len(model.layers)):
@@ -609,12 +803,12 @@ def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool,
             logits = model.output.logits.float().save()
     kept = None
     if keep_start:
-        kept = _Start([(block.keys, block.values) for block in cache.layers], inputs["attention_mask"][:len(rows)])
+        kept = [(block.keys, block.values) for block in cache.layers], inputs["attention_mask"][:len(rows)]
     return logits, kept
 
 
 def _repeated(arguments, copies: int):
-    """What a block is given beside the stream (masks, positions, rotary angles), its rows repeated; caches stay as they are."""
+    """What a block is given beside the stream (mask, positions, rotary angles), its rows repeated; caches stay as they are."""
     if isinstance(arguments, torch.Tensor):
         return arguments.repeat(copies, *[1] * (arguments.dim() - 1)) if arguments.dim() > 1 else arguments
     if isinstance(arguments, dict):
@@ -624,28 +818,37 @@ def _repeated(arguments, copies: int):
 
 def _abilities(model) -> tuple[bool, bool]:
     """Whether the model's blocks may go on with more rows than they began with, and whether it may go on from a start that it
-    has read before. Tried once a model on a few tokens, against the plain way; where it fails, the plain way is taken."""
+    has read before. Tried once a model on a few tokens, against the plain way; what fails is not done, and it is said."""
     if model.abilities is None:
-        rows = [[3, 4, 5, 6], [3, 4, 7]]
-        shifts = {len(model.layers) // 2: torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0))}
-        plain, _ = _read(model, rows, shifts, 2, False)
-
-        def agrees(**way) -> bool:
-            try:
-                if way.pop("started", False):
-                    _, way["start"] = _read(model, [rows[0][:2]], shifts, 2, False, keep_start=True)
-                    way["which"] = [0, 0]
-                logits, _ = _read(model, [row[2:] if way.get("start") else row for row in rows], shifts, 2, **way)
-            except Exception:                   # any: a model's own forward decides what it cannot do
-                return False
-            close = 1e-3 if model.dtype == torch.float32 else 0.1
-            return bool((logits - plain).abs().max() <= close * plain.std())
-        model.abilities = agrees(shared=True), agrees(shared=False, started=True)
-        if not all(model.abilities):
-            print(f"{model.name}: " + " and ".join(what for what, can in zip((
-                "strengths cannot share the lower blocks", "prompts cannot share their beginning"), model.abilities) if not can)
-                + f" ({type(model._module).__name__}); they are computed in full")
+        [(_, model.abilities)] = _each_batch(model, _trial, (model.config.hidden_size,), lambda batch: {}, [[0]])
+        lacks = [what for what, can in zip(("strengths cannot share the lower blocks", "prompts cannot share their beginning"),
+                                           model.abilities) if not can]
+        if lacks:
+            print(f"{model.name}: {' and '.join(lacks)} ({type(model._module).__name__}); they are computed in full")
     return model.abilities
+
+
+def _trial(model, width: int):
+    rows = [[3, 4, 5, 6], [3, 4, 7]]
+    shifts = {len(model.layers) // 2: torch.randn(2, width, generator=torch.Generator().manual_seed(0))}
+
+    def agrees(plain, shared: bool, started: bool) -> bool:
+        try:
+            if started:
+                start = _read(model, [rows[0][:2]], shifts, 2, shared, keep_start=True)[1]
+                logits, _ = _read(model, [row[2:] for row in rows], shifts, 2, shared, 1, start, [0, 0])
+            else:
+                logits, _ = _read(model, rows, shifts, 2, shared)
+        except Exception:                       # any: a model's own forward decides what it cannot do
+            return False
+        close = 1e-3 if model.dtype == torch.float32 else 0.1
+        return bool((logits - plain).abs().max() <= close * plain.std())
+
+    def trial():
+        plain, _ = _read(model, rows, shifts, 2, False)
+        shared = agrees(plain, True, False)
+        return shared, agrees(plain, shared, True)
+    return trial
 
 
 def _scorer(model, prefix: list[int], shifts: dict, copies: int, shared: bool):
@@ -655,15 +858,16 @@ def _scorer(model, prefix: list[int], shifts: dict, copies: int, shared: bool):
     def score(rows, keep, starts, which, asked):
         start, of = whole, [0] * len(rows)
         if starts:
-            start, of = _read(model, starts, shifts, copies, shared, start=whole, which=[0] * len(starts), keep_start=True)[1], which
+            _, start = _read(model, starts, shifts, copies, shared, 1, whole, of[:len(starts)], keep_start=True)
+            of = which
         logits, _ = _read(model, rows, shifts, copies, shared, keep, start, of)
         return logits.unflatten(0, (copies, -1)) if asked is None else _log_probabilities(logits, asked, copies)
     return score
 
 
 def _log_probabilities(logits: torch.Tensor, asked: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits [copies x rows, positions, V]: the log-probability of the asked tokens [rows, positions, candidates], summed over
-    the positions, and whether each is the likeliest [copies, rows, candidates]. A token of -1 asks for nothing."""
+    """Of logits [copies x rows, positions, V]: the log-probabilities of the asked tokens [rows, positions, candidates], summed
+    over positions, and whether all of them are the likeliest: [copies, rows, candidates]. A token of -1 asks for nothing."""
     asked = asked.to(logits.device).repeat(copies, 1, 1)
     picked = (logits.gather(-1, asked.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)).masked_fill(asked < 0, 0)
     likeliest = (logits.argmax(-1, keepdim=True) == asked) | (asked < 0)
@@ -672,8 +876,8 @@ def _log_probabilities(logits: torch.Tensor, asked: torch.Tensor, copies: int) -
 
 def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Transplant], label: str | None,
             asked: list | None = None, starts: list[int] | None = None):
-    """Yield (slice of `transplants`, indices of `rows`, scores of the last keep[i] positions of each), batch by batch: the logits
-    [T, B, positions, V], or with `asked` what _log_probabilities makes of them. asked[i][c]: candidate c's tokens at the end of row i.
+    """Yield (slice of `transplants`, indices of `rows`, scores of the last keep[i] positions of each), batch by batch: logits
+    [T, B, positions, V], or what _log_probabilities makes of them. asked[i][c]: tokens of candidate c at the end of row i.
 
     What can be shared is computed once: tokens that all rows begin with (a few-shot prefix), the first starts[i] tokens
     where several rows of a batch have the same (a question and its choices), and for all transplants the blocks below the
@@ -717,24 +921,6 @@ def _right_aligned(candidates: list[list[int]], positions: int) -> torch.Tensor:
     return torch.tensor([[-1] * (positions - len(tokens)) + list(tokens) for tokens in candidates]).T
 
 
-def _each_batch(model, make, fixed: tuple, pack, batches):
-    """Yield (batch, answer): make(model, *fixed) is a function of pack(batch). A batch too large for memory is halved, and so
-    are those that follow."""
-    answer = make(model, *fixed)
-
-    def halving(batch):
-        try:
-            return [(batch, answer(**pack(batch)))]
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        model.batch_tokens = max(1, model.batch_tokens // 2)
-        gc.collect(), torch.cuda.empty_cache()
-        return halving(batch[:len(batch) // 2]) + halving(batch[len(batch) // 2:])
-    for batch in batches:
-        yield from halving(batch)
-
-
 def _common_prefix(ids: list[list[int]], keep: int) -> int:
     """Tokens that all rows share at their start, worth a cache of their own; 0 where it would not pay."""
     shortest = min(map(len, ids)) - keep
@@ -757,7 +943,8 @@ def same_vocabulary(tokenizers) -> bool:
 
 def _require_same_vocabulary(models) -> None:
     if not same_vocabulary([model.tokenizer for model in models]):
-        raise ValueError(f"EFT adds up logits token by token, but the vocabularies of {', '.join(m.name for m in models)} differ")
+        names = ", ".join(model.name for model in models)
+        raise ValueError(f"EFT adds up logits token by token, but the vocabularies of {names} differ")
 
 
 def _require_room(models, ids: list[list[int]], new_tokens: int = 0) -> None:
@@ -790,11 +977,14 @@ class _EftProcessor:
 def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (BASE,),
                       label: str = "next token") -> torch.Tensor:
     """Logits of the token after each text, under each transplant: [transplants, texts, vocabulary] float32 on the CPU."""
-    ids = encode(model, texts)
+    return _next_logits(model, encode(model, texts), list(transplants), label)
+
+
+def _next_logits(model, ids: list[list[int]], transplants: list[Transplant], label: str | None) -> torch.Tensor:
     result = None
-    for members, batch, logits in _scores(model, ids, [1] * len(ids), list(transplants), label):
+    for members, batch, logits in _scores(model, ids, [1] * len(ids), transplants, label):
         if result is None:
-            result = torch.empty(len(transplants), len(texts), logits.shape[-1])
+            result = torch.empty(len(transplants), len(ids), logits.shape[-1])
         result[members, batch] = logits[:, :, -1].cpu()
     return result
 
@@ -819,7 +1009,7 @@ def choice_logprobs(model, pairs: list[tuple[str, str]], transplants: list[Trans
 
 
 def _tail_logprobs(model, ids: list[list[int]], heads: list[int], transplants: list[Transplant], label: str, eft: tuple = ()):
-    """Sum of log-probabilities of the tokens of each row after its first heads[i], and whether each of them is the likeliest."""
+    """Sum of log-probabilities of each row's tokens after its first heads[i], and whether all of them are the likeliest."""
     total = torch.empty(len(transplants), len(ids))
     greedy = torch.empty(len(transplants), len(ids), dtype=torch.bool)
     rows, asked = [row[:-1] for row in ids], [[row[head:]] for row, head in zip(ids, heads)]
@@ -883,12 +1073,10 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     """The continuation of each text (without the text), every token of prompt and continuation steered.
 
     Greedy, or sampled with `seed`, which leaves torch's own random state alone (samples depend on how texts fall into
-    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; not remote,
-    since the small models would have to answer between two tokens of the target."""
+    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; a target on NDIF
+    is then asked once a token, since the small models answer between two of them."""
     if eft:
         _require_same_vocabulary([model, *eft])
-        if model.remote:
-            raise ValueError("EFT needs the target's logits at every new token: generate with it is local only")
     ids = encode(model, texts)
     _require_room([model, *eft], ids, max_new_tokens)
     shifts = _shifts(model, [transplant])
@@ -897,26 +1085,61 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
-    for batch in _batches(model, [len(row) + max_new_tokens for row in ids], label=label):
-        inputs = _padded(model, [ids[i] for i in batch])
+    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label)
+
+    def pack(batch):
+        return {"rows": [ids[i] for i in batch]}
+    if eft and model.remote:
+        written = ((batch, _eft_from_afar(model, transplant, eft, seed, options, **pack(batch))) for batch in batches)
+    else:
+        written = _each_batch(model, _writer, (shifts, options, seed, eft), pack, batches)
+    for batch, new in written:
+        for row, i in zip(new, batch):
+            result[i] = model.tokenizer.decode(row, skip_special_tokens=True)
+    return result
+
+
+def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
+    """A function that continues one batch: the new tokens [B, new], every token steered."""
+    def write(rows):
+        inputs = _padded(model, rows)
         inputs.pop("position_ids")              # generate makes its own from the mask
-        width = inputs["input_ids"].shape[1]
+        small = {}
         if eft:
-            options["logits_processor"] = [_EftProcessor(*eft, inputs["attention_mask"].to(model._module.device))]
+            small["logits_processor"] = [_EftProcessor(*eft, inputs["attention_mask"].to(model._module.device))]
         with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
             warnings.filterwarnings("ignore", message=".*was never reached.*")   # rows may end before max_new_tokens
             torch.manual_seed(seed)
-            with model.generate(remote=model.remote, **options) as tracer:
+            with model.generate(**options, **small) as tracer:
                 with tracer.invoke(inputs):
-                    for step in tracer.iter[:max_new_tokens]:
+                    for step in tracer.iter[:options["max_new_tokens"]]:
                         for layer, shift in shifts.items():
                             h = residual(model.layers[layer].output)
                             h += shift[:, None].to(h)
                 with tracer.invoke():           # runs even when the loop above is cut short
                     new = tracer.result.save()
-        for row, i in enumerate(batch):
-            result[i] = model.tokenizer.decode(new[row, width:], skip_special_tokens=True)
-    return result
+        return new[:, inputs["input_ids"].shape[1]:].cpu()
+    return write
+
+
+def _eft_from_afar(model, transplant: Transplant, eft: tuple, seed: int, options: dict, rows: list[list[int]]) -> torch.Tensor:
+    """What _writer does, for a target on NDIF and small models here: the target is asked for its logits once a new token."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+    warp = LogitsProcessorList([TemperatureLogitsWarper(options["temperature"]), TopPLogitsWarper(options["top_p"])]
+                               if options["do_sample"] else [])
+    inputs = _padded(model, rows)
+    ids, width, ended = inputs["input_ids"], inputs["input_ids"].shape[1], torch.zeros(len(rows), dtype=torch.bool)
+    add = _EftProcessor(*eft, inputs["attention_mask"])
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        while ids.shape[1] < width + options["max_new_tokens"] and not ended.all():
+            whole = [[*row, *new] for row, new in zip(rows, ids[:, width:].tolist())]
+            scores = warp(ids, add(ids, _next_logits(model, whole, [transplant], None)[0]))
+            new = torch.multinomial(scores.softmax(-1), 1)[:, 0] if options["do_sample"] else scores.argmax(-1)
+            new = torch.where(ended, options["pad_token_id"], new)
+            ended |= new == model.tokenizer.eos_token_id
+            ids = torch.cat([ids, new[:, None]], 1)
+    return ids[:, width:]
 
 
 def perplexity(model, texts: list[str], transplants: list[Transplant] = (BASE,), window: int | None = None,
@@ -948,17 +1171,29 @@ def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant
                label: str = "logit lens") -> torch.Tensor:
     """Token probabilities [transplants, texts, vocabulary] read off the residual stream after block `layer`, last token:
     final norm and unembedding applied there, the rest of the model skipped (App. B.3)."""
-    states = [hidden_states(model, texts, [layer], transplant, label)[:, 0] for transplant in transplants]
-    with torch.no_grad():
-        with model.trace(_padded(model, encode(model, texts[:1])), use_cache=False, remote=model.remote) as tracer:
-            h = residual(model.layers[layer].output)
-            moved = torch.stack(states).to(h)
-            probabilities = model.unembed(model.final_norm(moved)).float().softmax(-1).cpu().save()
-            tracer.stop()
+    states = torch.stack([hidden_states(model, texts, [layer], transplant, label)[:, 0] for transplant in transplants])
+    result = None
+    batches = _batches(model, [1] * len(texts), len(states))
+    for batch, probabilities in _each_batch(model, _lens, (layer, encode(model, texts[:1])),
+                                            lambda batch: {"moved": states[:, batch]}, batches):
+        result = torch.empty(*states.shape[:2], probabilities.shape[-1]) if result is None else result
+        result[:, batch] = probabilities
+    return result
+
+
+def _lens(model, layer: int, rows: list[list[int]]):
+    """A function that reads token probabilities off hidden states [transplants, B, d]."""
+    def probabilities(moved):
+        with torch.no_grad():
+            with model.trace(_padded(model, rows), use_cache=False) as tracer:
+                h = residual(model.layers[layer].output)        # the norm comes after this block, on its device
+                found = model.unembed(model.final_norm(moved.to(h))).float().softmax(-1).cpu().save()
+                tracer.stop()
+        return found
     return probabilities
 
 
-# ================================================================ 8  Records
+# ================================================================ 9  Records
 
 RECORD = ["experiment", "item", "source", "target", "concept", "method", "layer", "alpha", "split", "metric", "value",
           "low", "high", "n", "paper"]

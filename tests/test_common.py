@@ -145,13 +145,14 @@ def test_a_loader_keeps_the_models_of_the_last_call_and_frees_the_others_before_
         alive.add(model)
         return model
     monkeypatch.setattr(common, "load_model", load_model)
-    args = SimpleNamespace(dtype="float32", device="cpu", remote=True, tgt=["b"], batch_tokens=7)
+    args = SimpleNamespace(dtype="float32", device="cpu", remote="target", ndif_host="http://ndif", tgt=["b"], tgt_chat=[None],
+                           batch_tokens=7)
     load = common.loader(args)
     assert load("a") is load("a") and names() == "a"
     assert [model.name for model in load("c", "b")] == ["c", "b"] and names() == "bc"
     kept = load("b")
     assert names() == "b" and load("d", "b", "d")[1] is kept and names() == "bd"
-    settings = {name: ("float32", "cpu", name == "b", 7) for name in "abcd"}         # only a target is remote
+    settings = {name: ("float32", "cpu", "http://ndif" if name == "b" else None, 7) for name in "abcd"}     # targets only
     assert loaded == [("a", "", settings["a"]), ("c", "", settings["c"]), ("b", "c", settings["b"]),
                       ("d", "b", settings["d"])]
 
@@ -310,7 +311,8 @@ def regression(n: int, d1: int = 12, d2: int = 7, noise: float = 0.5, rank: int 
 
 def matrix(fitted: common.AffineMap) -> torch.Tensor:
     """F in float64, multiplied out from its factors."""
-    return fitted.vt.T * fitted.inverse @ fitted.u.T @ fitted.y
+    left, right = fitted.inverse
+    return left @ right @ fitted.y
 
 
 def test_the_map_is_the_formula_of_the_paper():
@@ -492,7 +494,7 @@ def test_a_bridge_carries_by_the_map_of_the_pair_of_blocks_and_of_the_sample(opt
 def test_a_shuffled_map_has_the_same_sentences_in_the_source_and_others_of_the_sample_in_the_target():
     over = bridge(intercept=True)
     true, shuffled = over.affine(0, 2), over.affine(0, 2, shuffled=True)
-    assert torch.equal(true.u, shuffled.u) and not torch.equal(true.y, shuffled.y)
+    assert true.inverse is shuffled.inverse and not torch.equal(true.y, shuffled.y)
     rows = {tuple(row) for row in over.y[over.sample(2), 0].double().tolist()}
     used = [tuple(row) for row in (shuffled.y + shuffled.y_mean).float().double().tolist()]
     assert len(set(used)) == len(used) == 40
@@ -515,8 +517,8 @@ def test_norm_match_gives_the_source_s_ratio_of_vector_to_stream_and_keeps_the_d
 def test_each_map_of_a_bridge_is_fitted_once(monkeypatch):
     fitted, inner = [], common.fit_affine
 
-    def spy(*args):
-        fitted.append(inner(*args))
+    def spy(*args, **options):
+        fitted.append(inner(*args, **options))
         return fitted[-1]
     monkeypatch.setattr(common, "fit_affine", spy)
     over = bridge()
@@ -951,13 +953,6 @@ def test_the_same_pieces_at_other_numbers_are_another_vocabulary():
     first, second = ({"a": 0, "b": 1}, {"a": 1, "b": 0})
     tokenizers = [SimpleNamespace(get_vocab=lambda vocabulary=vocabulary: vocabulary) for vocabulary in (first, second)]
     assert not common.same_vocabulary(tokenizers) and common.same_vocabulary(tokenizers[:1] * 3)
-
-
-def test_eft_text_of_a_remote_target_is_refused(trio, monkeypatch):
-    models, _ = trio
-    monkeypatch.setattr(models[0], "remote", True)
-    with pytest.raises(ValueError, match="local only"):
-        common.generate(models[0], TEXTS, eft=tuple(models[1:]))
 
 
 # ---------------------------------------------------------------- perplexity, logit lens
