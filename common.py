@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import functools
 import gc
 import hashlib
@@ -61,12 +62,14 @@ def fail(message: str):
 
 
 def run_script(main) -> None:
-    """Run a script's main; Ctrl-C is no error."""
+    """Run a script's main; Ctrl-C is no error, and numbers that are none end in one line."""
     try:
         main()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    except FloatingPointError as error:
+        fail(str(error))
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +112,32 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     add("--batch-tokens", type=int, default=16384, help="tokens of one forward pass; lower it when memory runs out")
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where the run folder is made")
     add("--fresh", action="store_true", help="start over instead of continuing the run folder of the same arguments")
+    add("--replay", type=Path, metavar="FOLDER", help="take all options from a run folder's args.json; others given here win")
+    add("--no-cache", action="store_true", help="neither read nor write the cache (python common.py shows and clears it)")
+    add("--allow-pickle", action="store_true", help="load weights that are not safetensors, which can run any code")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     return parser
+
+
+class Settings:
+    """What a command line allows all models to do."""
+    cache, pickle, code = True, False, False
+
+
+def replayed(parser: Parser, argv: list[str]) -> list[str]:
+    """The command line of the run that --replay names, followed by this one, whose options win."""
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--replay", type=Path)
+    folder = pre.parse_known_args(argv)[0].replay
+    if folder is None:
+        return argv
+    try:
+        script, *old = json.loads((folder / "args.json").read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--replay: cannot read {folder / 'args.json'}: {error}")
+    if script != Path(parser.prog).stem:
+        fail(f"--replay: {folder} was made by {script}.py, not by {parser.prog}")
+    return [*old, *argv]
 
 
 def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | None = None,
@@ -117,7 +145,10 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
     """Parse, fill in the family, and refuse what cannot work; touches no model weights.
 
     complete(args): what a script derives from its own options (say, --src from --revisions) before the rest is checked."""
-    args = parser.parse_args(argv)
+    command = replayed(parser, sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(command)
+    args.command = command
+    Settings.cache, Settings.pickle, Settings.code = not args.no_cache, args.allow_pickle, args.trust_remote_code
     complete(args)
     if args.family is None and bool(args.src) != bool(args.tgt):
         fail("--src and --tgt go together (or name a --family that fills in the rest)")
@@ -228,15 +259,22 @@ def model_config(name: str):
     if os.path.sep in repo and not Path(repo).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         fail(f"no model folder {repo}")
     if Path(repo).is_dir():
-        for wanted in ("config.json", "*.safetensors"):
-            if not list(Path(repo).glob(wanted)):
-                fail(f"{repo} is not a model folder: it has no {wanted}")
+        if not (Path(repo) / "config.json").exists():
+            fail(f"{repo} is not a model folder: it has no config.json")
+        pickles = list(Path(repo).glob("*.bin"))
+        if not list(Path(repo).glob("*.safetensors")) and not (Settings.pickle and pickles):
+            fail(f"{repo} is not a model folder: it has no *.safetensors" +
+                 (" (its *.bin are pickles, which can run any code; --allow-pickle if you trust them)" if pickles else ""))
     try:
-        return (AutoConfig.from_pretrained(repo, revision=revision), AutoTokenizer.from_pretrained(repo, revision=revision))
+        return [auto.from_pretrained(repo, revision=revision, trust_remote_code=Settings.code)
+                for auto in (AutoConfig, AutoTokenizer)]
     except (OSError, ValueError) as error:
-        gated = "gated" in str(error) or "401" in str(error)
-        fail(f"cannot read model {name}: " + (f"accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
-                                             if gated else str(error).strip().splitlines()[0]))
+        why = str(error).strip().splitlines()[0]
+        if "gated" in str(error) or "401" in str(error):
+            why = f"accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
+        if "trust_remote_code" in str(error):
+            why = "it brings Python code of its own; read it, and add --trust-remote-code if you trust it"
+        fail(f"cannot read model {name}: {why}")
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str | None = None, batch_tokens: int = 16384):
@@ -254,7 +292,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     on_gpu = device != "cpu" and torch.cuda.is_available()
     dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
     options = {} if remote else {"dispatch": True, "dtype": dtype,
-                                 "device_map": device if device != "auto" else "auto" if on_gpu else "cpu"}
+                                 "device_map": device if device != "auto" else "auto" if on_gpu else "cpu",
+                                 "use_safetensors": None if Settings.pickle else True}
+    if Settings.code:
+        options["trust_remote_code"] = True
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
     if not all(hasattr(model, part) for part in ("layers", "final_norm", "unembed")):
         lists = [path for path, module in model._module.named_modules() if isinstance(module, torch.nn.ModuleList)]
@@ -393,29 +434,32 @@ def _job(model, make, fixed: tuple, packs: list[dict]) -> list:
 
 def _on_ndif(model, make, fixed: tuple, packs: list[dict]) -> list:
     """_job on the server, sent again while there is hope; an answer is kept on disk and never asked for twice."""
+    import httpx
     import nnsight
     from nnsight.intervention.backends.remote import RemoteError
     from websocket import WebSocketException
-    path = CACHE / f"ndif-{_digest([model.fingerprint, model.remote, make.__name__, fixed, packs])}.pt"
-    if path.exists():
+    about, last = [model.fingerprint, model.remote, make.__name__, fixed, packs], None
+    if (kept := from_cache("ndif", about)) is not None:
         TRAFFIC["kept"] += 1
-        return torch.load(path)
+        return kept
     for wait in [*PATIENCE, None]:
         try:
             with model.session(backend=_ndif_client(model)):
                 answers = nnsight.save(_job(model, make, fixed, packs))
             break
-        except (RemoteError, WebSocketException, OSError) as error:
+        except (RemoteError, WebSocketException, httpx.HTTPError, OSError) as error:
             TRAFFIC["failed"] += 1
-            why = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            if re.search("out of memory|OutOfMemory|execution timeout", str(error)):
+            text, refused = str(error).strip(), getattr(getattr(error.__cause__, "response", None), "status_code", 0)
+            why = text.splitlines()[-1] if text else type(error).__name__
+            if re.search("out of memory|OutOfMemory|execution timeout", text):
                 raise torch.OutOfMemoryError(why) from None
-            if wait is None or re.search("API key", str(error)):
-                fail(f"NDIF ({model.remote}): {why}; what was finished is kept, the same command goes on from there")
+            # What the server refuses, or what fails twice in the same way in our own code, fails for ever.
+            if wait is None or 400 <= refused < 500 or "Traceback" in text and text == last:
+                fail(f"NDIF ({model.remote}): {why}; what was finished is kept, and the same command goes on from there")
             tqdm.write(f"NDIF: {why}; trying again in {wait} s", file=sys.stderr)
+            last = text
             time.sleep(wait)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: torch.save(answers, file))
+    to_cache("ndif", about, answers)
     return answers
 
 
@@ -452,9 +496,54 @@ def _ndif_client(model):
             TRAFFIC["run s" if self.before == "RUNNING" else "queue s"] += now - self.since
             self.before, self.since = name if name != "LOG" else self.before, now
             return super().note(response)
-    client = Client(model.to_model_key(), host=model.remote)
+    client = Client(model.to_model_key(), host=model.remote, env=model._remoteable_get_env())
     client.display, client.before, client.since = Display(), "", time.monotonic()
     return client
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(file) on a temporary file that takes its place only when it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"no space left to write {path}; free some, and the same command goes on from here")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
+CACHE_VERSION = 2                               # of what the files hold: a change of it leaves all older ones unread
+
+
+def _cache_key(about) -> str:
+    from importlib.metadata import version      # of what numbers depend on
+    return _digest([CACHE_VERSION, *(version(name) for name in ("torch", "transformers", "nnsight")), about])
+
+
+def from_cache(kind: str, about):
+    """Tensors that were kept under this description, by memory map; None where there are none, or no whole ones. A file's
+    name ends in the checksum of its content."""
+    for path in CACHE.glob(f"{kind}-{_cache_key(about)}-*.pt") if Settings.cache else ():
+        with open(path, "rb") as file:
+            sound = path.stem.endswith(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        if sound:
+            return torch.load(path, mmap=True)
+        print(f"{path} is damaged; computed again", file=sys.stderr)
+        path.unlink()
+
+
+def to_cache(kind: str, about, value) -> None:
+    if Settings.cache:
+        content = io.BytesIO()
+        torch.save(value, content)
+        checksum = hashlib.sha256(content.getbuffer()).hexdigest()[:16]
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_whole(CACHE / f"{kind}-{_cache_key(about)}-{checksum}.pt", lambda file: file.write(content.getbuffer()))
 
 
 def _digest(value) -> str:
@@ -479,9 +568,6 @@ def _digest(value) -> str:
 
 # ================================================================ 4  Hidden states
 
-CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
-
-
 def hidden_states(model, texts: list[str], layers: list[int] | None = None, transplant: Transplant | None = None,
                   label: str = "hidden states") -> torch.Tensor:
     """Residual stream after each block of `layers` (default: all) at the last token of each text.
@@ -491,10 +577,9 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
     layers = list(range(len(model.layers))) if layers is None else list(layers)
     for layer in layers:
         _require_block(model, layer)
-    key = json.dumps([model.fingerprint, model.remote or str(model.dtype), torch.__version__, layers, texts])
-    path = CACHE / f"states-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if transplant is None and path.exists():
-        return torch.from_numpy(np.load(path))
+    about = [model.fingerprint, model.remote or str(model.dtype), layers, "last token", texts]
+    if transplant is None and (kept := from_cache("states", about)) is not None:
+        return kept
 
     ids = encode(model, texts)
     result = torch.empty(len(texts), len(layers), model.config.hidden_size)
@@ -503,18 +588,20 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
                                      lambda batch: {"rows": [ids[i] for i in batch]},
                                      _batches(model, [len(row) for row in ids], label=label)):
         result[batch] = states[:, [wanted.index(layer) for layer in layers]].float().cpu()
-    _require_finite(result, f"hidden states of {model.name} ({model.dtype})")
+    if not torch.isfinite(result).all():
+        _blame(model, [ids[i] for i in range(len(ids)) if not torch.isfinite(result[i]).all()][:1], transplant or BASE)
     if transplant is None:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: np.save(file, result.numpy()))
+        to_cache("states", about, result)
     return result
 
 
-def _reader(model, layers: list[int], shifts: dict):
-    """A function that reads the last token's states [B, layers, d] of one batch, in the model's own dtype."""
+def _reader(model, layers: list[int], shifts: dict, finite: bool = False):
+    """A function that reads the last token's states [B, layers, d] of one batch, in the model's own dtype; or whether all
+    tokens' are finite."""
     def states(rows):
         with torch.no_grad():
-            with model.trace(_padded(model, rows), use_cache=False) as tracer:
+            inputs = _padded(model, rows)
+            with model.trace(inputs, use_cache=False) as tracer:
                 found = []
                 for layer in range(max(layers) + 1):
                     if layer in layers or layer in shifts:
@@ -522,7 +609,8 @@ def _reader(model, layers: list[int], shifts: dict):
                     if layer in shifts:
                         h += shifts[layer][:, None].to(h)
                     if layer in layers:
-                        found.append(h[:, -1].cpu())            # blocks may lie on several GPUs
+                        tokens = (h.isfinite().all(-1).cpu() | (inputs["attention_mask"] == 0)).all(1) if finite else h[:, -1]
+                        found.append(tokens.cpu())              # blocks may lie on several GPUs
                 found = torch.stack(found, 1).save()
                 tracer.stop()
         return found
@@ -536,18 +624,18 @@ def _require_block(model, layer: int) -> None:
 
 def _require_finite(values: torch.Tensor, what: str) -> None:
     if not torch.isfinite(values).all():
-        raise FloatingPointError(f"NaN or infinity in {what}; float16 overflows easily, try --dtype bfloat16 or float32")
+        raise FloatingPointError(f"NaN or infinity in {what}")
 
 
-def write_whole(path: Path, write) -> None:
-    """Call write(file) on a temporary file that takes its place only when it is complete."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _blame(model, rows: list[list[int]], transplant: Transplant):
+    """Stop, and name the block where the first NaN or infinity of these rows comes from."""
+    blocks = list(range(len(model.layers)))
+    shifts = _shifts(model, [transplant])
+    [(_, finite)] = _each_batch(model, _reader, (blocks, shifts, True), lambda batch: {"rows": rows}, [[0]])
+    bad = [block for block in blocks if not finite[:, block].all()]
+    where = f"after block {bad[0]}" if bad else "in the logits, not in any block"
+    raise FloatingPointError(f"NaN or infinity {where} of {model.name} ({model.dtype}): try --dtype bfloat16 or float32 where "
+                             "float16 overflows, or a smaller alpha")
 
 
 # ================================================================ 5  Refine
@@ -699,7 +787,8 @@ class Bridge:
         if (i, number, shuffled) not in self.maps:
             rows, args = self.sample(number), self.args
             y = self.y[random.Random(number).sample(rows, len(rows)) if shuffled else rows, i]
-            fitted = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge, inverse=self.inverses.get((i, number)))
+            fitted = fit_affine(self.x[rows, i], y, args.intercept, args.rcond, args.ridge,
+                                inverse=self.inverses.get((i, number)))
             self.maps[i, number, shuffled], self.inverses[i, number] = fitted, fitted.inverse
         return self.maps[i, number, shuffled]
 
@@ -910,10 +999,10 @@ def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Tra
                     "asked": None if asked is None else torch.stack([_right_aligned(asked[i], positions) for i in batch])}
         for batch, scores in _each_batch(model, _scorer, (rows[0][:prefix], shifts, copies, shared), pack,
                                          _batches(model, ceiling, copies, label, order)):
-            if asked is None:
-                _require_finite(scores, f"logits of {model.name} ({model.dtype})")
-            else:
-                _require_finite(scores[0], f"log-probabilities of {model.name} ({model.dtype})")
+            finite = (scores if asked is None else scores[0]).isfinite().flatten(2).all(2)          # [T, B]
+            if not finite.all():
+                bad, row = (~finite).nonzero()[0].tolist()
+                _blame(model, [rows[batch[row]]], transplants[members][bad])
             yield members, batch, scores
 
 
@@ -1256,7 +1345,8 @@ class Run:
         # aside: options that change no step's result, so that the folder can go on without or with them
         settings = {name: [str(v) for v in value] if isinstance(value, list) and name != "alpha" else
                     str(value) if isinstance(value, Path) else value
-                    for name, value in sorted(vars(args).items()) if name not in ("out", "fresh", *aside)}
+                    for name, value in sorted(vars(args).items())
+                    if name not in ("command", "out", "fresh", "replay", "no_cache", *aside)}
         inputs = json.loads(json.dumps(inputs))             # as they will be read back
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
@@ -1273,7 +1363,7 @@ class Run:
             self.steps.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the run folder {self.folder}: {error.strerror}")
-        about = {"command": [script, *sys.argv[1:]], "args": settings, "inputs": inputs}
+        about = {"command": [script, *args.command], "args": settings, "inputs": inputs}
         self._write("args.json", json.dumps(about, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
@@ -1314,6 +1404,9 @@ class Run:
             file.write(text.getvalue().encode())
         write_whole(self.folder / "records.csv", write_csv)
         print(f"\n{tables}\n\n{self.folder}")
+        if TRAFFIC["requests"]:
+            self._write("ndif.json", json.dumps(TRAFFIC, indent=1) + "\n")
+            print("NDIF, in this go: " + ", ".join(f"{value:.0f} {name}" for name, value in TRAFFIC.items()))
 
     def figure(self, figure, name: str) -> None:
         """Save a matplotlib figure as PNG and PDF, and close it."""
@@ -1363,3 +1456,22 @@ def load_concept(path: Path, model=None) -> tuple[torch.Tensor, dict]:
         raise ValueError(f"{path} was made for {about['target']} ({about['fingerprint']}), "
                          f"not for {model.name} ({model.fingerprint})")
     return vector, about
+
+
+# ================================================================ the cache, from the command line
+
+
+def show_cache(argv: list[str] | None = None) -> None:
+    parser = Parser(description="The cache of hidden states and of NDIF's answers. CONTRANS_CACHE names its folder.")
+    parser.add_argument("--clear", action="store_true", help="delete it; whatever is needed is computed again")
+    clear = parser.parse_args(argv).clear
+    for kind in ("states", "ndif"):
+        files = list(CACHE.glob(f"{kind}-*"))
+        print(f"{CACHE}: {len(files)} files of {kind}, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+              + (", deleted" if clear else ""))
+        for path in files if clear else ():
+            path.unlink()
+
+
+if __name__ == "__main__":
+    show_cache()
