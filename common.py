@@ -189,8 +189,8 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
 
 def remote_models(args: argparse.Namespace) -> list[str]:
     """The models that --remote runs on NDIF: the targets and their aligned models, or all."""
-    source = {"target": [], "both": [args.src, args.src_base]}
-    return list(dict.fromkeys([*filter(None, [*args.tgt, *args.tgt_chat]), *source[args.remote]])) if args.remote else []
+    names = [*args.tgt, *args.tgt_chat] + ([args.src, args.src_base] if args.remote == "both" else [])
+    return list(dict.fromkeys(filter(None, names))) if args.remote else []
 
 
 def check_ndif(host: str, names: list[str]) -> None:

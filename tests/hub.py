@@ -60,7 +60,7 @@ class Hub:
                     if command == "GET" and file.suffix in (".safetensors", ".bin"):
                         self.loaded.append((repo, revision, file.name))
                     return 200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
-                if path == f"/api/models/{repo}/revision/{name}":
+                if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/{name}"):
                     files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
                     return 200, json.dumps({"_id": "0", "id": repo, "sha": commit, "siblings": files}).encode(), {}
                 if path == f"/api/models/{repo}/tree/{name}":

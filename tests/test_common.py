@@ -1164,7 +1164,7 @@ def test_an_option_goes_before_the_family(tmp_path):
 @pytest.mark.parametrize("line, wanted", [("", [1.0, 2.0]), ("--src a --tgt b", [1.0])], ids=["toy", "own models"])
 def test_alpha_auto_stands_for_the_strengths_of_the_family(tmp_path, line, wanted):
     got, same = parse(tmp_path, *line.split(), "--alpha", "auto"), parse(tmp_path, *line.split())
-    assert got.alpha == wanted and vars(got) == vars(same)
+    assert got.alpha == wanted and vars(got) == vars(same) | {"command": got.command}
 
 
 def test_a_target_without_a_chat_model_says_none(tmp_path):
