@@ -672,6 +672,30 @@ def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean")
     return torch.stack(directions).float()
 
 
+def concept_vector(model, positive: list[str], negative: list[str], layers: list[int], method: str = "mean",
+                   label: str = "concept") -> torch.Tensor:
+    """refine() from the texts of pairs, [len(layers), d]. From NDIF only means of a batch travel, where the method is mean."""
+    if not model.remote or method != "mean":
+        return refine(*(hidden_states(model, texts, layers, label=label) for texts in (positive, negative)), method)
+    if len(positive) != len(negative) or not positive:
+        raise ValueError(f"positives and negatives must be pairs; got {len(positive)} and {len(negative)}")
+    total = torch.zeros(len(layers), model.config.hidden_size, dtype=torch.float64)
+    for sign, texts in ((1, positive), (-1, negative)):
+        ids = encode(model, texts)
+        for _, sums in _each_batch(model, _summer, (list(layers),), lambda batch: {"rows": [ids[i] for i in batch]},
+                                   _batches(model, [len(row) for row in ids], label=label)):
+            total += sign * sums
+    _require_finite(total, f"hidden states of {model.name} ({model.dtype})")
+    return (total / len(positive)).float()
+
+
+def _summer(model, layers: list[int]):
+    """A function that adds up the last token's states [layers, d] of one batch."""
+    wanted = sorted(set(layers))
+    states = _reader(model, wanted, {})
+    return lambda rows: states(rows)[:, [wanted.index(layer) for layer in layers]].double().sum(0)
+
+
 # ================================================================ 6  Reformulate
 
 

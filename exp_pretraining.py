@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, hidden_states, loader,
-                    markdown, model_config, option_parser, parse_options, percentile, plain_sentences, random_directions,
-                    record, refine, run_script, score_labels, torch, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, concept_vector, context_length, fail, fingerprint,
+                    hidden_states, loader, markdown, model_config, option_parser, parse_options, percentile, plain_sentences,
+                    random_directions, record, run_script, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -177,9 +177,8 @@ def vectors(model, data: dict, layer: int, args) -> torch.Tensor:
     v = []
     for emotion in EMOTIONS:
         n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
-        states = [hidden_states(model, prompts(data, data[emotion][side][:n], shots=False), [layer], label=f"{emotion}, {side}")
-                  for side in ("positive", "negative")]
-        v.append(refine(*states, args.refine)[0])
+        pairs = [prompts(data, data[emotion][side][:n], shots=False) for side in ("positive", "negative")]
+        v.append(concept_vector(model, *pairs, [layer], args.refine, label=emotion)[0])
     return torch.stack(v)
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, hidden_states, loader,
-                    markdown, mcnemar, model_config, option_parser, parse_options, percentile, plain_sentences,
-                    random_directions, record, refine, run_script, score_labels, torch, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, concept_vector, context_length, fail, fingerprint,
+                    hidden_states, loader, markdown, mcnemar, model_config, option_parser, parse_options, percentile,
+                    plain_sentences, random_directions, record, run_script, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
@@ -145,9 +145,8 @@ def collect(model, data: dict, sentences: list[str], args) -> dict[str, torch.Te
     layer, v = block(args, model.name), []
     for emotion in EMOTIONS:
         n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
-        states = [hidden_states(model, prompts(data, data[emotion][side][:n], shots=False), [layer], label=f"{emotion}, {side}")
-                  for side in ("positive", "negative")]
-        v.append(refine(*states, args.refine)[0])
+        pairs = [prompts(data, data[emotion][side][:n], shots=False) for side in ("positive", "negative")]
+        v.append(concept_vector(model, *pairs, [layer], args.refine, label=emotion)[0])
     shown = prompts(data, [text for emotion in EMOTIONS for text in data[emotion]["positive"][-20:]], shots=False)
     return {"v": torch.stack(v), "plain": hidden_states(model, sentences, [layer], label="plain sentences")[:, 0],
             "shown": hidden_states(model, shown, [layer], label="scenarios")[:, 0]}

@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import (BASE, Bridge, Run, Transplant, block_index, bootstrap, choice_logprobs, context_length, fail, fingerprint,
-                    generate, hidden_states, loader, markdown, mcnemar, model_config, option_parser, parse_options, percentile,
-                    perplexity, plain_sentences, random_directions, record, refine, run_script, same_vocabulary,
-                    save_concept, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, bootstrap, choice_logprobs, concept_vector, context_length,
+                    fail, fingerprint, generate, hidden_states, loader, markdown, mcnemar, model_config, option_parser,
+                    parse_options, percentile, perplexity, plain_sentences, random_directions, record, run_script,
+                    same_vocabulary, save_concept, wilson)
 
 METHODS = ["base", "align-training", "self-align", "inst-align", "eft", "contrans"]
 LABELS = ["Base Model", "Align-Training", "Self-Align", "Inst-Align", "EFT/proxy-tuning", "ConTrans"]
@@ -416,13 +416,11 @@ class Vectors:
         mapped = {base for row in steered if row.vector.base != row.base or (row.table, row.method) == ("1", "contrans")
                   for base in (row.vector.base, row.base)}
         for name in sorted(mapped | {vector.origin for vector in wanted}):
-            def states(texts, what):
-                return hidden_states(load(name), texts, blocks(args, name), label=f"{Path(name).name}, {what}")
             for vector in sorted(vector for vector in wanted if vector.origin == name):
-                self.v[vector] = refine(*(states(texts, vector.kind) for texts in refinement(args, name, vector.kind, material)),
-                                        args.refine)
+                self.v[vector] = concept_vector(load(name), *refinement(args, name, vector.kind, material), blocks(args, name),
+                                                args.refine, label=f"{Path(name).name}, {vector.kind}")
             if name in mapped:
-                self.plain[name] = states(sentences, "prose")
+                self.plain[name] = hidden_states(load(name), sentences, blocks(args, name), label=f"{Path(name).name}, prose")
 
     def bridge(self, source: str, target: str) -> Bridge:
         if (source, target) not in self.bridges:
