@@ -120,8 +120,8 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
 
 
 class Settings:
-    """What a command line allows all models to do."""
-    cache, pickle, code = True, False, False
+    """What the command line says of all models."""
+    cache, pickle, code, remote = True, False, False, []
 
 
 def replayed(parser: Parser, argv: list[str]) -> list[str]:
@@ -182,8 +182,9 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail("--rcond and --ridge must be finite numbers and not negative")
     if not re.fullmatch(r"auto|(\d+|\d*\.\d+)(,(\d+|\d*\.\d+))?", args.layer):
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
+    Settings.remote = remote_models(args)
     if args.remote:
-        check_ndif(args.ndif_host, remote_models(args))
+        check_ndif(args.ndif_host, Settings.remote)
     return args
 
 
@@ -265,6 +266,8 @@ def model_config(name: str):
         if not list(Path(repo).glob("*.safetensors")) and not (Settings.pickle and pickles):
             fail(f"{repo} is not a model folder: it has no *.safetensors" +
                  (" (its *.bin are pickles, which can run any code; --allow-pickle if you trust them)" if pickles else ""))
+    elif name not in Settings.remote and not Settings.pickle:
+        _require_safetensors(repo, revision)
     try:
         return [auto.from_pretrained(repo, revision=revision, trust_remote_code=Settings.code)
                 for auto in (AutoConfig, AutoTokenizer)]
@@ -275,6 +278,16 @@ def model_config(name: str):
         if "trust_remote_code" in str(error):
             why = "it brings Python code of its own; read it, and add --trust-remote-code if you trust it"
         fail(f"cannot read model {name}: {why}")
+
+
+def _require_safetensors(repo: str, revision: str | None) -> None:
+    from huggingface_hub import file_exists
+    try:
+        safe = [file_exists(repo, f"model.safetensors{part}", revision=revision) for part in ("", ".index.json")]
+    except (OSError, ValueError):               # no network: what lies in the hub's cache is all there is
+        return
+    if not any(safe):
+        fail(f"{repo} has no safetensors; its weights are pickles, which can run any code: --allow-pickle if you trust them")
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str | None = None, batch_tokens: int = 16384):
@@ -292,8 +305,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     on_gpu = device != "cpu" and torch.cuda.is_available()
     dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
     options = {} if remote else {"dispatch": True, "dtype": dtype,
-                                 "device_map": device if device != "auto" else "auto" if on_gpu else "cpu",
-                                 "use_safetensors": None if Settings.pickle else True}
+                                 "device_map": device if device != "auto" else "auto" if on_gpu else "cpu"}
     if Settings.code:
         options["trust_remote_code"] = True
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)

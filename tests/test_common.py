@@ -145,14 +145,14 @@ def test_a_loader_keeps_the_models_of_the_last_call_and_frees_the_others_before_
         alive.add(model)
         return model
     monkeypatch.setattr(common, "load_model", load_model)
-    args = SimpleNamespace(dtype="float32", device="cpu", remote="target", ndif_host="http://ndif", tgt=["b"], tgt_chat=[None],
+    args = SimpleNamespace(dtype="float32", device="cpu", remote="target", ndif_host="http://127.0.0.1", tgt=["b"], tgt_chat=[None],
                            batch_tokens=7)
     load = common.loader(args)
     assert load("a") is load("a") and names() == "a"
     assert [model.name for model in load("c", "b")] == ["c", "b"] and names() == "bc"
     kept = load("b")
     assert names() == "b" and load("d", "b", "d")[1] is kept and names() == "bd"
-    settings = {name: ("float32", "cpu", "http://ndif" if name == "b" else None, 7) for name in "abcd"}     # targets only
+    settings = {name: ("float32", "cpu", "http://127.0.0.1" if name == "b" else None, 7) for name in "abcd"}     # targets only
     assert loaded == [("a", "", settings["a"]), ("c", "", settings["c"]), ("b", "c", settings["b"]),
                       ("d", "b", settings["d"])]
 

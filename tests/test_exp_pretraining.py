@@ -217,6 +217,7 @@ def test_validation_takes_the_most_hits_and_every_control_has_the_norm_of_the_ma
     monkeypatch.setattr(exp_pretraining, "score_labels", score_labels)
     monkeypatch.setattr(exp_pretraining, "hidden_states", lambda model, texts, layers, label: torch.randn(
         len(texts), 1, 8, generator=generator))
+    monkeypatch.setattr(exp_pretraining, "concept_vector", lambda *_, label: torch.randn(1, 8, generator=generator))
     args = options("--tgt", EARLY, LAST, "--alpha", 1, 3, -2, 2, "--random", 25, "--norm", "match")
     parts = dict.fromkeys(("positive", "negative", "validation", "test"), ["You win."] * 10)
     data = dict.fromkeys(EMOTIONS, parts)
@@ -558,7 +559,7 @@ def on_a_hub(tmp_path_factory):
     (home / "early" / "training.json").unlink()
     repos = {"some/amber": {"early": home / "early", "middle": MIDDLE, "late": LAST}}
     argv = ["--model", "some/amber", "--revisions", "early", "middle", "late", "--tokens", "1e6", "2e6", "3e6", *SMALL,
-            "--alpha", "2", "3", "--out", str(home / "out")]
+            "--alpha", "2", "3", "--allow-pickle", "--out", str(home / "out")]
     with Hub(repos) as hub:
         result = subprocess.run([sys.executable, "-c", ON_A_HUB, *argv], cwd=home, capture_output=True, text=True,
                                 env=hub.surroundings(home) | {"PYTHONPATH": str(ROOT)})

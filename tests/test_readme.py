@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA_README = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-PACKAGES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}   # packages not called as their modules
-HOSTS = {"github.com", "raw.githubusercontent.com", "huggingface.co", "ndif.us", "login.ndif.us", "arxiv.org",
-         "download.pytorch.org", "127.0.0.1"}
+PACKAGES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "websocket": "websocket-client"}   # module: package
+HOSTS = {"github.com", "raw.githubusercontent.com", "huggingface.co", "arxiv.org", "ndif.us", "login.ndif.us", "api.ndif.us",
+         "nnsight.net", "download.pytorch.org", "127.0.0.1"}
 
 
 def tracked() -> list[Path]:
