@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA_README = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-PACKAGES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "websocket": "websocket-client"}   # module: package
+PACKAGES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "websocket": "websocket-client"}    # module: package
 HOSTS = {"github.com", "raw.githubusercontent.com", "huggingface.co", "arxiv.org", "ndif.us", "login.ndif.us", "api.ndif.us",
          "nnsight.net", "download.pytorch.org", "127.0.0.1"}
 
