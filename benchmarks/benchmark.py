@@ -1,8 +1,8 @@
 """What common.py costs beside two other ways of doing the same work, measured in one run.
 
-    python benchmarks/benchmark.py                                   random Llama of 160 M parameters: 10 minutes on 2 CPU cores
-    python benchmarks/benchmark.py --data data/paper                 with the real prompts
-    python benchmarks/benchmark.py --shape 7b --full --data data/paper          on a GPU, bfloat16
+    python benchmarks/benchmark.py                              random Llama of 160 M parameters, 10 minutes on 2 CPU cores
+    python benchmarks/benchmark.py --data data/paper            with the real prompts
+    python benchmarks/benchmark.py --data data/paper --shape 7b --full          on a GPU, bfloat16
     python benchmarks/benchmark.py --shape toy --limit 4 --repeats 1 --only mc1 states
 
     released    as the authors' released code does it: one prompt a forward, a hook that adds alpha v, nothing shared
@@ -46,7 +46,7 @@ EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 STRENGTHS = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5]
 NEW_TOKENS = 32
 VOCABULARY = 32000
-PIECES = 4000           # of the tokenizer: so many cut the real few-shot prompt into as many tokens as LLaMA's own does
+PIECES = 2000           # of the tokenizer: cuts the real six shots into 454 tokens and a scenario into 32, as LLaMA's own does
 SHAPES = {"toy": (128, 8), "150m": (768, 16), "7b": (4096, 32), "13b": (5120, 40)}          # width, blocks
 MAP = {"toy": (48, 64, 32)}             # d of the source, d of the target, sentences; all other shapes: the paper's
 PAPER_MAP = (4096, 5120, 1600)
@@ -93,11 +93,13 @@ def options(argv=None):
 def load_texts(folder: Path, seed: int) -> SimpleNamespace:
     """prompts of the sweep (they begin with six shots), plain lines, (question, choices), and all of it as a corpus."""
     try:
-        scenarios = {e: json.loads((folder / "emotions" / f"{e}.json").read_text()) for e in EMOTIONS}
-        lines = [line.split("\t")[0] for line in (folder / "wikisplit" / "validation.tsv").read_text().splitlines()]
-        questions = json.loads((folder / "truthfulqa" / "mc_task.json").read_text())
+        scenarios = {e: json.loads((folder / "emotions" / f"{e}.json").read_text(encoding="utf-8")) for e in EMOTIONS}
+        lines = (folder / "wikisplit" / "validation.tsv").read_text(encoding="utf-8").splitlines()
+        questions = json.loads((folder / "truthfulqa" / "mc_task.json").read_text(encoding="utf-8"))
     except OSError as error:
         common.fail(f"no file {error.filename}; python data/prepare.py makes data/paper, data/toy comes with the repo")
+    lines = [" ".join(line.split("\t")[0].split()[:-2 - i % 3]) for i, line in enumerate(lines)]     # without the last words
+    lines = [line for line in lines if line]
     choices = ", ".join(f'"{e}"' for e in EMOTIONS)
     shots = [f"Scenario: {scenarios[e][0]}\nThe emotion ({choices}) of the above scenario is {e}." for e in EMOTIONS]
     asked = [text for e in EMOTIONS for text in scenarios[e][1:]]
@@ -172,12 +174,12 @@ def one(model, text: str) -> dict:
     return model.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
 
 
-def batches(model, texts: list[str], new_tokens: int = 0):
+def batches(model, texts: list[str]):
     """Yield (indices, inputs): texts of like length together, so many tokens a batch, padded on the left."""
     ids = model.tokenizer(texts, return_token_type_ids=False).input_ids
     order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
     while order:
-        rows = max(1, model.batch_tokens // (len(ids[order[0]]) + new_tokens))
+        rows = max(1, model.batch_tokens // len(ids[order[0]]))
         batch, order = order[:rows], order[rows:]
         yield batch, model.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
 
@@ -192,12 +194,17 @@ def first_tokens(model) -> list[int]:
     return [model.tokenizer(f" {e}", add_special_tokens=False).input_ids[0] for e in EMOTIONS]
 
 
-def labels_of(logits: torch.Tensor, words: list[int]) -> dict:
-    """From next-token logits [..., V]: the label that is said (-1: none), the label preferred, the labels' log-probabilities."""
-    scores = logits.float().log_softmax(-1).cpu()
-    hit = scores.argmax(-1, keepdim=True) == torch.tensor(words)
-    return {"said": torch.where(hit.any(-1), hit.int().argmax(-1), -1), "preferred": scores[..., words].argmax(-1),
-            "logprobs": scores[..., words]}
+def read_labels(logits: torch.Tensor, words: list[int]) -> torch.Tensor:
+    """Of next-token logits [..., V]: the words' log-probabilities, and the likeliest token in a seventh column [..., 7]."""
+    scores = logits.float().log_softmax(-1)
+    return torch.cat([scores[..., words], scores.argmax(-1, keepdim=True)], -1).cpu()
+
+
+def labels_of(read: torch.Tensor, words: list[int]) -> dict:
+    """From what read_labels read [n, strengths, 7]: log-probabilities, which label is said (-1: none), which preferred."""
+    hit = read[..., 6:] == torch.tensor(words)
+    return {"logprobs": read[..., :6], "said": torch.where(hit.any(-1), hit.int().argmax(-1), -1),
+            "preferred": read[..., :6].argmax(-1)}
 
 
 # Every way of every work is a function of (model, items, given) that returns {name: tensor or list}. Items are what it
@@ -207,28 +214,28 @@ def labels_of(logits: torch.Tensor, words: list[int]) -> dict:
 
 
 def emotion_released(model, prompts, given):
-    logits = torch.empty(len(STRENGTHS), len(prompts), VOCABULARY)
+    read, words = torch.empty(len(prompts), len(STRENGTHS), 7), first_tokens(model)
     for s, strength in enumerate(STRENGTHS):
         with added(model, given.block, strength * given.vector):
             for i, prompt in enumerate(prompts):
                 output = model(**one(model, prompt), output_hidden_states=True)
-                logits[s, i] = output.logits[0, -1]
-    return labels_of(logits, first_tokens(model))
+                read[i, s] = read_labels(output.logits[0, -1], words)
+    return labels_of(read, words)
 
 
 def emotion_plain(model, prompts, given):
-    logits = torch.empty(len(STRENGTHS), len(prompts), VOCABULARY)
+    read, words = torch.empty(len(prompts), len(STRENGTHS), 7), first_tokens(model)
     for s, strength in enumerate(STRENGTHS):
         with added(model, given.block, strength * given.vector):
             for batch, inputs in batches(model, prompts):
                 output = model(**inputs, position_ids=positions(inputs), use_cache=False, logits_to_keep=1)
-                logits[s, batch] = output.logits[:, -1].float().cpu()
-    return labels_of(logits, first_tokens(model))
+                read[batch, s] = read_labels(output.logits[:, -1], words)
+    return labels_of(read, words)
 
 
 def emotion_ours(model, prompts, given):
     said, preferred = common.score_labels(model, prompts, EMOTIONS, sweep(given))
-    return {"said": said, "preferred": preferred}
+    return {"said": said.T, "preferred": preferred.T}
 
 
 def sweep(given) -> list[Transplant]:
@@ -237,7 +244,8 @@ def sweep(given) -> list[Transplant]:
 
 def emotion_logprobs(model, prompts, given):
     """score_labels keeps its log-probabilities to itself: next_token_logits shows them, outside the measured time."""
-    return labels_of(common.next_token_logits(model, prompts, sweep(given)), first_tokens(model))
+    logits = common.next_token_logits(model, prompts, sweep(given))
+    return {"logprobs": read_labels(logits, first_tokens(model)).transpose(0, 1)[..., :6]}
 
 
 # ---------------------------------------------------------------- work 2: hidden states at 75 % depth, last token
@@ -347,13 +355,10 @@ def generate_released(model, prompts, given):
 
 
 def generate_plain(model, prompts, given):
-    texts = [""] * len(prompts)
+    inputs = model.tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(model.device)
     with added(model, given.block, given.vector):
-        for batch, inputs in batches(model, prompts, NEW_TOKENS):
-            ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            for i, row in zip(batch, ids[:, inputs["input_ids"].shape[1]:]):
-                texts[i] = model.tokenizer.decode(row, skip_special_tokens=True)
-    return {"texts": texts}
+        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return {"texts": model.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)}
 
 
 def generate_ours(model, prompts, given):
@@ -486,15 +491,18 @@ def matrix_rate(args) -> float:
 # ---------------------------------------------------------------- comparing
 
 
-def difference(theirs: dict, ours: dict, rows: list[int]) -> tuple[float, float]:
-    """(largest difference of numbers, relative to the largest number; share of choices that differ) on these items."""
+def difference(theirs: dict, ours: dict, rows: list[int], exact: bool) -> tuple[float, float]:
+    """(largest difference of numbers, relative to the largest number; share of choices that differ) on these items.
+
+    Of generated texts only the first word counts where numbers are not exact: one near tie changes all that follows."""
     numbers, choices = 0.0, []
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]
         if isinstance(b, list):                 # texts
-            choices += [x != b[i] for x, i in zip(a, rows, strict=True)]
+            pairs = [(x, b[i]) for x, i in zip(a, rows, strict=True)]
+            choices += [x != y if exact else x.split()[:1] != y.split()[:1] for x, y in pairs]
             continue
-        b = b[:, rows] if name in ("said", "preferred") else b[rows]
+        b = b[rows]
         assert a.shape == b.shape, (name, a.shape, b.shape)
         if a.is_floating_point():
             apart = ((a - b).abs().max() / b.abs().max()).item()
@@ -518,7 +526,7 @@ def run_work(work: str, args, texts, plain, ours, scratch: Path) -> tuple[list[d
     items, block = items_of(work, texts, args), common.block_index("0.75", args.layers)
     weights = sum(p.numel() for p in plain.model.layers.parameters() if p.dim() == 2)
     rows_of = {way: share(items, count, args.full) for way, (_, count) in ways.items()}
-    costs, apart, wrong = {way: [] for way in ways}, dict.fromkeys(ways, (0.0, 0.0)), []
+    costs, apart, wrong, exact = {way: [] for way in ways}, dict.fromkeys(ways, (0.0, 0.0)), [], args.dtype == "float32"
 
     def call(way: str, rows: list[int], given):
         common.CACHE = Path(tempfile.mkdtemp(dir=scratch))          # states that were computed before are not read again
@@ -534,14 +542,10 @@ def run_work(work: str, args, texts, plain, ours, scratch: Path) -> tuple[list[d
             results[way], cost = call(way, rows_of[way], given)
             costs[way].append(cost)
             print(f"{work:9} {way:9} {cost.seconds:7.2f} s", file=sys.stderr)
+        if work == "emotion" and repeat == 0:
+            results["ours"] |= emotion_logprobs(ours, items, given)
         for way in ways.keys() - {"ours"}:
-            found = [difference(results[way], results["ours"], rows_of[way])]
-            if work == "emotion" and repeat == 0:
-                with torch.no_grad():
-                    shown = emotion_logprobs(ours, [items[i] for i in rows_of[way]], given)
-                found.append(difference({"logprobs": results[way]["logprobs"].transpose(0, 1)},
-                                        {"logprobs": shown["logprobs"].transpose(0, 1)}, list(range(len(rows_of[way])))))
-            apart[way] = tuple(max(worst) for worst in zip(apart[way], *found))
+            apart[way] = tuple(map(max, apart[way], difference(results[way], results["ours"], rows_of[way], exact)))
 
     rows = []
     for way, spent in costs.items():
@@ -555,8 +559,8 @@ def run_work(work: str, args, texts, plain, ours, scratch: Path) -> tuple[list[d
         own = [cost.seconds / our.seconds * scale for cost, our in zip(spent, costs["ours"])]
         seconds = statistics.median(cost.seconds for cost in spent)
         rows.append({"work": work, "title": title, "way": way, "items": len(items), "done": len(rows_of[way]),
-                     "seconds": seconds * scale, "tokens": spent[0].blocks / weights * scale, "logits": spent[0].logits * scale,
-                     "ratio": statistics.median(own), "rate": 2 * (spent[0].blocks + spent[0].unembedding) / seconds,
+                     "seconds": seconds * scale, "tokens": spent[0].blocks / weights * scale,
+                     "logits": spent[0].logits * scale, "ratio": statistics.median(own), "rate": 2 * (spent[0].blocks + spent[0].unembedding) / seconds,
                      "memory": max(cost.memory for cost in spent), "numbers": numbers, "choices": choices})
     return rows, wrong
 
@@ -569,7 +573,8 @@ def table(rows: list[dict], rate: float) -> str:
         lines.append([
             row["title"] if row["way"] == next(iter(WORKS[row["work"]][2])) else "", row["way"],
             f"{row['items']}" if row["done"] == row["items"] else f"{row['items']} ({row['done']} done, scaled)",
-            f"{row['seconds']:.2f}", f"{row['tokens']:,.0f}" if computed else "–", f"{row['logits']:,.0f}" if computed else "–",
+            f"{row['seconds']:.2f}",
+            f"{row['tokens']:,.0f}" if computed else "–", f"{row['logits']:,.0f}" if computed else "–",
             f"{row['ratio']:.2f}", f"≥ {goal:g}" if goal else "", f"{row['rate'] / rate:.0%}" if computed else "–",
             f"{row['memory'] / 2**20:,.0f}", "" if row["way"] == "ours" else apart])
     return common.markdown(["work", "way", "items", "seconds", "tokens", "logits", "× ours", "goal", "of matrix rate", "MiB",
@@ -595,9 +600,11 @@ def main(argv=None) -> None:
                 f"{platform.machine()}, {torch.get_num_threads()} threads")
     report = "\n\n".join([
         f"{hardware}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in a matrix product (measured {min(rates) / 1e9:,.0f} to "
-        f"{max(rates) / 1e9:,.0f}); random Llama of {parameters / 1e6:,.1f} M parameters, {args.width} × {args.layers}; texts of "
-        f"{args.data.name}; {args.repeats} repeats; Python {platform.python_version()}, " + ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "transformers", "nnsight", "numpy")), table(rows, rate),
+        f"{max(rates) / 1e9:,.0f}); random Llama of {parameters / 1e6:,.1f} M parameters, {args.width} × {args.layers}; "
+        f"texts of {args.data.name}; {args.repeats} repeats; commit {common.environment()['commit'][:12]}; "
+        f"Python {platform.python_version()}, " + ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "transformers", "nnsight", "numpy")),
+        table(rows, rate),
         *(f"WRONG: {fault}" for fault in wrong)])
     print(report)
     if args.out:
