@@ -21,7 +21,7 @@ spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 
-TINY = ["--shape", "toy", "--device", "cpu", "--limit", "3", "--repeats", "1"]
+TINY = ["--shape", "toy", "--device", "cpu", "--limit", "2", "--repeats", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def rows_of(bench, tmp_path, monkeypatch):
     def run(work: str, repeats: int = 1):
         args, texts, plain, ours = bench
         monkeypatch.setattr(args, "repeats", repeats)
+        monkeypatch.setattr(benchmark, "STRENGTHS", [1, 4])
         rows, wrong = benchmark.run_work(work, args, texts, plain, ours, tmp_path)
         return {row["way"]: row for row in rows}, wrong
     return run
@@ -72,7 +73,7 @@ def test_the_table_has_every_work_and_every_way(report):
     assert [row[0] for row in rows if row[0]] == [title for title, _, _ in benchmark.WORKS.values()]
     assert [row[1] for row in rows] == [way for _, _, ways in benchmark.WORKS.values() for way in ways]
     for row in rows:
-        assert float(row[3]) >= 0 and (row[1] != "ours" or row[5 + 1] == "1.00")
+        assert float(row[header.index("seconds")]) >= 0 and (row[1] != "ours" or row[header.index("× ours")] == "1.00")
         assert bool(row[-1]) == (row[1] != "ours")          # every other way says how far it is from ours
 
 
@@ -87,32 +88,32 @@ def test_the_report_says_what_it_was_measured_with(report):
 def test_tokens_of_the_states_are_counted_as_they_are_computed(bench, rows_of):
     ways, wrong = rows_of("states")
     assert wrong == []
-    size = lengths(bench, bench[1].lines[:3])
-    padded = 3 * max(size)                      # one batch
+    size = lengths(bench, bench[1].lines[:2])
+    padded = 2 * max(size)                      # one batch
     assert (ways["released"]["tokens"], ways["released"]["logits"]) == (sum(size), sum(size))
-    assert (ways["plain"]["tokens"], ways["plain"]["logits"]) == (padded, 3)
+    assert (ways["plain"]["tokens"], ways["plain"]["logits"]) == (padded, 2)
     assert (ways["stopped"]["tokens"], ways["stopped"]["logits"]) == (padded * 7 / 8, 0)        # blocks 0 to 6 of 8
     assert 0 < ways["ours"]["tokens"] <= padded * 7 / 8 and ways["ours"]["logits"] == 0
 
 
 def test_tokens_of_the_sweep(bench, rows_of):
-    ways, wrong = rows_of("emotion")
+    ways, wrong = rows_of("emotion")            # two strengths
     assert wrong == []
-    size = lengths(bench, bench[1].prompts[:3])
-    assert ways["released"]["tokens"] == ways["released"]["logits"] == 8 * sum(size)
-    assert ways["plain"]["tokens"] == 8 * 3 * max(size) and ways["plain"]["logits"] == 8 * 3
-    assert 8 * 3 <= ways["ours"]["logits"] <= 8 * 4         # the shared prefix may cost one each
-    assert ways["ours"]["tokens"] < ways["plain"]["tokens"] / 2
+    size = lengths(bench, bench[1].prompts[:2])
+    assert ways["released"]["tokens"] == ways["released"]["logits"] == 2 * sum(size)
+    assert ways["plain"]["tokens"] == 2 * 2 * max(size) and ways["plain"]["logits"] == 2 * 2
+    assert 2 * 2 <= ways["ours"]["logits"] <= 2 * 3         # the shared prefix may cost one each
+    assert max(size) < ways["ours"]["tokens"] < ways["plain"]["tokens"]
 
 
 def test_tokens_of_generation(bench, rows_of):
     ways, wrong = rows_of("generate")
     assert wrong == []
-    size = lengths(bench, [context for context, _ in bench[1].questions[:3]])
+    size = lengths(bench, [context for context, _ in bench[1].questions[:2]])
     new = benchmark.NEW_TOKENS
-    assert ways["released"]["tokens"] == sum(size) + 3 * (new - 1)      # the last token is not read
-    assert ways["plain"]["tokens"] == 3 * (max(size) + new - 1)
-    assert ways["released"]["logits"] == ways["plain"]["logits"] == 3 * new
+    assert ways["released"]["tokens"] == sum(size) + 2 * (new - 1)      # the last token is not read
+    assert ways["plain"]["tokens"] == 2 * (max(size) + new - 1)
+    assert ways["released"]["logits"] == ways["plain"]["logits"] == 2 * new
 
 
 def test_a_linear_layer_counts_rows_times_weights_and_the_function_is_put_back():
