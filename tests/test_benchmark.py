@@ -82,6 +82,13 @@ def test_the_report_says_what_it_was_measured_with(report):
     assert f"torch {torch.__version__}" in report and "128 × 8" in report and "texts of toy" in report
 
 
+def test_the_readme_says_how_many_items_each_way_does_by_default():
+    readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \w+ \| (all|\d+)(?:, plain (\d+))? \| `", readme, re.MULTILINE)
+    assert rows == [(str(count), str(ways["released"][1] or "all"), str(ways.get("plain", (0, 0))[1] or ""))
+                    for _, count, ways in benchmark.WORKS.values()]
+
+
 # ================================================================ what is counted
 
 
