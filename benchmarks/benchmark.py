@@ -139,7 +139,7 @@ def make_model(folder: Path, args, corpus: list[str]) -> None:
         vocab_size=VOCABULARY, hidden_size=args.width, num_hidden_layers=args.layers,
         num_attention_heads=args.width // (128 if args.width >= 2048 else 64),
         intermediate_size=-(-args.width * 8 // (3 * 256)) * 256,                # LLaMA's rule: 8/3 of the width, in 256s
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        max_position_embeddings=2048, bos_token_id=0, eos_token_id=None, pad_token_id=2)    # every text is 32 tokens long
     torch.manual_seed(args.seed)
     with torch.device(args.device):             # billions of random numbers take a GPU seconds, a CPU minutes
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
