@@ -318,6 +318,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
         model.tokenizer.pad_token = model.tokenizer.eos_token
     model.name, model.remote, model.batch_tokens, model.abilities = str(name), remote, batch_tokens, None
+    model.pass_tokens = batch_tokens if remote or on_gpu else min(PASS, batch_tokens)
     model.fingerprint = fingerprint(name)
     return model
 
@@ -380,17 +381,29 @@ def encode(model, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = None, order: list[int] | None = None):
+PASS = 2048                                     # tokens of one forward pass on a CPU: more fall out of its caches
+
+
+def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = None, order: list[int] | None = None,
+             spared: int = 0):
     """Yield lists of indices, prompts of like length together (or in the order given, longest first), so that rows x longest
-    stays within model.batch_tokens, which may shrink on the way."""
+    stays within model.batch_tokens, which may shrink on the way. spared: tokens of each row that cost no computing now.
+
+    A batch ends before a row that is much shorter, once it is large enough to be worth a pass of its own."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if order is None else order
     start = 0
     with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64 or label is None, mininterval=1) as bar:
         while start < len(order):
-            size = max(1, model.batch_tokens // (lengths[order[start]] * rows_each))
-            yield order[start:start + size]
-            bar.update(len(order[start:start + size]))
-            start += size
+            longest = lengths[order[start]] * rows_each
+            new = max(1, longest - spared * rows_each)
+            size = max(1, min(model.batch_tokens // longest, model.pass_tokens // new))
+            enough, end = model.pass_tokens // 8 // new, start + 1
+            while end < min(start + size, len(order)) and (end - start < enough or
+                                                           (lengths[order[end]] - spared) * rows_each > 0.85 * new):
+                end += 1
+            yield order[start:end]
+            bar.update(end - start)
+            start = end
 
 
 def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) -> dict:
@@ -426,7 +439,8 @@ def _each_batch(model, make, fixed: tuple, pack, batches, fits=None):
         except torch.OutOfMemoryError:
             if max(map(len, chunk)) == 1:
                 raise
-        model.batch_tokens = max(1, model.batch_tokens // 2)
+        model.batch_tokens = max(1, min(model.batch_tokens, model.pass_tokens) // 2)
+        model.pass_tokens = min(model.pass_tokens, model.batch_tokens)
         gc.collect(), torch.cuda.empty_cache()
         return halving([half for batch in chunk for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half])
     batches = iter(batches)
@@ -898,19 +912,23 @@ def _cache(start: tuple, which: list[int]):
     return DynamicCache(picked)
 
 
-def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool, keep: int = 1, start: tuple | None = None,
-          which: list[int] = (), keep_start: bool = False):
+def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool, keep: list[int] | None = None,
+          start: tuple | None = None, which: list[int] = (), keep_start: bool = False):
     """One forward pass: rows of tokens, the i-th after start number which[i], under each of `copies` transplants.
 
-    Returns the logits [copies x rows, keep, V] and, where asked for, what was read as a start. shared: up to the first
-    steered block nothing depends on the transplant, so each row is there once, and from there on once a transplant."""
+    Returns the logits [copies, N, V] of the last keep[i] positions (default: 1) of each row, row after row, and, where asked
+    for, what was read as a start. shared: up to the first steered block nothing depends on the transplant, so each row is
+    there once, and from there on once a transplant."""
     parting = min(shifts) if shared and shifts and copies > 1 else None     # the block after which rows part
     each = copies if parting is None else 1
     before = None if start is None else start[1][list(which)]
     inputs = _padded(model, rows * each, None if before is None else before.repeat(each, 1))
     options = {"use_cache": keep_start} if start is None else {"past_key_values": _cache(start, which)}
+    keep = keep or [1] * len(rows)
+    most = max(keep)
+    wanted = torch.arange(most, 0, -1) <= torch.tensor(keep * copies)[:, None]     # [copies x rows, most]
     with torch.no_grad():
-        with model.trace(inputs, logits_to_keep=keep, **options):
+        with model.trace(inputs, logits_to_keep=most, **options):
             for block in shifts if parting is None else range(parting, len(model.layers)):
                 if parting is not None and block > parting:
                     args, kwargs = model.layers[block].inputs
@@ -923,13 +941,15 @@ def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool,
                 elif block in shifts:
                     h = residual(model.layers[block].output)
                     h += shifts[block].repeat_interleave(len(rows), 0)[:, None].to(h)
+            h = model.unembed.input             # the unembedding is a large matrix: only what is asked for goes through it
+            model.unembed.input = h[:, -most:][wanted.to(h.device)][None]
             if keep_start:
                 cache = model.output.past_key_values.save()
-            logits = model.output.logits.float().save()
+            logits = model.output.logits[0].float().save()
     kept = None
     if keep_start:
         kept = [(block.keys, block.values) for block in cache.layers], inputs["attention_mask"][:len(rows)]
-    return logits, kept
+    return logits.unflatten(0, (copies, -1)), kept
 
 
 def _repeated(arguments, copies: int):
@@ -961,7 +981,7 @@ def _trial(model, width: int):
         try:
             if started:
                 start = _read(model, [rows[0][:2]], shifts, 2, shared, keep_start=True)[1]
-                logits, _ = _read(model, [row[2:] for row in rows], shifts, 2, shared, 1, start, [0, 0])
+                logits, _ = _read(model, [row[2:] for row in rows], shifts, 2, shared, None, start, [0, 0])
             else:
                 logits, _ = _read(model, rows, shifts, 2, shared)
         except Exception:                       # any: a model's own forward decides what it cannot do
@@ -983,26 +1003,29 @@ def _scorer(model, prefix: list[int], shifts: dict, copies: int, shared: bool):
     def score(rows, keep, starts, which, asked):
         start, of = whole, [0] * len(rows)
         if starts:
-            _, start = _read(model, starts, shifts, copies, shared, 1, whole, of[:len(starts)], keep_start=True)
+            _, start = _read(model, starts, shifts, copies, shared, None, whole, of[:len(starts)], keep_start=True)
             of = which
         logits, _ = _read(model, rows, shifts, copies, shared, keep, start, of)
-        return logits.unflatten(0, (copies, -1)) if asked is None else _log_probabilities(logits, asked, copies)
+        return logits if asked is None else _log_probabilities(logits, asked, keep)
     return score
 
 
-def _log_probabilities(logits: torch.Tensor, asked: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits [copies x rows, positions, V]: the log-probabilities of the asked tokens [rows, positions, candidates], summed
-    over positions, and whether all of them are the likeliest: [copies, rows, candidates]. A token of -1 asks for nothing."""
-    asked = asked.to(logits.device).repeat(copies, 1, 1)
+def _log_probabilities(logits: torch.Tensor, asked: torch.Tensor, keep: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [T, N, V] of the last keep[i] positions of each row: log-probabilities of the asked tokens [N, candidates],
+    summed over a row, and whether all of them are the likeliest: [T, rows, candidates]. A token of -1 asks for nothing."""
+    asked = asked.to(logits.device).expand(len(logits), -1, -1)
     picked = (logits.gather(-1, asked.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)).masked_fill(asked < 0, 0)
-    likeliest = (logits.argmax(-1, keepdim=True) == asked) | (asked < 0)
-    return (picked.double().sum(1).float().cpu().unflatten(0, (copies, -1)), likeliest.all(1).cpu().unflatten(0, (copies, -1)))
+    other = (logits.argmax(-1, keepdim=True) != asked) & (asked >= 0)
+    rows = torch.arange(len(keep), device=logits.device).repeat_interleave(torch.tensor(keep, device=logits.device))
+    sums, others = (torch.zeros(len(logits), len(keep), asked.shape[-1], dtype=torch.float64, device=logits.device)
+                    .index_add_(1, rows, values.double()) for values in (picked, other))
+    return sums.float().cpu(), (others == 0).cpu()
 
 
 def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Transplant], label: str | None,
             asked: list | None = None, starts: list[int] | None = None):
     """Yield (slice of `transplants`, indices of `rows`, scores of the last keep[i] positions of each), batch by batch: logits
-    [T, B, positions, V], or what _log_probabilities makes of them. asked[i][c]: tokens of candidate c at the end of row i.
+    [T, N, V], row after row, or what _log_probabilities makes of them. asked[i][c]: tokens of candidate c at the end of row i.
 
     What can be shared is computed once: tokens that all rows begin with (a few-shot prefix), the first starts[i] tokens
     where several rows of a batch have the same (a question and its choices), and for all transplants the blocks below the
@@ -1028,17 +1051,15 @@ def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Tra
             each = {start: number for number, start in enumerate(dict.fromkeys(own[i] for i in batch))}
             spared = sum(len(own[i]) for i in batch) - sum(map(len, each))
             pays = all(each) and 4 * spared > sum(lengths[i] - prefix for i in batch)
-            positions = max(keep[i] for i in batch)
-            return {"rows": [rows[i][starts[i] if pays else prefix:] for i in batch], "keep": positions,
+            return {"rows": [rows[i][starts[i] if pays else prefix:] for i in batch], "keep": [keep[i] for i in batch],
                     "starts": [list(start) for start in each] if pays else [],
                     "which": [each[own[i]] for i in batch] if pays else [],
-                    "asked": None if asked is None else torch.stack([_right_aligned(asked[i], positions) for i in batch])}
+                    "asked": None if asked is None else torch.cat([_right_aligned(asked[i], keep[i]) for i in batch])}
         for batch, scores in _each_batch(model, _scorer, (rows[0][:prefix], shifts, copies, shared), pack,
-                                         _batches(model, ceiling, copies, label, order)):
-            finite = (scores if asked is None else scores[0]).isfinite().flatten(2).all(2)          # [T, B]
+                                         _batches(model, ceiling, copies, label, order, prefix)):
+            finite = (scores if asked is None else scores[0]).isfinite().flatten(1).all(1)
             if not finite.all():
-                bad, row = (~finite).nonzero()[0].tolist()
-                _blame(model, [rows[batch[row]]], transplants[members][bad])
+                _blame(model, [rows[i] for i in batch], transplants[members][finite.tolist().index(False)])
             yield members, batch, scores
 
 
@@ -1110,7 +1131,7 @@ def _next_logits(model, ids: list[list[int]], transplants: list[Transplant], lab
     for members, batch, logits in _scores(model, ids, [1] * len(ids), transplants, label):
         if result is None:
             result = torch.empty(len(transplants), len(ids), logits.shape[-1])
-        result[members, batch] = logits[:, :, -1].cpu()
+        result[members, batch] = logits.cpu()
     return result
 
 
@@ -1144,14 +1165,15 @@ def _tail_logprobs(model, ids: list[list[int]], heads: list[int], transplants: l
             total[members, batch], greedy[members, batch] = sums[..., 0], likeliest[..., 0]
         return total, greedy
     for members, batch, logits in _scores(model, rows, keep, transplants, label, starts=starts):
+        logits = list(logits.split([keep[i] for i in batch], 1))            # of each row [T, keep, V]
         for sign, small in zip((1, -1), eft):
             for _, some, difference in _scores(small, [rows[i] for i in batch], [keep[i] for i in batch], [BASE], None,
                                                starts=[starts[i] for i in batch]):
-                width = min(logits.shape[-1], difference.shape[-1])     # rows of padding at the end of an unembedding
-                logits = logits[..., :width]
-                logits[:, some, -difference.shape[2]:] += sign * difference[..., :width].to(logits)
-        tokens = torch.stack([_right_aligned(asked[i], logits.shape[2]) for i in batch])
-        sums, likeliest = _log_probabilities(logits.flatten(0, 1), tokens, len(logits))
+                for row, part in zip(some, difference.split([keep[batch[row]] for row in some], 1)):
+                    width = min(logits[row].shape[-1], part.shape[-1])      # rows of padding at the end of an unembedding
+                    logits[row] = logits[row][..., :width] + sign * part[..., :width].to(logits[row])
+        tokens = torch.cat([_right_aligned(asked[i], keep[i]) for i in batch])
+        sums, likeliest = _log_probabilities(torch.cat(logits, 1), tokens, [keep[i] for i in batch])
         total[members, batch], greedy[members, batch] = sums[..., 0], likeliest[..., 0]
     return total, greedy
 
@@ -1210,7 +1232,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
-    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label)
+    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, spared=max_new_tokens)
 
     def pack(batch):
         return {"rows": [ids[i] for i in batch]}

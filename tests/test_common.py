@@ -176,7 +176,7 @@ def test_an_empty_prompt_is_refused_where_the_tokenizer_adds_nothing(llama, monk
 
 def test_batches_hold_each_prompt_once_and_stay_within_the_tokens():
     lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
-    batches = list(common._batches(SimpleNamespace(batch_tokens=100), lengths, rows_each=3))
+    batches = list(common._batches(SimpleNamespace(batch_tokens=100, pass_tokens=100), lengths, rows_each=3))
     assert sorted(i for batch in batches for i in batch) == list(range(200))
     assert all(len(batch) == 1 or 3 * len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
 
@@ -869,7 +869,7 @@ def test_eft_choices_behind_a_long_prefix_and_in_small_batches_are_the_same(trio
     models, references = trio
     pairs = [(2 * PREFIX + context, text) for context, text in PAIRS]
     got, _ = assert_eft_choices(models, references, pairs, WIDE)
-    assert len(prefixes) == 3 and min(prefixes) >= 32           # each of the three models kept its own
+    assert len(prefixes) >= 3 and min(prefixes) >= 32           # each of the three models keeps its own
     for model in models:
         monkeypatch.setattr(model, "batch_tokens", 150)
     transplants = [transplant for transplant, _ in WIDE]
