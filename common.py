@@ -385,22 +385,22 @@ PASS = 2048                                     # tokens of one forward pass on 
 
 
 def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = None, order: list[int] | None = None,
-             spared: int = 0):
+             spared: int = 0, alike: bool = True):
     """Yield lists of indices, prompts of like length together (or in the order given, longest first), so that rows x longest
     stays within model.batch_tokens, which may shrink on the way. spared: tokens of each row that cost no computing now.
 
-    A batch ends before a row that is much shorter, once it is large enough to be worth a pass of its own."""
+    alike: a batch ends before a much shorter row, once it is worth a pass of its own; generation rather has few batches."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if order is None else order
     start = 0
     with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64 or label is None, mininterval=1) as bar:
         while start < len(order):
             longest = lengths[order[start]] * rows_each
             new = max(1, longest - spared * rows_each)
-            size = max(1, min(model.batch_tokens // longest, model.pass_tokens // new))
-            enough, end = model.pass_tokens // 8 // new, start + 1
-            while end < min(start + size, len(order)) and (end - start < enough or
-                                                           (lengths[order[end]] - spared) * rows_each > 0.85 * new):
-                end += 1
+            end = min(len(order), start + max(1, model.batch_tokens // longest))
+            if alike:
+                end = min(end, start + max(1, model.pass_tokens // new))
+                worth = start + max(1, model.pass_tokens // 8 // new)
+                end = next((at for at in range(worth, end) if (lengths[order[at]] - spared) * rows_each < 0.85 * new), end)
             yield order[start:end]
             bar.update(end - start)
             start = end
@@ -758,15 +758,13 @@ def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond:
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [n, d] with equal n; got {tuple(x.shape)} and {tuple(y.shape)}")
-    _require_finite(x, "x")
-    _require_finite(y, "y")
+    _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
     n = len(x) - int(len(x) * held_out)
     if n < 2:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
-    x_mean = x[:n].mean(0) if intercept else torch.zeros(x.shape[1], dtype=x.dtype)
-    y_mean = y[:n].mean(0) if intercept else torch.zeros(y.shape[1], dtype=y.dtype)
-    inverse = inverse or _pseudo_inverse(x[:n] - x_mean, rcond, ridge)
-    fitted = AffineMap(inverse, y[:n] - y_mean, x_mean, y_mean, n=n)
+    x_mean, y_mean = (states[:n].mean(0) if intercept else torch.zeros_like(states[0]) for states in (x, y))
+    inverse = inverse or _pseudo_inverse(x[:n] - x_mean if intercept else x[:n], rcond, ridge)
+    fitted = AffineMap(inverse, y[:n] - y_mean if intercept else y[:n], x_mean, y_mean, n=n)
     if n == len(x):
         return fitted
     return AffineMap(**{**vars(fitted), **held_out_fit(fitted.states(x[n:]), y[n:], y[:n].mean(0))})
@@ -780,7 +778,8 @@ def _pseudo_inverse(x: torch.Tensor, rcond: float, ridge: float) -> tuple[torch.
     n, d = x.shape
     gram = x @ x.T if n < d else x.T @ x
     penalty = ridge * gram.trace() / min(n, d)              # in units of the mean squared singular value
-    factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(len(gram), dtype=x.dtype))
+    gram.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if not rcond and not failed:
         inverse = torch.cholesky_inverse(factor)
         if gram.trace() * torch.linalg.matrix_norm(inverse) < 1e8:          # bounds the condition number of the Gram matrix
@@ -902,14 +901,32 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
 
 
 def _cache(start: tuple, which: list[int]):
-    """A cache of its own for rows that begin with starts number `which`; a forward pass appends to it."""
-    from transformers import DynamicCache
+    """A cache for one forward pass of rows that begin with starts number `which`. Each block's new keys and values are written
+    behind a copy of the start's; transformers' own way copies the start three times."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     blocks, mask = start
-    picked = []
-    for keys, values in blocks:
-        rows = torch.tensor([i + copy for copy in range(0, len(keys), len(mask)) for i in which], device=keys.device)
-        picked.append((keys[rows], values[rows]))
-    return DynamicCache(picked)
+
+    def joined(old, new):
+        held, copies = old.shape[-2], len(old) // len(mask)
+        whole = new.new_empty(*new.shape[:2], held + new.shape[2], new.shape[3])
+        whole[:, :, held:] = new
+        parts = whole.unflatten(0, (copies, len(which)))[..., :held, :]
+        old = old.unflatten(0, (copies, len(mask)))
+        parts.copy_(old if len(mask) == 1 else old[:, list(which)])
+        return whole
+
+    def layer(keys, values):
+        made = DynamicLayer()
+        made.keys, made.values, made.is_initialized = keys, values, True
+
+        def update(new_keys, new_values, *_, **__):
+            made.keys, made.values = joined(keys, new_keys), joined(values, new_values)
+            return made.keys, made.values
+        made.update = update
+        return made
+    cache = DynamicCache()
+    cache.layers = [layer(*block) for block in blocks]
+    return cache
 
 
 def _read(model, rows: list[list[int]], shifts: dict, copies: int, shared: bool, keep: list[int] | None = None,
@@ -1232,7 +1249,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
-    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, spared=max_new_tokens)
+    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, alike=False)
 
     def pack(batch):
         return {"rows": [ids[i] for i in batch]}
