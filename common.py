@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -384,23 +385,25 @@ def encode(model, texts: list[str]) -> list[list[int]]:
 PASS = 2048                                     # tokens of one forward pass on a CPU: more fall out of its caches
 
 
-def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = None, order: list[int] | None = None,
-             spared: int = 0, alike: bool = True):
-    """Yield lists of indices, prompts of like length together (or in the order given, longest first), so that rows x longest
-    stays within model.batch_tokens, which may shrink on the way. spared: tokens of each row that cost no computing now.
-
-    alike: a batch ends before a much shorter row, once it is worth a pass of its own; generation rather has few batches."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if order is None else order
+def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = None, costs: list[float] | None = None,
+             like: list[int] | None = None):
+    """Yield lists of indices, rows of like length together, the longest first. rows x longest stays within model.batch_tokens,
+    which may shrink on the way; a batch also ends where it costs model.pass_tokens, or before a row that is much shorter,
+    once it is worth a pass of its own. costs: tokens to be computed for each row, like: lengths that are padded to each
+    other (both: default lengths)."""
+    costs, like = costs or lengths, like or lengths
+    order = sorted(range(len(lengths)), key=lambda i: -like[i])
     start = 0
     with tqdm(total=len(order), desc=label, leave=False, disable=len(order) < 64 or label is None, mininterval=1) as bar:
         while start < len(order):
-            longest = lengths[order[start]] * rows_each
-            new = max(1, longest - spared * rows_each)
-            end = min(len(order), start + max(1, model.batch_tokens // longest))
-            if alike:
-                end = min(end, start + max(1, model.pass_tokens // new))
-                worth = start + max(1, model.pass_tokens // 8 // new)
-                end = next((at for at in range(worth, end) if (lengths[order[at]] - spared) * rows_each < 0.85 * new), end)
+            end, longest, cost = start, 0, 0.0
+            while end < len(order):
+                i = order[end]
+                longest, cost = max(longest, lengths[i]), cost + costs[i] * rows_each
+                full = (end - start + 1) * longest * rows_each > model.batch_tokens or cost > model.pass_tokens
+                if end > start and (full or like[i] < 0.85 * like[order[start]] and 8 * cost > model.pass_tokens):
+                    break
+                end += 1
             yield order[start:end]
             bar.update(end - start)
             start = end
@@ -418,7 +421,7 @@ def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) ->
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-def _each_batch(model, make, fixed: tuple, pack, batches, fits=None):
+def _each_batch(model, make, fixed: tuple, pack, batches):
     """Yield (batch, answer): make(model, *fixed) is a function of pack(batch), here or on NDIF.
 
     On NDIF several batches go as one job, and `make` with all that it calls travels as source text: it must reach no class of
@@ -1013,24 +1016,42 @@ def _trial(model, width: int):
     return trial
 
 
-def _scorer(model, prefix: list[int], shifts: dict, copies: int, shared: bool):
+def _scorer(model, prefix: list[int], shifts: dict, copies: int, shared: bool, worth: float):
     """A function that scores one batch after another; the prefix that all rows begin with is read once, here."""
     whole = _read(model, [prefix], shifts, copies, shared, keep_start=True)[1] if prefix else None
 
     def score(rows, keep, starts, which, asked):
-        start, of = whole, [0] * len(rows)
+        start, of = whole, which if starts else [0] * len(rows)
         if starts:
-            _, start = _read(model, starts, shifts, copies, shared, None, whole, of[:len(starts)], keep_start=True)
-            of = which
-        logits, _ = _read(model, rows, shifts, copies, shared, keep, start, of)
-        return logits if asked is None else _log_probabilities(logits, asked, keep)
+            _, start = _read(model, starts, shifts, copies, shared, None, whole, [0] * len(starts), keep_start=True)
+        if asked is None:
+            return _read(model, rows, shifts, copies, shared, keep, start, of)[0]
+        found = {}
+        for part in _alike([len(row) for row in rows], worth / copies):
+            logits, _ = _read(model, [rows[i] for i in part], shifts, copies, shared, [keep[i] for i in part], start,
+                              [of[i] for i in part])
+            sums, likeliest = _log_probabilities(logits, [asked[i] for i in part], [keep[i] for i in part])
+            found.update({i: (sums[:, row], likeliest[:, row]) for row, i in enumerate(part)})
+        return tuple(torch.stack(parts, 1) for parts in zip(*(found[i] for i in range(len(rows)))))
     return score
 
 
-def _log_probabilities(logits: torch.Tensor, asked: torch.Tensor, keep: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits [T, N, V] of the last keep[i] positions of each row: log-probabilities of the asked tokens [N, candidates],
-    summed over a row, and whether all of them are the likeliest: [T, rows, candidates]. A token of -1 asks for nothing."""
-    asked = asked.to(logits.device).expand(len(logits), -1, -1)
+def _alike(lengths: list[int], worth: float) -> list[list[int]]:
+    """Indices in parts of like length, each at least so many tokens if there are that many."""
+    parts, longest = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not parts or lengths[i] < 0.85 * longest and len(parts[-1]) * longest > worth:
+            parts.append([])
+            longest = lengths[i]
+        parts[-1].append(i)
+    return parts
+
+
+def _log_probabilities(logits: torch.Tensor, asked: list[list[list[int]]], keep: list[int]):
+    """Of logits [T, N, V] of the last keep[i] positions of each row: the log-probability of the tokens that each candidate
+    asked[i][c] has there at the end, and whether all of them are the likeliest: two tensors [T, rows, candidates]."""
+    tokens = [[[-1] * (n - len(ids)) + list(ids) for ids in candidates] for candidates, n in zip(asked, keep)]
+    asked = torch.cat([torch.tensor(row).T for row in tokens]).to(logits.device).expand(len(logits), -1, -1)
     picked = (logits.gather(-1, asked.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)).masked_fill(asked < 0, 0)
     other = (logits.argmax(-1, keepdim=True) != asked) & (asked >= 0)
     rows = torch.arange(len(keep), device=logits.device).repeat_interleave(torch.tensor(keep, device=logits.device))
@@ -1047,41 +1068,39 @@ def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Tra
     What can be shared is computed once: tokens that all rows begin with (a few-shot prefix), the first starts[i] tokens
     where several rows of a batch have the same (a question and its choices), and for all transplants the blocks below the
     first steered one."""
-    lengths = [len(row) for row in rows]
     shared, started = _abilities(model)
-    if max(lengths) > _window(model.config):
+    if max(map(len, rows)) > _window(model.config):
         started = False                         # padding between a start and its rows would use the window up
     prefix = _common_prefix(rows, max(keep)) if started else 0
     starts = starts if started and starts else [prefix] * len(rows)
     own = [tuple(row[prefix:start]) for row, start in zip(rows, starts)]
-    longest = {}                                # rows with one start go together, as if all were as long as the longest
-    for start, length in zip(own, lengths):
-        longest[start] = max(longest.get(start, 0), length)
-    ceiling = [longest[start] if start else length for start, length in zip(own, lengths)]
-    order = sorted(range(len(rows)), key=lambda i: (-ceiling[i], own[i]))
+    times = Counter(own)
+    # Rows with one start go together: its length is what they are sorted by, and it costs each of them a share.
+    like = [len(start) if start and times[start] > 1 else len(row) - prefix for row, start in zip(rows, own)]
+    order = sorted(range(len(rows)), key=lambda i: (-like[i], own[i]))
+    rows, keep, starts, own, like = ([each[i] for i in order] for each in (rows, keep, starts, own, like))
+    asked = asked and [asked[i] for i in order]
+    costs = [len(row) - prefix - len(start) * (1 - 1 / times[start]) for row, start in zip(rows, own)]
+
+    def pack(batch):
+        each = {start: number for number, start in enumerate(dict.fromkeys(own[i] for i in batch))}
+        spared = sum(len(own[i]) for i in batch) - sum(map(len, each))
+        pays = all(each) and 4 * spared > sum(len(rows[i]) - prefix for i in batch)
+        return {"rows": [rows[i][starts[i] if pays else prefix:] for i in batch], "keep": [keep[i] for i in batch],
+                "starts": [list(start) for start in each] if pays else [],
+                "which": [each[own[i]] for i in batch] if pays else [],
+                "asked": asked and [asked[i] for i in batch]}
+    lengths = [len(row) for row in rows]
     group = max(1, min(len(transplants), model.batch_tokens // max(lengths)))
     for first in range(0, len(transplants), group):
         members = slice(first, first + group)
-        copies, shifts = len(transplants[members]), _shifts(model, transplants[members])
-
-        def pack(batch):
-            each = {start: number for number, start in enumerate(dict.fromkeys(own[i] for i in batch))}
-            spared = sum(len(own[i]) for i in batch) - sum(map(len, each))
-            pays = all(each) and 4 * spared > sum(lengths[i] - prefix for i in batch)
-            return {"rows": [rows[i][starts[i] if pays else prefix:] for i in batch], "keep": [keep[i] for i in batch],
-                    "starts": [list(start) for start in each] if pays else [],
-                    "which": [each[own[i]] for i in batch] if pays else [],
-                    "asked": None if asked is None else torch.cat([_right_aligned(asked[i], keep[i]) for i in batch])}
-        for batch, scores in _each_batch(model, _scorer, (rows[0][:prefix], shifts, copies, shared), pack,
-                                         _batches(model, ceiling, copies, label, order, prefix)):
+        copies = len(transplants[members])
+        fixed = rows[0][:prefix], _shifts(model, transplants[members]), copies, shared, model.pass_tokens / 8
+        for batch, scores in _each_batch(model, _scorer, fixed, pack, _batches(model, lengths, copies, label, costs, like)):
             finite = (scores if asked is None else scores[0]).isfinite().flatten(1).all(1)
             if not finite.all():
                 _blame(model, [rows[i] for i in batch], transplants[members][finite.tolist().index(False)])
-            yield members, batch, scores
-
-
-def _right_aligned(candidates: list[list[int]], positions: int) -> torch.Tensor:
-    return torch.tensor([[-1] * (positions - len(tokens)) + list(tokens) for tokens in candidates]).T
+            yield members, [order[i] for i in batch], scores
 
 
 def _common_prefix(ids: list[list[int]], keep: int) -> int:
@@ -1189,8 +1208,7 @@ def _tail_logprobs(model, ids: list[list[int]], heads: list[int], transplants: l
                 for row, part in zip(some, difference.split([keep[batch[row]] for row in some], 1)):
                     width = min(logits[row].shape[-1], part.shape[-1])      # rows of padding at the end of an unembedding
                     logits[row] = logits[row][..., :width] + sign * part[..., :width].to(logits[row])
-        tokens = torch.cat([_right_aligned(asked[i], keep[i]) for i in batch])
-        sums, likeliest = _log_probabilities(torch.cat(logits, 1), tokens, [keep[i] for i in batch])
+        sums, likeliest = _log_probabilities(torch.cat(logits, 1), [asked[i] for i in batch], [keep[i] for i in batch])
         total[members, batch], greedy[members, batch] = sums[..., 0], likeliest[..., 0]
     return total, greedy
 
@@ -1249,7 +1267,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
-    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, alike=False)
+    batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, costs=[0.0] * len(ids))
 
     def pack(batch):
         return {"rows": [ids[i] for i in batch]}

@@ -197,10 +197,11 @@ def test_a_single_row_too_large_for_memory_is_an_error(llama, monkeypatch):
 
 def test_a_pass_holds_no_more_tokens_than_it_may(llama, monkeypatch):
     model, _ = llama
-    monkeypatch.setattr(model, "pass_tokens", 64)
+    monkeypatch.setattr(model, "batch_tokens", 64)
     with counted(model) as seen:
         common.hidden_states(model, TEXTS * 8, transplant=SWEEP[1])
         common.next_token_logits(model, TEXTS * 8, SWEEP[:2])
+        common.choice_logprobs(model, [(text, word) for text in TEXTS for word in (" happy", " very sad")], SWEEP[:2])
     assert len(seen[0]) > 8 and all(rows * tokens <= 64 for rows, tokens in seen[3])
 
 
@@ -210,7 +211,19 @@ def test_short_prompts_do_not_wait_for_long_ones(llama, monkeypatch):
     monkeypatch.setattr(model, "pass_tokens", 128)
     lengths = [30] * 2 + [3] * 4
     assert list(common._batches(model, lengths)) == [[0, 1], [2, 3, 4, 5]]
-    assert list(common._batches(model, lengths, alike=False)) == [[0, 1, 2, 3, 4, 5]]
+    assert list(common._batches(model, lengths, costs=[0.0] * 6)) == [[0, 1, 2, 3, 4, 5]]      # a generation: few batches
+    assert common._alike([3, 30, 3, 30, 29], 50) == [[1, 3, 4], [0, 2]] and common._alike([3, 30], 50) == [[1, 0]]
+
+
+def test_long_choices_are_not_what_short_ones_are_padded_to(llama, monkeypatch):
+    model, _ = llama
+    monkeypatch.setattr(model, "pass_tokens", 400)          # a part is worth a pass of its own from 50 tokens
+    pairs = [(text, word) for text in TEXTS[1:2] * 5 for word in [" happy", " very sad dog in the old town. " * 2]]
+    with counted(model) as seen:
+        got = common.choice_logprobs(model, pairs)
+    widths = sorted({tokens for _, tokens in seen[0][-2:]})
+    assert widths[0] == 1 and widths[1] > 10 and [rows for rows, _ in seen[0][-2:]] == [5, 5]
+    close(got[0], alone(model, lambda: common.choice_logprobs(model, pairs))[0], 2e-5)
 
 
 # ================================================================ the map
