@@ -664,11 +664,15 @@ def run(out: Path, *argv) -> SimpleNamespace:
         refined.append((model.name, label.split(", ")[1], texts))
         return common.hidden_states(model, texts, layers, label=label)
 
+    def concept_vector(model, positive, negative, layers, method, label):
+        return common.refine(*(hidden_states(model, texts, layers, label) for texts in (positive, negative)), method)
+
     def choice_logprobs(model, pairs, *rest):
         scored.extend(pairs)
         return common.choice_logprobs(model, pairs, *rest)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(exp_truthfulqa, "hidden_states", hidden_states)
+        patch.setattr(exp_truthfulqa, "concept_vector", concept_vector)
         patch.setattr(exp_truthfulqa, "choice_logprobs", choice_logprobs)
         exp_truthfulqa.main([*map(str, argv), "--out", str(out)])
     folder, = (out / "exp_truthfulqa").iterdir()
