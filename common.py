@@ -1198,8 +1198,8 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     """The continuation of each text (without the text), every token of prompt and continuation steered.
 
     Greedy, or sampled with `seed`, which leaves torch's own random state alone (samples depend on how texts fall into
-    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; a target on NDIF
-    is then asked once a token, since the small models answer between two of them."""
+    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; models on NDIF
+    are then asked once a token, since the others answer between two of them."""
     if eft:
         _require_same_vocabulary([model, *eft])
     ids = encode(model, texts)
@@ -1214,7 +1214,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
 
     def pack(batch):
         return {"rows": [ids[i] for i in batch]}
-    if eft and model.remote:
+    if eft and any(each.remote for each in (model, *eft)):
         written = ((batch, _eft_from_afar(model, transplant, eft, seed, options, **pack(batch))) for batch in batches)
     else:
         written = _each_batch(model, _writer, (shifts, options, seed, eft), pack, batches)
@@ -1248,18 +1248,25 @@ def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
 
 
 def _eft_from_afar(model, transplant: Transplant, eft: tuple, seed: int, options: dict, rows: list[list[int]]) -> torch.Tensor:
-    """What _writer does, for a target on NDIF and small models here: the target is asked for its logits once a new token."""
+    """What _writer does where the target or the small models are on NDIF: they are asked for their logits once a new token."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
     warp = LogitsProcessorList([TemperatureLogitsWarper(options["temperature"]), TopPLogitsWarper(options["top_p"])]
                                if options["do_sample"] else [])
     inputs = _padded(model, rows)
     ids, width, ended = inputs["input_ids"], inputs["input_ids"].shape[1], torch.zeros(len(rows), dtype=torch.bool)
-    add = _EftProcessor(*eft, inputs["attention_mask"])
+    small = None if any(each.remote for each in eft) else _EftProcessor(*eft, inputs["attention_mask"])
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         while ids.shape[1] < width + options["max_new_tokens"] and not ended.all():
             whole = [[*row, *new] for row, new in zip(rows, ids[:, width:].tolist())]
-            scores = warp(ids, add(ids, _next_logits(model, whole, [transplant], None)[0]))
+            scores = _next_logits(model, whole, [transplant], None)[0]
+            if small:
+                scores = small(ids, scores)
+            for sign, far in () if small else zip((1, -1), eft):
+                more = _next_logits(far, whole, [BASE], None)[0]
+                tokens = min(scores.shape[-1], more.shape[-1])      # rows of padding at the end of an unembedding
+                scores = scores[:, :tokens] + sign * more[:, :tokens]
+            scores = warp(ids, scores)
             new = torch.multinomial(scores.softmax(-1), 1)[:, 0] if options["do_sample"] else scores.argmax(-1)
             new = torch.where(ended, options["pad_token_id"], new)
             ended |= new == model.tokenizer.eos_token_id
