@@ -405,13 +405,13 @@ def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) ->
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-def _each_batch(model, make, fixed: tuple, pack, batches, fits=None):
+def _each_batch(model, make, fixed: tuple, pack, batches):
     """Yield (batch, answer): make(model, *fixed) is a function of pack(batch), here or on NDIF.
 
     On NDIF several batches go as one job, and `make` with all that it calls travels as source text: it must reach no class of
     ours, no cached function and no tqdm, and return tensors, numbers, lists and tuples. A batch too large for memory is
-    halved, and so are those that follow."""
-    answer = None
+    halved, and so is a job too long for the server; those that follow are as small."""
+    answer, size = None, JOB if model.remote else 1
 
     def answers(chunk: list[list[int]]) -> list:
         nonlocal answer
@@ -421,16 +421,23 @@ def _each_batch(model, make, fixed: tuple, pack, batches, fits=None):
         return [answer(**pack(batch)) for batch in chunk]
 
     def halving(chunk):
+        nonlocal size
         try:
             return list(zip(chunk, answers(chunk)))
-        except torch.OutOfMemoryError:
-            if max(map(len, chunk)) == 1:
+        except (torch.OutOfMemoryError, TimeoutError) as error:
+            too_long = isinstance(error, TimeoutError) and len(chunk) > 1
+            if max(map(len, chunk)) == 1 and not too_long:
+                if model.remote:
+                    fail(f"NDIF ({model.remote}) cannot do one text of {model.name} at a time: {error}")
                 raise
+        if too_long:
+            middle = size = len(chunk) // 2
+            return halving(chunk[:middle]) + halving(chunk[middle:])
         model.batch_tokens = max(1, model.batch_tokens // 2)
         gc.collect(), torch.cuda.empty_cache()
         return halving([half for batch in chunk for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half])
     batches = iter(batches)
-    while chunk := list(itertools.islice(batches, JOB if model.remote else 1)):
+    while chunk := list(itertools.islice(batches, size)):
         yield from halving(chunk)
 
 
@@ -463,7 +470,9 @@ def _on_ndif(model, make, fixed: tuple, packs: list[dict]) -> list:
             TRAFFIC["failed"] += 1
             text, refused = str(error).strip(), getattr(getattr(error.__cause__, "response", None), "status_code", 0)
             why = text.splitlines()[-1] if text else type(error).__name__
-            if re.search("out of memory|OutOfMemory|execution timeout", text):
+            if "execution timeout" in text:
+                raise TimeoutError(why) from None
+            if re.search("out of memory|OutOfMemory", text):
                 raise torch.OutOfMemoryError(why) from None
             # What the server refuses, or what fails twice in the same way in our own code, fails for ever.
             if wait is None or 400 <= refused < 500 or "Traceback" in text and text == last:
