@@ -231,6 +231,8 @@ class Ndif:
                 if name == "_builtin_type":             # cloudpickle's road for what has no source
                     return lambda kind: (job.entry.update(bytecode=job.entry["bytecode"] or kind == "CodeType"),
                                          cloudpickle._builtin_type(kind))[1]
+                if name == "subimport":                # a module that the code has as a global
+                    return lambda module: self.find_class(module, "__name__") and cloudpickle.subimport(module)
                 return super().find_class(module, name)
         model = self.model(job.envelope.model_key)
         caches = [(cache, dict(cache)) for cache in (linecache.cache, SOURCES, BLOCKS)]
