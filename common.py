@@ -1263,6 +1263,7 @@ def _eft_from_afar(model, transplant: Transplant, eft: tuple, seed: int, options
                                if options["do_sample"] else [])
     inputs = _padded(model, rows)
     ids, width, ended = inputs["input_ids"], inputs["input_ids"].shape[1], torch.zeros(len(rows), dtype=torch.bool)
+    ends = torch.tensor(model._module.generation_config.eos_token_id or [], dtype=torch.long)   # a model may have several
     small = None if any(each.remote for each in eft) else _EftProcessor(*eft, inputs["attention_mask"])
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -1278,7 +1279,7 @@ def _eft_from_afar(model, transplant: Transplant, eft: tuple, seed: int, options
             scores = warp(ids, scores)
             new = torch.multinomial(scores.softmax(-1), 1)[:, 0] if options["do_sample"] else scores.argmax(-1)
             new = torch.where(ended, options["pad_token_id"], new)
-            ended |= new == model.tokenizer.eos_token_id
+            ended |= torch.isin(new, ends)
             ids = torch.cat([ids, new[:, None]], 1)
     return ids[:, width:]
 
