@@ -184,6 +184,7 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
     Settings.remote = remote_models(args)
     if args.remote:
+        args.ndif_host = args.ndif_host.rstrip("/")
         check_ndif(args.ndif_host, Settings.remote)
     return args
 
@@ -206,7 +207,7 @@ def check_ndif(host: str, names: list[str]) -> None:
         if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name):
             fail(f"--remote: {name} is not on NDIF, which knows models by their hub ids (like meta-llama/Llama-3.1-70B)")
     try:
-        answers = [httpx.get(f"{host.rstrip('/')}/{page}", timeout=60) for page in ("status", "env")]
+        answers = [httpx.get(f"{host}/{page}", timeout=60) for page in ("status", "env")]
         status, server = (answer.raise_for_status().json() for answer in answers)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         fail(f"no NDIF at {host}: {error}; see https://nnsight.net/status, or give another --ndif-host")
