@@ -217,7 +217,7 @@ def check_ndif(host: str, names: list[str]) -> None:
             fail(f"NDIF runs {package} {theirs or '(version unknown)'}, here is {version(package)}, and results may differ: "
                  f"pip install {package}=={theirs}")
     running = {(model["repo_id"], model.get("revision") or "main") for model in status.get("deployments", {}).values()
-               if model.get("application_state") == "RUNNING"}
+               if model.get("application_state") == "RUNNING" and "repo_id" in model}      # one that is being set up has none
     for name in names:
         repo, revision = _split_revision(name)
         if (repo, revision or "main") not in running:
