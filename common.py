@@ -470,6 +470,7 @@ def _on_ndif(model, make, fixed: tuple, packs: list[dict]) -> list:
         except (RemoteError, WebSocketException, httpx.HTTPError, OSError) as error:
             TRAFFIC["failed"] += 1
             text, refused = str(error).strip(), getattr(getattr(error.__cause__, "response", None), "status_code", 0)
+            text = text.replace(os.environ.get("NDIF_API_KEY") or "\0", "(the key)")    # NDIF repeats one that is malformed
             why = text.splitlines()[-1] if text else type(error).__name__
             if "execution timeout" in text:
                 raise TimeoutError(why) from None
