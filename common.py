@@ -406,13 +406,13 @@ def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) ->
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-def _each_batch(model, make, fixed: tuple, pack, batches):
+def _each_batch(model, make, fixed: tuple, pack, batches, together: int | None = None):
     """Yield (batch, answer): make(model, *fixed) is a function of pack(batch), here or on NDIF.
 
-    On NDIF several batches go as one job, and `make` with all that it calls travels as source text: it must reach no class of
-    ours, no cached function and no tqdm, and return tensors, numbers, lists and tuples. A batch too large for memory is
-    halved, and so is a job too long for the server; those that follow are as small."""
-    answer, size = None, JOB if model.remote else 1
+    On NDIF several batches go `together` as one job (default: JOB), and `make` with all that it calls travels as source text:
+    it must reach no class of ours, no cached function and no tqdm, and return tensors, numbers, lists and tuples. A batch too
+    large for memory is halved, and so is a job too long for the server; those that follow are as small."""
+    answer, size = None, (together or JOB) if model.remote else 1
 
     def answers(chunk: list[list[int]]) -> list:
         nonlocal answer
@@ -1044,8 +1044,9 @@ def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Tra
                     "starts": [list(start) for start in each] if pays else [],
                     "which": [each[own[i]] for i in batch] if pays else [],
                     "asked": None if asked is None else torch.stack([_right_aligned(asked[i], positions) for i in batch])}
+        # Full logits are some 100 MB a batch of a real vocabulary: they go one by one.
         for batch, scores in _each_batch(model, _scorer, (rows[0][:prefix], shifts, copies, shared), pack,
-                                         _batches(model, ceiling, copies, label, order)):
+                                         _batches(model, ceiling, copies, label, order), 1 if asked is None else None):
             finite = (scores if asked is None else scores[0]).isfinite().flatten(2).all(2)          # [T, B]
             if not finite.all():
                 bad, row = (~finite).nonzero()[0].tolist()
