@@ -39,8 +39,8 @@ FAILED = {"error": "Traceback (most recent call last):\n  File \"/client/script.
                   "is free.", "timeout": "Your job exceeded the execution timeout of 60.0s.",
           "cancelled": "Your job was cancelled or preempted by the server."}     # jobs that end with Status.ERROR
 FAULTS = {*REFUSED, *FAILED, "400", "subscribe", "gone", "cut", "lost", "hang", "slow"}     # in the order of a job's life:
-# 400: the key is malformed, and repeated; subscribe: no websocket (503); gone: POST is not answered; cut: websocket lost while it runs; lost: the result's URL answers
-# 404; hang: waits in the queue; slow: runs long
+# 400: the key is malformed, and repeated; subscribe: no websocket (503); gone: POST is not answered; cut: websocket lost while
+# it runs; lost: the result's URL answers 404; hang: waits in the queue; slow: runs long
 INLINE = 8 * 2**20                                      # a larger result comes as a URL, as does every non-blocking one
 
 
@@ -343,8 +343,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.accepted():
             return self.reply(401, {"detail": NO_KEY})
         if (kind := fault.get("kind")) == "400":
-            return self.reply(400, {"detail": f"Invalid API key format: '{self.headers['ndif-api-key']}'. API keys must be in the "
-                                              "format: xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx."})
+            return self.reply(400, {"detail": f"Invalid API key format: '{self.headers['ndif-api-key']}'. API keys must be "
+                                              "in the format: xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx."})
         if kind == "gone":
             return self.hang_up()
         if kind in REFUSED:
