@@ -185,6 +185,7 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
     Settings.remote = remote_models(args)
     if args.remote:
+        args.ndif_host = args.ndif_host.rstrip("/")
         check_ndif(args.ndif_host, Settings.remote)
     return args
 
@@ -207,7 +208,7 @@ def check_ndif(host: str, names: list[str]) -> None:
         if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name):
             fail(f"--remote: {name} is not on NDIF, which knows models by their hub ids (like meta-llama/Llama-3.1-70B)")
     try:
-        answers = [httpx.get(f"{host.rstrip('/')}/{page}", timeout=60) for page in ("status", "env")]
+        answers = [httpx.get(f"{host}/{page}", timeout=60) for page in ("status", "env")]
         status, server = (answer.raise_for_status().json() for answer in answers)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         fail(f"no NDIF at {host}: {error}; see https://nnsight.net/status, or give another --ndif-host")
@@ -217,7 +218,7 @@ def check_ndif(host: str, names: list[str]) -> None:
             fail(f"NDIF runs {package} {theirs or '(version unknown)'}, here is {version(package)}, and results may differ: "
                  f"pip install {package}=={theirs}")
     running = {(model["repo_id"], model.get("revision") or "main") for model in status.get("deployments", {}).values()
-               if model.get("application_state") == "RUNNING"}
+               if model.get("application_state") == "RUNNING" and "repo_id" in model}      # one that is being set up has none
     for name in names:
         repo, revision = _split_revision(name)
         if (repo, revision or "main") not in running:
@@ -421,13 +422,13 @@ def _padded(model, rows: list[list[int]], before: torch.Tensor | None = None) ->
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-def _each_batch(model, make, fixed: tuple, pack, batches):
+def _each_batch(model, make, fixed: tuple, pack, batches, together: int | None = None):
     """Yield (batch, answer): make(model, *fixed) is a function of pack(batch), here or on NDIF.
 
-    On NDIF several batches go as one job, and `make` with all that it calls travels as source text: it must reach no class of
-    ours, no cached function and no tqdm, and return tensors, numbers, lists and tuples. A batch too large for memory is
-    halved, and so are those that follow."""
-    answer = None
+    On NDIF several batches go `together` as one job (default: JOB), and `make` with all that it calls travels as source text:
+    it must reach no class of ours, no cached function and no tqdm, and return tensors, numbers, lists and tuples. A batch too
+    large for memory is halved, and so is a job too long for the server; those that follow are as small."""
+    answer, size = None, (together or JOB) if model.remote else 1
 
     def answers(chunk: list[list[int]]) -> list:
         nonlocal answer
@@ -437,17 +438,24 @@ def _each_batch(model, make, fixed: tuple, pack, batches):
         return [answer(**pack(batch)) for batch in chunk]
 
     def halving(chunk):
+        nonlocal size
         try:
             return list(zip(chunk, answers(chunk)))
-        except torch.OutOfMemoryError:
-            if max(map(len, chunk)) == 1:
+        except (torch.OutOfMemoryError, TimeoutError) as error:
+            too_long = isinstance(error, TimeoutError) and len(chunk) > 1
+            if max(map(len, chunk)) == 1 and not too_long:
+                if model.remote:
+                    fail(f"NDIF ({model.remote}) cannot do one text of {model.name} at a time: {error}")
                 raise
+        if too_long:
+            middle = size = len(chunk) // 2
+            return halving(chunk[:middle]) + halving(chunk[middle:])
         model.batch_tokens = max(1, min(model.batch_tokens, model.pass_tokens) // 2)
         model.pass_tokens = min(model.pass_tokens, model.batch_tokens)
         gc.collect(), torch.cuda.empty_cache()
         return halving([half for batch in chunk for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half])
     batches = iter(batches)
-    while chunk := list(itertools.islice(batches, JOB if model.remote else 1)):
+    while chunk := list(itertools.islice(batches, size)):
         yield from halving(chunk)
 
 
@@ -479,8 +487,11 @@ def _on_ndif(model, make, fixed: tuple, packs: list[dict]) -> list:
         except (RemoteError, WebSocketException, httpx.HTTPError, OSError) as error:
             TRAFFIC["failed"] += 1
             text, refused = str(error).strip(), getattr(getattr(error.__cause__, "response", None), "status_code", 0)
+            text = text.replace(os.environ.get("NDIF_API_KEY") or "\0", "(the key)")    # NDIF repeats one that is malformed
             why = text.splitlines()[-1] if text else type(error).__name__
-            if re.search("out of memory|OutOfMemory|execution timeout", text):
+            if "execution timeout" in text:
+                raise TimeoutError(why) from None
+            if re.search("out of memory|OutOfMemory", text):
                 raise torch.OutOfMemoryError(why) from None
             # What the server refuses, or what fails twice in the same way in our own code, fails for ever.
             if wait is None or 400 <= refused < 500 or "Traceback" in text and text == last:
@@ -1096,7 +1107,9 @@ def _scores(model, rows: list[list[int]], keep: list[int], transplants: list[Tra
         members = slice(first, first + group)
         copies = len(transplants[members])
         fixed = rows[0][:prefix], _shifts(model, transplants[members]), copies, shared, model.pass_tokens / 8
-        for batch, scores in _each_batch(model, _scorer, fixed, pack, _batches(model, lengths, copies, label, costs, like)):
+        # Full logits are some 100 MB a batch of a real vocabulary: from NDIF they come one by one.
+        for batch, scores in _each_batch(model, _scorer, fixed, pack, _batches(model, lengths, copies, label, costs, like),
+                                         1 if asked is None else None):
             finite = (scores if asked is None else scores[0]).isfinite().flatten(1).all(1)
             if not finite.all():
                 _blame(model, [rows[i] for i in batch], transplants[members][finite.tolist().index(False)])
@@ -1255,8 +1268,8 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     """The continuation of each text (without the text), every token of prompt and continuation steered.
 
     Greedy, or sampled with `seed`, which leaves torch's own random state alone (samples depend on how texts fall into
-    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; a target on NDIF
-    is then asked once a token, since the small models answer between two of them."""
+    batches). A row ends at the end-of-sequence token. eft: (small chat, small base) as in choice_logprobs; models on NDIF
+    are then asked once a token, since the others answer between two of them."""
     if eft:
         _require_same_vocabulary([model, *eft])
     ids = encode(model, texts)
@@ -1271,7 +1284,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
 
     def pack(batch):
         return {"rows": [ids[i] for i in batch]}
-    if eft and model.remote:
+    if eft and any(each.remote for each in (model, *eft)):
         written = ((batch, _eft_from_afar(model, transplant, eft, seed, options, **pack(batch))) for batch in batches)
     else:
         written = _each_batch(model, _writer, (shifts, options, seed, eft), pack, batches)
@@ -1305,21 +1318,29 @@ def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
 
 
 def _eft_from_afar(model, transplant: Transplant, eft: tuple, seed: int, options: dict, rows: list[list[int]]) -> torch.Tensor:
-    """What _writer does, for a target on NDIF and small models here: the target is asked for its logits once a new token."""
+    """What _writer does where the target or the small models are on NDIF: they are asked for their logits once a new token."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
     warp = LogitsProcessorList([TemperatureLogitsWarper(options["temperature"]), TopPLogitsWarper(options["top_p"])]
                                if options["do_sample"] else [])
     inputs = _padded(model, rows)
     ids, width, ended = inputs["input_ids"], inputs["input_ids"].shape[1], torch.zeros(len(rows), dtype=torch.bool)
-    add = _EftProcessor(*eft, inputs["attention_mask"])
+    ends = torch.tensor(model._module.generation_config.eos_token_id or [], dtype=torch.long)   # a model may have several
+    small = None if any(each.remote for each in eft) else _EftProcessor(*eft, inputs["attention_mask"])
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         while ids.shape[1] < width + options["max_new_tokens"] and not ended.all():
             whole = [[*row, *new] for row, new in zip(rows, ids[:, width:].tolist())]
-            scores = warp(ids, add(ids, _next_logits(model, whole, [transplant], None)[0]))
+            scores = _next_logits(model, whole, [transplant], None)[0]
+            if small:
+                scores = small(ids, scores)
+            for sign, far in () if small else zip((1, -1), eft):
+                more = _next_logits(far, whole, [BASE], None)[0]
+                tokens = min(scores.shape[-1], more.shape[-1])      # rows of padding at the end of an unembedding
+                scores = scores[:, :tokens] + sign * more[:, :tokens]
+            scores = warp(ids, scores)
             new = torch.multinomial(scores.softmax(-1), 1)[:, 0] if options["do_sample"] else scores.argmax(-1)
             new = torch.where(ended, options["pad_token_id"], new)
-            ended |= new == model.tokenizer.eos_token_id
+            ended |= torch.isin(new, ends)
             ids = torch.cat([ids, new[:, None]], 1)
     return ids[:, width:]
 

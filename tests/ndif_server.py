@@ -38,9 +38,9 @@ FAILED = {"error": "Traceback (most recent call last):\n  File \"/client/script.
                   "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 3.12 GiB "
                   "is free.", "timeout": "Your job exceeded the execution timeout of 60.0s.",
           "cancelled": "Your job was cancelled or preempted by the server."}     # jobs that end with Status.ERROR
-FAULTS = {*REFUSED, *FAILED, "subscribe", "gone", "cut", "lost", "hang", "slow"}    # in the order of a job's life:
-# subscribe: no websocket (503); gone: POST is not answered; cut: websocket lost while it runs; lost: the result's URL answers
-# 404; hang: waits in the queue; slow: runs long
+FAULTS = {*REFUSED, *FAILED, "400", "subscribe", "gone", "cut", "lost", "hang", "slow"}     # in the order of a job's life:
+# 400: the key is malformed, and repeated; subscribe: no websocket (503); gone: POST is not answered; cut: websocket lost while
+# it runs; lost: the result's URL answers 404; hang: waits in the queue; slow: runs long
 INLINE = 8 * 2**20                                      # a larger result comes as a URL, as does every non-blocking one
 
 
@@ -231,6 +231,8 @@ class Ndif:
                 if name == "_builtin_type":             # cloudpickle's road for what has no source
                     return lambda kind: (job.entry.update(bytecode=job.entry["bytecode"] or kind == "CodeType"),
                                          cloudpickle._builtin_type(kind))[1]
+                if name == "subimport":                # a module that the code has as a global
+                    return lambda module: self.find_class(module, "__name__") and cloudpickle.subimport(module)
                 return super().find_class(module, name)
         model = self.model(job.envelope.model_key)
         caches = [(cache, dict(cache)) for cache in (linecache.cache, SOURCES, BLOCKS)]
@@ -340,7 +342,10 @@ class Handler(BaseHTTPRequestHandler):
         self.entry.update(fault=fault.get("kind"), up=len(body), status="REFUSED", lines=[], modules=[], bytecode=False)
         if not self.accepted():
             return self.reply(401, {"detail": NO_KEY})
-        if (kind := fault.get("kind")) == "gone":
+        if (kind := fault.get("kind")) == "400":
+            return self.reply(400, {"detail": f"Invalid API key format: '{self.headers['ndif-api-key']}'. API keys must be "
+                                              "in the format: xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx."})
+        if kind == "gone":
             return self.hang_up()
         if kind in REFUSED:
             return self.reply(int(kind), {"detail": REFUSED[kind]} if REFUSED[kind] else b"<html>Bad Gateway</html>")
