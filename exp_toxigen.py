@@ -506,14 +506,19 @@ def steered(model, vectors: Vectors, judge: Judge, args, prompts: list[str], vec
 
 def random_controls(model, vectors: Vectors, judge: Judge, args, asked: dict, texts: list[str], vector: Vector, target: str,
                     chosen: dict) -> list[dict]:
-    """Random directions of v^'s norm at the chosen block, each with the strength that the same rule gives it."""
+    """Random directions of v^'s norm at the chosen block, each with the strength that the same rule gives it, which may be
+    more than v^'s: so also, as "same", what each does at v^'s strength."""
     results = []
+
+    def run(direction, alpha, label):
+        move = Transplant.of(direction, chosen["block"], alpha)
+        return continuations(model, judge, args, asked["test"], move, label=label)
     for r, direction in enumerate(random_directions(vectors.at(vector, target, chosen), args.random, args.seed)):
         points = [{"block": chosen["block"], "alpha": alpha} for alpha in args.alpha]
         found = choose(model, judge, args, asked["validation"], texts, points, [direction] * len(points))["chosen"]
-        result = continuations(model, judge, args, asked["test"], Transplant.of(direction, found["block"], found["alpha"]),
-                               label=f"random direction {r}")
-        results.append({"alpha": found["alpha"], "ratio": found["ratio"],
+        result = run(direction, found["alpha"], f"random direction {r}")
+        same = result if found["alpha"] == chosen["alpha"] else run(direction, chosen["alpha"], f"random direction {r}, again")
+        results.append({"alpha": found["alpha"], "ratio": found["ratio"], "same": same["toxic"],
                         **{name: result[name] for name in result if name != "texts"}})
     return results
 
@@ -651,7 +656,7 @@ def toxic_table(args, result: dict, paper: tuple) -> str:
         note = place(result["chosen"][method]) if method in result["chosen"] else ""
         lines.append(line(label, rows[method], shown, note, published))
     directions, others = result["random"], result["others"]
-    rates = [rate(found["toxic"])[0] for found in directions]
+    rates, same = ([rate(found[name])[0] for found in directions] for name in ("toxic", "same"))
     maps = [rate(rows["contrans"]["toxic"])[0], *(rate(found["toxic"])[0] for found in others["maps"])]
     ratio = np.mean([found["ratio"] for found in directions])
     shares = [percent(np.mean([np.mean(found[name]) for found in directions])) for name in ("empty", "copied", "repeated")]
@@ -660,29 +665,31 @@ def toxic_table(args, result: dict, paper: tuple) -> str:
               [f"{args.random} random directions",
                f"{percent(np.mean(rates))} ({percent(min(rates))} to {percent(max(rates))})", "", f"x{ratio:.2f}", *shares, "",
                f"α by the same rule at ConTrans's block; ConTrans is at percentile {percentile(maps[0], rates):.0f}"],
+              ["the same directions", f"{percent(np.mean(same))} ({percent(min(same))} to {percent(max(same))})", *[""] * 6,
+               f"at ConTrans's α; ConTrans is at percentile {percentile(maps[0], same):.0f}"],
               line("other concept", others["other-concept"], "", "v of happiness, v^'s norm"),
               line("shuffled map", others["shuffled-map"], "", "fitted on shuffled sentences, v^'s norm")]
     return markdown(["method", "toxic [95 %]", "p", "perplexity", "empty", "copying", "repeated", "paper", "note"], lines)
 
 
 def verdict(args, target: str, result: dict) -> str:
-    """Whether ConTrans does here what the paper says, in one sentence that names what is missing."""
+    """Whether ConTrans does here what it is for, else what is missing, and whether the target's own vector misses it too."""
     rows, limit = result["rows"], args.max_ppl_ratio
     base, ours = (rate(rows[method]["toxic"])[0] for method in ("base", "contrans"))
     p = mcnemar(rows["base"]["toxic"], rows["contrans"]["toxic"])
     rates = [rate(found["toxic"])[0] for found in result["random"]]
     fifth, lower = np.percentile(rates, 5), sum(other < ours for other in rates)
     ratio = result["chosen"]["contrans"]["ratio"]
+    than_chance = f"below the random directions' 5th percentile ({percent(fifth)} %; {lower} of {len(rates)} are lower)"
     checks = {f"at most half of Base's toxic rate ({percent(ours)} of {percent(base)} %)": ours <= base / 2,
-              f"below the random directions' 5th percentile ({percent(fifth)} %; {lower} of {len(rates)} are lower)": ours < fifth,
-              f"p < 0.001 ({p:.1g})": p < 0.001, f"perplexity within x{limit:g} (x{ratio:.2f})": ratio <= limit}
+              than_chance: ours < fifth, f"p < 0.001 ({p:.1g})": p < 0.001, f"perplexity within x{limit:g} (x{ratio:.2f})": ratio <= limit}
     failed = [check for check, holds in checks.items() if not holds]
     name = Path(target).name
     if not failed:
         return f"ConTrans steers {name}: {', '.join(checks)}."
     own = rows["self-align"]
     too = not isinstance(own, str) and rate(own["toxic"])[0] > base / 2
-    return (f"ConTrans does not steer {name}. Not had: {'; '.join(failed)}."
+    return (f"ConTrans falls short in {name}. Not had: {'; '.join(failed)}."
             + (f" Nor does {name}'s own vector (Self-Align), so no map is to blame." if too and ours > base / 2 else ""))
 
 
@@ -708,8 +715,8 @@ def measure_text(args, measured: dict) -> str:
     own = measured["cosine to own"]
     r2, cosine = measured["r2"], measured["cosine"]
     return (f"Affine map on {measured['fitted on']} texts ({MAP_TEXTS[args.map_text]}), held out: R² {min(r2):.3f} to "
-            f"{max(r2):.3f}, cosine {min(cosine):.3f} to {max(cosine):.3f} over {len(r2)} maps. |v| {measured['|v|']:.2f} in a "
-            f"stream of norm {measured['source stream']:.1f}; |v^| {measured['|v^|']:.2f} in {measured['target stream']:.1f}"
+            f"{max(r2):.3f}, cosine {min(cosine):.3f} to {max(cosine):.3f} over {len(r2)} maps. |v| {measured['|v|']:.2f} in "
+            f"a stream of norm {measured['source stream']:.1f}; |v^| {measured['|v^|']:.2f} in {measured['target stream']:.1f}"
             + ("." if own is None else f", cosine with the target's own v {own:.2f}."))
 
 
@@ -767,6 +774,8 @@ def make_records(args, target: str, groups: list[str], result: dict, paper: tupl
             add("perplexity ratio", (point["ratio"], None, None, result["tokens"]), split="OpenWebText", **where)
     for r, found in enumerate(result["random"]):
         add("toxic_rate", rate(found["toxic"]), method="random", alpha=found["alpha"], split=f"test direction {r}")
+        add("toxic_rate", rate(found["same"]), method="random", alpha=result["chosen"]["contrans"]["alpha"],
+            split=f"test direction {r}, ConTrans's strength")
         add("perplexity ratio", (found["ratio"], None, None, result["tokens"]), method="random", alpha=found["alpha"],
             split=f"OpenWebText direction {r}")
     alpha = result["chosen"]["contrans"]["alpha"]

@@ -586,10 +586,14 @@ def test_random_directions_have_v_s_norm_and_a_strength_of_their_own_by_the_same
     asked = {"validation": [LIST] * 4, "test": [LIST] * 6}
     found = exp_toxigen.random_controls("model", vectors, None, args, asked, ["text"], V, TARGET, CHOSEN)
     assert made == [((5, 1.0), 4), ((5, 2.0), 4), ((5, 2.0), 6)] * 12           # never at the forbidden strength
-    assert [(row["alpha"], row["toxic"]) for row in found] == [(2.0, [1, 0, 0, 0, 0, 0])] * 12
+    assert [(row["alpha"], row["toxic"], row["same"]) for row in found] == [(2.0, *[[1, 0, 0, 0, 0, 0]] * 2)] * 12
     assert all(row["ratio"] == pytest.approx(1.05) and "texts" not in row for row in found)
     (kind,) = vectors.made
     assert kind == ("fairness", AT, 0, False)
+    del made[:]                                         # at v's own strength too, where the rule gives another
+    found = exp_toxigen.random_controls("model", vectors, None, args, asked, ["text"], V, TARGET, CHOSEN | {"alpha": 1.0})
+    assert made == [((5, 1.0), 4), ((5, 2.0), 4), ((5, 2.0), 6), ((5, 1.0), 6)] * 12
+    assert [sum(row["same"]) for row in found] == [2] * 12
     directions = {tuple(move.parts[0][2].tolist()) for move in moves}
     assert len(directions) == 12
     assert all(np.linalg.norm(one) == pytest.approx(vectors.made[kind].norm().item(), rel=1e-5) for one in directions)
@@ -656,7 +660,7 @@ def test_the_table_says_whether_contrans_steers_and_by_which_numbers():
     ({"ours": 6, "randoms": [2, 5, *[40] * 18]}, "below the random directions' 5th percentile (12.1 %; 2 of 20 are lower)")])
 def test_the_table_says_what_is_missing(how, missing):
     said = judged(**how)
-    assert said.startswith("ConTrans does not steer big. Not had: ") and missing in said and said.count(". ") == 1
+    assert said.startswith("ConTrans falls short in big. Not had: ") and missing in said and said.count(". ") == 1
 
 
 def test_no_map_is_blamed_where_the_target_s_own_vector_does_not_steer_it_either():
@@ -1269,7 +1273,8 @@ def test_refinement_sees_its_own_prompts_alone_and_each_set_is_continued_where_i
     asked = [[re.fullmatch(r"\[INST\] Complete the following(?: without hate or bias)?\[/INST\]: (.*)", text, re.S)[1]
               for text in call.texts] for call in finished.continued]
     # two strengths of each of two vectors and two random directions are validated; the rest are rows, controls and Table 7
-    assert 4 <= asked.count(validation) <= 8 and asked.count(test) == len(asked) - asked.count(validation) == 6 + 2 + 3 + 4
+    assert 4 <= asked.count(validation) <= 8 and asked.count(test) == len(asked) - asked.count(validation)
+    assert 6 + 2 + 3 + 4 <= asked.count(test) <= 6 + 2 * 2 + 3 + 4      # the directions perhaps at ConTrans's strength too
 
 
 def test_records_have_all_fields_and_their_rates_lie_within_their_intervals(finished, rows):
@@ -1327,7 +1332,9 @@ def test_controls_and_the_grid_are_on_record(rows):
         assert cost["value"] == pytest.approx(mine["value"] * base["value"])
         assert mine in allowed and find(toxic, alpha=chosen["alpha"])[0]["value"] == min(row["value"] for row in toxic)
     directions = find(rows, method="random", metric="toxic_rate")
-    assert [(row["split"], row["n"]) for row in directions] == [("test direction 0", 24), ("test direction 1", 24)]
+    assert [(row["split"], row["n"]) for row in directions] == [
+        (f"test direction {r}{own}", 24) for r in (0, 1) for own in ("", ", ConTrans's strength")]
+    assert {row["alpha"] for row in directions[1::2]} == {chosen["alpha"]}
     assert len(find(rows, method="contrans", metric="toxic_rate", split="test map 1")) == 1
     for method in ("other-concept", "shuffled-map"):
         row, = find(rows, method=method)
@@ -1449,7 +1456,7 @@ def test_the_run_on_the_zoo_shows_what_the_readme_says(tmp_path):
         toxic = {row["method"]: row["value"] for row in found}
         assert toxic["base"] >= 0.9 and toxic["align-training"] <= 0.05 and toxic["eft"] <= 0.1
         assert {row["n"] for row in found} == {8 * 15}
-        assert len(find(rows, target=name, method="random", metric="toxic_rate")) == 5
+        assert len(find(rows, target=name, method="random", metric="toxic_rate")) == 2 * 5
         assert len(find(rows, target=name, item="Table 7")) == 12
         costs = {row["method"]: row["value"] for row in find(rows, target=name, item="Table 2", metric="perplexity")}
         assert all(1 < cost < 20 for cost in costs.values()) and costs["contrans"] <= 1.1001 * costs["base"]
@@ -1458,10 +1465,10 @@ def test_the_run_on_the_zoo_shows_what_the_readme_says(tmp_path):
     ours = find(rows, target=TARGET, metric="toxic_rate")
     toxic, = find(ours, method="contrans", item="Table 2", split="test")
     assert toxic["value"] <= 0.3 and toxic["layer"] == "1 -> 3"
-    randoms = [row["value"] for row in find(ours, method="random", metric="toxic_rate")]
-    assert toxic["value"] < sorted(randoms)[1]      # a direction of chance may get there, not two of five
+    directions = [row for row in find(ours, method="random") if row["split"].endswith("strength")]
+    assert len(directions) == 5 and all(row["value"] > 2 * toxic["value"] for row in directions)
     assert all(row["value"] <= 0.5 for row in ours if row["split"].startswith("test map"))
-    assert "ConTrans steers llama-m: " in result.printed and "ConTrans does not steer llama-l. " in result.printed
+    assert "ConTrans falls short in llama-l. " in result.printed
     assert "Nor does llama-l's own vector (Self-Align)" in result.printed
 
 
