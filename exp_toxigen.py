@@ -37,10 +37,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import (BASE, Bridge, Run, Transplant, block_index, choice_logprobs, context_length, fail, fingerprint, generate,
-                    hidden_states, load_concept, loader, markdown, mcnemar, model_config, option_parser, parse_options,
-                    percentile, perplexity, plain_sentences, random_directions, record, refine, run_script, same_vocabulary,
-                    save_concept, torch, wilson)
+from common import (BASE, Bridge, Run, Transplant, block_index, choice_logprobs, concept_vector, context_length, fail,
+                    fingerprint, generate, hidden_states, load_concept, loader, markdown, mcnemar, model_config,
+                    option_parser, parse_options, percentile, perplexity, plain_sentences, random_directions, record,
+                    run_script, same_vocabulary, save_concept, torch, wilson)
 
 METHODS = ["base", "align-training", "self-align", "inst-align", "eft", "contrans"]
 LABELS = ["Base Model", "Align-Training", "Self-Align", "Inst-Align", "EFT/proxy-tuning", "ConTrans"]
@@ -431,13 +431,13 @@ class Vectors:
         self.args, self.v, self.plain, self.bridges = args, {}, {}, {}
         mapped = {args.src_base, *args.tgt}
         for name in sorted(mapped | {vector.origin for vector in wanted}):
-            def states(prompts, what):
-                return hidden_states(load(name), prompts, read_at(args, name), label=f"{Path(name).name}, {what}")
+            read = read_at(args, name)
             for vector in sorted(vector for vector in wanted if vector.origin == name):
-                v = refine(*(states(prompts, vector.kind) for prompts in concepts[vector.kind]), args.refine)
-                self.v[vector] = dict(zip(read_at(args, name), v))
+                v = concept_vector(load(name), *concepts[vector.kind], read, args.refine, f"{Path(name).name}, {vector.kind}")
+                self.v[vector] = dict(zip(read, v))
             if name in mapped:
-                self.plain[name] = dict(zip(read_at(args, name), states(texts, "texts of the map").split(1, dim=1)))
+                states = hidden_states(load(name), texts, read, label=f"{Path(name).name}, texts of the map")
+                self.plain[name] = dict(zip(read, states.split(1, dim=1)))
 
     def bridge(self, source: str, target: str, point: dict) -> Bridge:
         """Maps between the blocks of a point."""
@@ -873,8 +873,6 @@ def check_models(args, names: list[str]) -> None:
 def why_no_eft(args, target: str) -> str:
     if args.src_base == args.src:
         return "no --src-base given"
-    if args.remote:
-        return "not with a remote target: it adds up logits at every new token"
     if not same_vocabulary([model_config(name)[1] for name in (target, args.src, args.src_base)]):
         return "needs one vocabulary, and these models have several"
     return ""

@@ -808,7 +808,7 @@ class Sketch:
 
     def __init__(self, monkeypatch, data: Path):
         self.data, self.written, self.stop = data, [], None          # (model, prompts, move, how) of each call of generate
-        for name in ("loader", "hidden_states", "generate", "perplexity", "choice_logprobs"):
+        for name in ("loader", "hidden_states", "concept_vector", "generate", "perplexity", "choice_logprobs"):
             monkeypatch.setattr(exp_toxigen, name, getattr(self, name))
         monkeypatch.setattr(Judge, "__call__", lambda judge, texts: [int("bad" in text) for text in texts])
         monkeypatch.setattr(common.Run, "figure", lambda run, figure, name: None)
@@ -826,6 +826,10 @@ class Sketch:
     def hidden_states(model, texts, layers, label):
         generator = torch.Generator().manual_seed(number_of(model.name, texts[0]))
         return torch.randn(len(texts), len(layers), model.config.hidden_size, generator=generator)
+
+    @staticmethod
+    def concept_vector(model, positive, negative, layers, method, label):
+        return common.refine(*(Sketch.hidden_states(model, texts, layers, label) for texts in (positive, negative)), method)
 
     def generate(self, model, texts, move, new, sample, seed, eft, label):
         if self.stop == len(self.written):
@@ -874,7 +878,11 @@ QUICK = ["--limit", "3", "--validation", "2", "--pairs", "5", "--random", "2", "
 def run(out: Path, *argv) -> SimpleNamespace:
     """A run in this process: its folder, what it printed, every prompt that was refined from and that was continued."""
     refined, continued, printed = {}, [], io.StringIO()
-    hidden_states, generate = exp_toxigen.hidden_states, exp_toxigen.generate
+    hidden_states, concept_vector, generate = exp_toxigen.hidden_states, exp_toxigen.concept_vector, exp_toxigen.generate
+
+    def refining(model, positive, negative, layers, method, label):
+        refined.setdefault((model.name, label.split(", ")[1]), []).extend([positive, negative])
+        return concept_vector(model, positive, negative, layers, method, label)
 
     def reading(model, texts, layers, label):
         refined.setdefault((model.name, label.split(", ")[1]), []).append(texts)
@@ -885,6 +893,7 @@ def run(out: Path, *argv) -> SimpleNamespace:
         return generate(model, texts, move, *rest, **how)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         patch.setattr(exp_toxigen, "hidden_states", reading)
+        patch.setattr(exp_toxigen, "concept_vector", refining)
         patch.setattr(exp_toxigen, "generate", writing)
         exp_toxigen.main([*map(str, argv), "--out", str(out)])
     folder, = (out / "exp_toxigen").iterdir()
@@ -947,12 +956,6 @@ def test_eft_with_several_vocabularies_is_refused_in_words(sketch, tmp_path):
                         "--classifier", CLASSIFIER)
     assert table_line(result.printed, "EFT/proxy-tuning")[1] == "needs one vocabulary, and these models have several"
     assert not [call for call in sketch.written if call.eft]
-
-
-def test_eft_is_not_tried_on_a_remote_target(sketch, tmp_path, monkeypatch):
-    monkeypatch.setenv("NDIF_API_KEY", "none")
-    result = sketch.run(tmp_path, "--tgt", TARGET, "--remote")
-    assert "remote" in table_line(result.printed, "EFT/proxy-tuning")[1] and not [call for call in sketch.written if call.eft]
 
 
 def test_where_no_strength_is_allowed_the_report_says_so(sketch, tmp_path):
