@@ -641,7 +641,7 @@ def _reader(model, layers: list[int], shifts: dict, finite: bool = False):
     def states(rows):
         with torch.no_grad():
             inputs = _padded(model, rows)
-            with model.trace(inputs, use_cache=False) as tracer:
+            with model.trace(inputs, use_cache=False, logits_to_keep=1) as tracer:
                 found = []
                 for layer in range(max(layers) + 1):
                     if layer in layers or layer in shifts:
@@ -652,7 +652,8 @@ def _reader(model, layers: list[int], shifts: dict, finite: bool = False):
                         tokens = (h.isfinite().all(-1).cpu() | (inputs["attention_mask"] == 0)).all(1) if finite else h[:, -1]
                         found.append(tokens.cpu())              # blocks may lie on several GPUs
                 found = torch.stack(found, 1).save()
-                tracer.stop()
+                if not model.remote:            # where NDIF runs a job in a sandbox, the trace after a stop fails
+                    tracer.stop()
         return found
     return states
 
@@ -1388,10 +1389,11 @@ def _lens(model, layer: int, rows: list[list[int]]):
     """A function that reads token probabilities off hidden states [transplants, B, d]."""
     def probabilities(moved):
         with torch.no_grad():
-            with model.trace(_padded(model, rows), use_cache=False) as tracer:
+            with model.trace(_padded(model, rows), use_cache=False, logits_to_keep=1) as tracer:
                 h = residual(model.layers[layer].output)        # the norm comes after this block, on its device
                 found = model.unembed(model.final_norm(moved.to(h))).float().softmax(-1).cpu().save()
-                tracer.stop()
+                if not model.remote:
+                    tracer.stop()
         return found
     return probabilities
 
