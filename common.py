@@ -1574,6 +1574,43 @@ def load_concept(path: Path, model=None) -> tuple[torch.Tensor, dict]:
     return vector, about
 
 
+def export_steered(path: Path, model, vector: torch.Tensor, layer: int, alpha: float) -> None:
+    """Write vector [d] for lm-evaluation-harness: `lm_eval --model steered --model_args pretrained=…,steer_path=PATH`.
+
+    PATH must end in .pt. Its hook adds steering_coefficient (our α, not folded in) times steering_vector to a module's output
+    at every position, which is Eq. 3. It names modules from the base model on: model.layers.6 of a Llama is layers.6."""
+    _require_block(model, layer)
+    block = model.layers[layer]._module
+    name = next(name for name, module in model._module.base_model.named_modules() if module is block)
+    content = {name: {"steering_vector": vector.float().cpu().clone(), "steering_coefficient": float(alpha), "action": "add",
+                      "bias": None, "head_index": None}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def export_gguf(path: Path, model, vector: torch.Tensor, layer: int, alpha: float) -> None:
+    """Write alpha * vector [d] as a control vector of llama.cpp: --control-vector PATH, --control-vector-scaled PATH:S.
+
+    The format has no strength of its own, so α is folded in; S multiplies what is there. llama.cpp counts blocks from 0, as
+    we do, and adds direction.N to the output of block N, at every position: its loader (common_control_vector_load_one) puts
+    direction.N into row N - 1 of a buffer, and llama_adapter_cvec::apply gives block il row il - 1. So block 0 has none, and
+    blocks that the file does not name stay as they are."""
+    from gguf import GGUFWriter
+    _require_block(model, layer)
+    if layer == 0:
+        raise ValueError("llama.cpp has no control vector after block 0; take a later block")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(file):
+        writer = GGUFWriter(file.name, "controlvector")     # opens the file again, by its name
+        writer.add_string("controlvector.model_hint", model.config.model_type)
+        writer.add_int32("controlvector.layer_count", 1)    # directions in the file; llama.cpp's generator counts so
+        writer.add_tensor(f"direction.{layer}", (alpha * vector.float().cpu()).numpy())
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+        writer.close()
+    write_whole(path, write)
+
+
 # ================================================================ the cache, from the command line
 
 

@@ -3,6 +3,7 @@
     python exp_emotion.py                                            toy zoo: under 3 minutes on 2 CPU cores
     python exp_emotion.py --family llama --data data/paper           LLaMA-7B -> 13B and 65B, as in the paper
     python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper        models of your own
+    python exp_emotion.py --pairs my.jsonl --labels polite rude --template "{scenario} This was"       a concept of your own
 
 Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the *other* five
 emotions, how often does the larger model then name the target emotion?
@@ -13,7 +14,8 @@ Tables 5 (generations) and 8 (tokens that gain and lose). Beside every effect it
 
 --protocol clean (default): the scenarios that make a vector, the few-shot examples and the scenarios that test it
 are disjoint; alpha and block are chosen on a validation part. --protocol paper: as the authors released it, tested
-on the scenarios that made the vector, with six wrong labels in the few-shot prompt.
+on the scenarios that made the vector, with six wrong labels in the few-shot prompt. --pairs FILE: two classes of texts take
+the place of the six emotions, and the vector to each class is tested on texts of the other.
 """
 
 from __future__ import annotations
@@ -75,16 +77,28 @@ def options(argv=None):
     add = parser.add_argument
     add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts and right labels, or as released")
     add("--shots", type=int, default=6, help="few-shot examples before each test prompt (paper: 6)")
-    add("--template", default=TEMPLATE, help="prompt with {scenario} in it")
-    add("--labels", nargs=6, default=EMOTIONS, metavar="WORD", help=f"the models' words for {', '.join(EMOTIONS)}")
-    add("--pairs", type=int, default=200, help="example pairs of one vector (paper: 200)")
+    add("--template", default=TEMPLATE, help="prompt with {scenario} in it, before the word of its class")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD",
+        help=f"the models' words for {', '.join(EMOTIONS)}; with --pairs FILE for positives and for negatives")
+    add("--pairs", default="200", metavar="N|FILE", help="example pairs of one vector (paper: 200); or a .jsonl of your own, "
+        'each line {"positive": text, "negative": text}')
     add("--random", type=int, default=20, help="random control directions")
     add("--maps", type=int, default=5, help="affine maps fitted on different samples, to see how much luck is in one")
     args = parse_options(parser, FAMILIES, argv)
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
-    if len(set(args.labels)) < 6:
-        fail("--labels must be six different words")
+    args.pair_file = Path(args.pairs) if args.pairs.endswith(".jsonl") else None
+    if not args.pair_file and not args.pairs.isdecimal():
+        fail(f"--pairs {args.pairs}: give a number, or a file that ends in .jsonl")
+    args.pairs = math.inf if args.pair_file else int(args.pairs)            # of a file: all, counted once it is read
+    args.concepts = args.labels if args.pair_file else EMOTIONS             # the classes of this run
+    if len(args.labels) != len(set(args.labels)) or len(args.labels) != (2 if args.pair_file else 6):
+        fail("--labels must be two different words with --pairs FILE: what positives are called, and what negatives"
+             if args.pair_file else "--labels must be six different words")
+    if args.pair_file and args.protocol == "paper":
+        fail("--protocol paper is about the six emotions; leave it out with --pairs FILE")
+    if args.pair_file and any(Path(word).name != word or word == "shots" for word in args.labels):
+        fail("--labels name files with --pairs FILE, so they must not hold a /; nor may one be shots")
     if args.shots < 0 or args.pairs < 1 or args.random < 1 or args.maps < 1:
         fail("--shots must be 0 or more; --pairs, --random and --maps at least 1")
     if not all(word.strip() for word in args.labels):
@@ -99,9 +113,18 @@ def options(argv=None):
     return args
 
 
+def named(args) -> SimpleNamespace:
+    """What the report calls the classes of this run."""
+    if args.pair_file:
+        both = " and ".join(args.concepts)
+        return SimpleNamespace(title=both, count="two", all=f"classes {both}", others="other class", one="class")
+    return SimpleNamespace(title="Emotions", count="six", all="six emotions", others="other five emotions", one="emotion")
+
+
 def pair_counts(args) -> list[int]:
-    """Numbers of example pairs that Figure 5 compares."""
-    return [n for n in PAIRS_OF_FIGURE_5 if n <= args.pairs] or [args.pairs]
+    """Numbers of example pairs that Figure 5 compares; those of a file are not a round number, and count too."""
+    counts = [n for n in PAIRS_OF_FIGURE_5 if n <= args.pairs]
+    return counts if counts and not args.pair_file else sorted({*counts, args.pairs})
 
 
 # ---------------------------------------------------------------- data
@@ -154,9 +177,57 @@ def split(scenarios: dict[str, list[str]], args) -> dict:
     return data
 
 
+def load_pairs(path: Path) -> list[tuple[str, str]]:
+    """(positive, negative) texts of a file of one's own. No text may come twice: a test would not be unseen."""
+    wanted = 'each line must be {"positive": text, "negative": text}'
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--pairs: cannot read {path}: {error}")
+    pairs, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where, pair = f"{path}, line {number}", []
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            fail(f"{where} is not JSON ({error}): {wanted}")
+        for side in ("positive", "negative"):
+            if not isinstance(content, dict) or side not in content:
+                fail(f'{where} has no "{side}": {wanted}')
+            if not isinstance(content[side], str) or not content[side].strip():
+                fail(f'{where}: "{side}" must be a text, and not empty')
+            pair.append(text := content[side].strip())
+            if text in seen:
+                fail(f'{where}: "{side}" is a text that stands in line {seen[text]} already; take one of them out')
+            seen[text] = number
+        pairs.append(tuple(pair))
+    return pairs
+
+
+def split_pairs(pairs: list[tuple[str, str]], args) -> dict:
+    """What split gives, of pairs: half of them make the vectors, 15 % are for validation, the rest for the test. A pair is in
+    one part as a whole, for its two texts may have all but the concept in common. The vector to either class is the other's
+    with its sign turned, so `other-concept` shows what the opposite direction does."""
+    shots_each = math.ceil(args.shots / 2)
+    if len(pairs) < shots_each + 20:
+        fail(f"{args.pair_file} has {len(pairs)} pairs; shots, refinement, validation and test need {shots_each + 20} or more")
+    shuffled = random.Random(args.seed).sample(pairs, len(pairs))
+    ends = [shots_each + int((len(pairs) - shots_each) * share) for share in (0, 0.5, 0.65)]
+    shown, learn, validation, test = (shuffled[a:b] for a, b in zip([0, *ends], [*ends, None]))
+    shots = [(concept, pair[side]) for pair in shown for side, concept in enumerate(args.concepts)]
+    data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
+    for side, concept in enumerate(args.concepts):
+        data[concept] = {"positive": [pair[side] for pair in learn], "negative": [pair[1 - side] for pair in learn],
+                         "validation": [pair[1 - side] for pair in validation],
+                         "test": [pair[1 - side] for pair in test][:args.limit if args.limit > 0 else None]}
+    return data
+
+
 def prompts(data: dict, texts: list[str], args, shots: bool) -> list[str]:
     """The prompts of scenarios: bare for refinement, after the few-shot examples for evaluation."""
-    words = dict(zip(EMOTIONS, args.labels))
+    words = dict(zip(args.concepts, args.labels))
     shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
     choices = ", ".join(f'"{word}"' for word in args.labels)
     examples = [shot.replace("{choices}", choices).replace("{label}", words[label]).replace("{scenario}", text)
@@ -167,7 +238,7 @@ def prompts(data: dict, texts: list[str], args, shots: bool) -> list[str]:
 def check_prompts(data: dict, name: str, args, shots: bool) -> None:
     """Refuse, before any weights are loaded, prompts that do not fit the context and labels that look alike."""
     config, tokenizer = model_config(name)
-    texts = list(dict.fromkeys(text for emotion in EMOTIONS for part in data[emotion].values() for text in part))
+    texts = list(dict.fromkeys(text for emotion in args.concepts for part in data[emotion].values() for text in part))
     longest = max(map(len, tokenizer(prompts(data, texts, args, shots), verbose=False).input_ids))
     if longest + 8 > context_length(config):
         fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} "
@@ -187,7 +258,7 @@ def check_prompts(data: dict, name: str, args, shots: bool) -> None:
 def example_states(model, data: dict, blocks: list[int], args) -> dict:
     """{emotion: (positive, negative)} last-token states [pairs, len(blocks), d] of the refinement prompts."""
     states = {}
-    for emotion in EMOTIONS:
+    for emotion in args.concepts:
         n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
         asked = {side: prompts(data, data[emotion][side][:n], args, shots=False) for side in ("positive", "negative")}
         states[emotion] = tuple(hidden_states(model, asked[side], blocks, label=f"{emotion}, {side}") for side in asked)
@@ -195,7 +266,7 @@ def example_states(model, data: dict, blocks: list[int], args) -> dict:
 
 
 def refine_emotions(states: dict, pairs: int, args) -> torch.Tensor:
-    """v of each emotion at each block [6, len(blocks), d], from so many pairs (Eq. 1)."""
+    """v of each emotion at each block [emotions, len(blocks), d], from so many pairs (Eq. 1)."""
     return torch.stack([refine(positive[:pairs], negative[:pairs], args.refine) for positive, negative in states.values()])
 
 
@@ -235,7 +306,7 @@ class Pair:
         self.own = refine_emotions(example_states(self.model, data, target_blocks, args), args.pairs, args)
 
     def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
-        """v^ of each emotion [6, d_target] at pair i of the grid (Eq. 2)."""
+        """v^ of each emotion [emotions, d_target] at pair i of the grid (Eq. 2)."""
         return self.bridge.carry(self.v[pairs or self.args.pairs][:, i], i, **which)
 
 
@@ -247,12 +318,12 @@ def validate(pair: Pair, args, data: dict) -> dict:
     rows = []
     for i, (source_block, target_block) in enumerate(pair.grid):
         vectors, hits = pair.mapped(i), torch.zeros(len(args.alpha))
-        for e, emotion in enumerate(EMOTIONS):
+        for e, emotion in enumerate(args.concepts):
             transplants = [Transplant.of(vectors[e], target_block, alpha) for alpha in args.alpha]
             said, _ = score_labels(pair.model, prompts(data, data[emotion]["validation"], args, shots=True), args.labels,
                                    transplants, label=f"validation {emotion}")
             hits += (said == e).sum(1)
-        n = sum(len(data[emotion]["validation"]) for emotion in EMOTIONS)
+        n = sum(len(data[emotion]["validation"]) for emotion in args.concepts)
         rows += [{"i": i, "source_block": source_block, "target_block": target_block, "alpha": alpha, "hits": int(hit),
                   "n": n} for alpha, hit in zip(args.alpha, hits)]
     return {"grid": rows, "chosen": max(rows, key=lambda row: (row["hits"], -abs(row["alpha"])))}
@@ -260,7 +331,7 @@ def validate(pair: Pair, args, data: dict) -> dict:
 
 def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict]:
     """What the target says about the test scenarios of one emotion, under the transplant and under each control."""
-    e, i, block, best = EMOTIONS.index(emotion), chosen["i"], chosen["target_block"], chosen["alpha"]
+    e, i, block, best = args.concepts.index(emotion), chosen["i"], chosen["target_block"], chosen["alpha"]
     vectors = pair.mapped(i)
     v = vectors[e]
     arms = [("base", 0.0, "", BASE)]
@@ -269,7 +340,7 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
     arms += [("random", best, f"direction {r}", Transplant.of(direction, block, best))
              for r, direction in enumerate(random_directions(v, args.random, args.seed * 6 + e))]
     arms += [("other-concept", best, other, Transplant.of(vectors[o] / vectors[o].norm() * v.norm(), block, best))
-             for o, other in enumerate(EMOTIONS) if o != e]
+             for o, other in enumerate(args.concepts) if o != e]
     wrong = pair.mapped(i, shuffled=True)[e]
     arms += [("shuffled-map", best, "", Transplant.of(wrong / wrong.norm() * v.norm(), block, best))]
     arms += [("contrans", best, f"map {number}", Transplant.of(pair.mapped(i, number=number)[e], block, best))
@@ -278,7 +349,7 @@ def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict
              for n in pair_counts(args)]
     said, preferred = score_labels(pair.model, prompts(data, data[emotion]["test"], args, shots=True), args.labels,
                                    [arm[-1] for arm in arms], label=f"{emotion} under {len(arms)} transplants")
-    return [{"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said[t].tolist(),
+    return [{"emotion": emotion, "wanted": e, "method": method, "alpha": alpha, "detail": detail, "said": said[t].tolist(),
              "preferred": preferred[t].tolist()} for t, (method, alpha, detail, _) in enumerate(arms)]
 
 
@@ -287,7 +358,7 @@ def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
     i, vectors, bridge = chosen["i"], pair.mapped(chosen["i"]), pair.bridge
     rows = bridge.sample(0)
     maps, shuffled = [bridge.affine(i, number=number) for number in range(args.maps)], bridge.affine(i, shuffled=True)
-    for emotion, vector in zip(EMOTIONS, vectors):
+    for emotion, vector in zip(args.concepts, vectors):
         save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion,
                      source=args.src, target=pair.model.name, fingerprint=pair.model.fingerprint,
                      layer=chosen["target_block"], source_layer=chosen["source_block"], method=args.refine,
@@ -308,7 +379,7 @@ def side_effects(pair: Pair, args, chosen: dict) -> list[dict]:
     """Perplexity of plain sentences under each emotion's transplant, and under three random directions of its norm."""
     i, block = chosen["i"], chosen["target_block"]
     arms = [("", "base", 0.0, BASE)]
-    for e, (emotion, v) in enumerate(zip(EMOTIONS, pair.mapped(i))):
+    for e, (emotion, v) in enumerate(zip(args.concepts, pair.mapped(i))):
         arms += [(emotion, "contrans", alpha, Transplant.of(v, block, alpha)) for alpha in args.alpha]
         arms += [(emotion, "random", chosen["alpha"], Transplant.of(direction, block, chosen["alpha"]))
                  for direction in random_directions(v, 3, args.seed * 6 + e)]
@@ -318,18 +389,18 @@ def side_effects(pair: Pair, args, chosen: dict) -> list[dict]:
 
 
 def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
-    """What Figure 2b and Tables 5 and 8 show: the last block's states before and after v_fear, texts, token changes."""
+    """What Figure 2b and Tables 5 and 8 show: the last block's states before and after a vector, texts, token changes."""
     from sklearn.decomposition import PCA
     i, block, alpha = chosen["i"], chosen["target_block"], chosen["alpha"]
     moves = [Transplant.of(vector, block, alpha) for vector in pair.mapped(i)]
-    texts, last = own_scenarios(data, 20), [len(pair.model.layers) - 1]
+    texts, last = own_scenarios(args, data, 20), [len(pair.model.layers) - 1]
     asked = prompts(data, [text for _, text in texts], args, shots=True)
     before = hidden_states(pair.model, asked, last)[:, 0]
-    after = hidden_states(pair.model, asked, last, moves[EMOTIONS.index("fear")])[:, 0]
+    after = hidden_states(pair.model, asked, last, moves[args.concepts.index(pictured(args))])[:, 0]
     pca = PCA(2).fit(torch.cat([before, after]).numpy())
 
     examples, tokens = [], {}
-    for e, emotion in enumerate(EMOTIONS):
+    for e, emotion in enumerate(args.concepts):
         test = data[emotion]["test"]
         asked, shown = prompts(data, test, args, shots=True), e % len(test)
         room = context_length(pair.model.config) - max(map(len, pair.model.tokenizer(asked).input_ids))
@@ -344,15 +415,20 @@ def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
             "after": pca.transform(after.numpy()).tolist(), "examples": examples, "tokens": tokens}
 
 
-def own_scenarios(data: dict, each: int) -> list[tuple[str, str]]:
+def pictured(args) -> str:
+    """The emotion whose vector Figure 2b shows."""
+    return "fear" if "fear" in args.concepts else args.concepts[0]
+
+
+def own_scenarios(args, data: dict, each: int) -> list[tuple[str, str]]:
     """(emotion, scenario) of so many scenarios of every emotion's own list, to look at, not to test on."""
-    return [(emotion, text) for emotion in EMOTIONS for text in data[emotion]["positive"][-each:]]
+    return [(emotion, text) for emotion in args.concepts for text in data[emotion]["positive"][-each:]]
 
 
 def source_map(model, args, data: dict, block: int) -> dict:
     """t-SNE of the source's states, Figure 7."""
     from sklearn.manifold import TSNE
-    texts = own_scenarios(data, 60)
+    texts = own_scenarios(args, data, 60)
     states = hidden_states(model, prompts(data, [text for _, text in texts], args, shots=False), [block])[:, 0]
     points = TSNE(2, perplexity=min(30, len(texts) // 4), init="pca", random_state=args.seed).fit_transform(states.numpy())
     return {"labels": [emotion for emotion, _ in texts], "points": points.tolist()}
@@ -364,7 +440,7 @@ def source_map(model, args, data: dict, block: int) -> dict:
 def pooled(arms: list[dict], key: str = "said", **match) -> tuple[float, float, float, int]:
     """(rate, low, high, n): share of test scenarios on which the target emotion won, over all arms that match."""
     arms = [arm for arm in arms if all(arm[name] == value for name, value in match.items())]
-    hits = sum(answer == EMOTIONS.index(arm["emotion"]) for arm in arms for answer in arm[key])
+    hits = sum(answer == arm["wanted"] for arm in arms for answer in arm[key])
     n = sum(len(arm[key]) for arm in arms)
     return hits / n, *wilson(hits, n), n
 
@@ -381,15 +457,15 @@ def make_records(args, target: str, role: str | None, validation: dict, arms: li
         records.append(record(**about | dict(zip(("value", "low", "high", "n"), rate)) | fields))
 
     for row in validation["grid"]:
-        add((row["hits"] / row["n"], *wilson(row["hits"], row["n"]), row["n"]), concept="mean of six", method="contrans",
-            split="validation", metric="token_acc", alpha=row["alpha"], layer=blocks(row))
+        add((row["hits"] / row["n"], *wilson(row["hits"], row["n"]), row["n"]), concept=f"mean of {named(args).count}",
+            method="contrans", split="validation", metric="token_acc", alpha=row["alpha"], layer=blocks(row))
     for arm in arms:
         drawn = arm["method"] in ("base", "contrans") and not arm["detail"]
         item = ITEM.get(role, "") if drawn else "Figure 5" if arm["detail"].startswith("pairs") else ""
         paper = PAPER.get(role, {}).get(arm["alpha"]) if drawn else None
         what = {"concept": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "item": item,
                 "split": f"test {arm['detail']}".strip()}
-        add(pooled([arm]), metric="token_acc", paper=paper and paper[EMOTIONS.index(arm["emotion"])], **what)
+        add(pooled([arm]), metric="token_acc", paper=paper and paper[arm["wanted"]], **what)
         add(pooled([arm], "preferred"), metric="logit_acc", **what)
     for arm in side:
         add((arm["perplexity"], None, None, arm["tokens"]), concept=arm["emotion"], method=arm["method"],
@@ -413,7 +489,7 @@ def accuracy_table(args, target: str, role: str | None, chosen: dict, arms: list
     """Figures 2a and 6 in numbers, the paper's beside ours."""
     paper = PAPER.get(role, {})
     rows = []
-    for e, emotion in enumerate([*EMOTIONS, "mean"]):
+    for e, emotion in enumerate([*args.concepts, "mean"]):
         row = [emotion]
         for alpha in [0, *args.alpha]:
             match = {"method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
@@ -421,13 +497,13 @@ def accuracy_table(args, target: str, role: str | None, chosen: dict, arms: list
             published = f" ({100 * [*paper[alpha], np.mean(paper[alpha])][e]:.0f})" if alpha in paper else ""
             row.append(cell(arms, **match) + published)
         rows.append(row)
-    n = pooled(arms, method="base", emotion=EMOTIONS[0])[3]
+    n = pooled(arms, method="base", emotion=args.concepts[0])[3]
     place = f" (in the place of the paper's {role})" if role and args.family == "toy" else ""
-    return (f"## {ITEM.get(role, 'Emotions')}: {Path(args.src).name} -> {Path(target).name}{place}\n\n"
+    return (f"## {ITEM.get(role, named(args).title)}: {Path(args.src).name} -> {Path(target).name}{place}\n\n"
             f"Token Acc [95 % interval] / Logit Acc{' (the paper’s Token Acc)' if paper else ''}, in %, on scenarios of the "
-            f"other five emotions, n = {n} each;\n"
+            f"{named(args).others}, n = {n} each;\n"
             f"block {chosen['source_block']} -> {chosen['target_block']}, protocol {args.protocol}\n\n"
-            + markdown(["emotion", "base", *(f"α = {alpha:g}" for alpha in args.alpha)], rows))
+            + markdown([named(args).one, "base", *(f"α = {alpha:g}" for alpha in args.alpha)], rows))
 
 
 def control_table(args, chosen: dict, arms: list[dict], side: list[dict]) -> str:
@@ -445,13 +521,14 @@ def control_table(args, chosen: dict, arms: list[dict], side: list[dict]) -> str
             ["", "", f"{100 * min(maps):.1f} to {100 * max(maps):.1f}", "", f"{args.maps} maps fitted on different sentences"],
             ["random", f"{best:g}", cell(arms, method="random"), price("random", best),
              f"{args.random} directions: {100 * min(directions):.1f} to {100 * max(directions):.1f}"],
-            ["other-concept", f"{best:g}", cell(arms, method="other-concept"), "", "the vectors of the other five emotions"],
+            ["other-concept", f"{best:g}", cell(arms, method="other-concept"), "", f"the vectors of the {named(args).others}"],
             ["shuffled-map", f"{best:g}", cell(arms, method="shuffled-map"), "", "map fitted on shuffled sentences"]]
     rows += [["Self-Align", f"{alpha:g}", cell(arms, method="self-align", alpha=alpha), "", "the target's own vector"]
              for alpha in args.alpha]
     choice = "was chosen on validation" if chosen["hits"] else "is the smallest: none had any effect on validation"
-    return (f"Mean of the six emotions, n = {pooled(arms, method='base')[3]} a direction; α = {best:g} {choice}; controls have the "
-            "norm of v^\n\n" + markdown(["method", "α", "Token Acc / Logit Acc", "perplexity of prose", "note"], rows))
+    return (f"Mean of the {named(args).all}, n = {pooled(arms, method='base')[3]} a direction; α = {best:g} {choice}; "
+            "controls have the norm of v^\n\n"
+            + markdown(["method", "α", "Token Acc / Logit Acc", "perplexity of prose", "note"], rows))
 
 
 def grid_table(args, grid: list[dict]) -> str:
@@ -473,16 +550,16 @@ def map_text(fitted: dict) -> str:
             f"the target's own |v| {fitted['|own v|']:.2f}, cosine of v^ with it {fitted['cosine to own']:.2f}.")
 
 
-def text_tables(seen: dict, chosen: dict) -> str:
+def text_tables(args, seen: dict, chosen: dict) -> str:
     """Tables 5 and 8."""
     examples = [[example["emotion"], example["method"], example["scenario"], " ".join(example["text"].split())[:60]]
                 for example in seen["examples"]]
     tokens = [[emotion, *(", ".join(f"({token.strip() or repr(token)}, {count})" for token, count in change[sign][:6])
                           for sign in ("up", "down"))] for emotion, change in seen["tokens"].items()]
     return (f"Table 5: continuations without and with v^ at α = {chosen['alpha']:g}\n\n"
-            + markdown(["target emotion", "method", "scenario", "continuation"], examples)
+            + markdown([f"target {named(args).one}", "method", "scenario", "continuation"], examples)
             + "\n\nTable 8: tokens among the ten that change most, and on how many test scenarios (logit lens after block "
-            + f"{chosen['target_block']})\n\n" + markdown(["emotion", "increased", "decreased"], tokens))
+            + f"{chosen['target_block']})\n\n" + markdown([named(args).one, "increased", "decreased"], tokens))
 
 
 def summary(args, results: list[dict]) -> str:
@@ -493,14 +570,15 @@ def summary(args, results: list[dict]) -> str:
         rows.append([Path(result["target"]).name, f"{best:g}", cell(arms, method="base"),
                      cell(arms, method="contrans", alpha=best, detail=""), cell(arms, method="random"),
                      cell(arms, method="self-align", alpha=best)])
-    return (f"## Summary: v of {Path(args.src).name}, Token Acc [95 % interval] / Logit Acc, mean of six emotions\n\n"
+    return (f"## Summary: v of {Path(args.src).name}, Token Acc [95 % interval] / Logit Acc, "
+            f"mean of {named(args).all}\n\n"
             + markdown(["target", "α", "base", "ConTrans", f"{args.random} random directions", "Self-Align"], rows))
 
 
 # ---------------------------------------------------------------- figures
 
 
-COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
+COLOURS = ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]
 SHADES = ["#d9d9d9", "#b9d1ea", "#6fa3d6", "#2f6db2", "#163f75", "#0b2547"]
 
 
@@ -514,10 +592,10 @@ def new_figure(**size):
 
 def draw_accuracy(args, target: str, arms: list[dict], best: float):
     """Figures 2a and 6: Token Acc bars with intervals, Logit Acc line, the range of the random controls as a band."""
-    figure, axis = new_figure(figsize=(8.5, 3.4), layout="constrained")
+    figure, axis = new_figure(figsize=(5.5 + len(args.concepts) / 2, 3.4), layout="constrained")
     strengths = [0, *args.alpha]
     width = 0.8 / len(strengths)
-    for e, emotion in enumerate(EMOTIONS):
+    for e, emotion in enumerate(args.concepts):
         match = [{"emotion": emotion, "method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
                  for alpha in strengths]
         value, low, high, _ = np.array([pooled(arms, **m) for m in match]).T
@@ -531,24 +609,27 @@ def draw_accuracy(args, target: str, arms: list[dict], best: float):
                           label=f"random directions at α = {best:g}, range" if e == 0 else None)
     for shade, alpha in zip(SHADES, strengths):
         axis.bar(0, 0, color=shade, label=f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base")
-    axis.set(xticks=range(6), xticklabels=EMOTIONS, ylim=(0, 1.05), ylabel="accuracy on negative scenarios",
-             title=f"{Path(args.src).name} → {Path(target).name}: how often the target emotion is named (95 % interval)")
+    axis.set(xticks=range(len(args.concepts)), xticklabels=args.concepts, ylim=(0, 1.05),
+             ylabel="accuracy on negative scenarios",
+             title=f"{Path(args.src).name} → {Path(target).name}: how often the target {named(args).one} is named "
+                   "(95 % interval)")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def draw_pca(seen: dict, args, target: str, alpha: float):
-    """Figure 2b: states of the last block before (pale) and after (dark) v_fear; an arrow joins the centres."""
+    """Figure 2b: states of the last block before (pale) and after (dark) one vector; an arrow joins the centres."""
     figure, axis = new_figure(figsize=(5.4, 4.4), layout="constrained")
     before, after, labels = np.array(seen["before"]), np.array(seen["after"]), np.array(seen["labels"])
-    for emotion in EMOTIONS:
+    for emotion, colour in zip(args.concepts, COLOURS):
         mine = labels == emotion
-        axis.scatter(*before[mine].T, s=14, color=COLOURS[emotion], alpha=0.35, lw=0)
-        axis.scatter(*after[mine].T, s=14, color=COLOURS[emotion], marker="^", lw=0, label=emotion)
+        axis.scatter(*before[mine].T, s=14, color=colour, alpha=0.35, lw=0)
+        axis.scatter(*after[mine].T, s=14, color=colour, marker="^", lw=0, label=emotion)
         axis.annotate("", after[mine].mean(0), before[mine].mean(0),
-                      arrowprops={"arrowstyle": "->", "color": COLOURS[emotion], "lw": 1.8})
+                      arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.8})
     axis.set(xlabel="first principal component", ylabel="second principal component",
-             title=f"{Path(target).name} before (dots) and after (triangles)\n{alpha:g} · v̂ of fear from {Path(args.src).name}")
+             title=f"{Path(target).name} before (dots) and after (triangles)\n"
+                   f"{alpha:g} · v̂ of {pictured(args)} from {Path(args.src).name}")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -563,7 +644,7 @@ def draw_pairs(args, results: list[dict]):
         axis.plot(counts, points[:, 0], "o-", color=colour, ms=4,
                   label=f"{Path(result['target']).name}, α = {result['chosen']['alpha']:g}")
     axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05),
-             title="Effect of the number of pairs (95 % interval)")
+             title="Effect of the number of pairs (95 % interval)" + (f"\n{named(args).title}" if args.pair_file else ""))
     axis.legend(frameon=False, loc="lower right")
     return figure
 
@@ -572,8 +653,8 @@ def draw_tsne(args, points: dict, block: int):
     """Figure 7: t-SNE of the source's states."""
     figure, axis = new_figure(figsize=(5, 4.2), layout="constrained")
     xy, labels = np.array(points["points"]), np.array(points["labels"])
-    for emotion in EMOTIONS:
-        axis.scatter(*xy[labels == emotion].T, s=14, color=COLOURS[emotion], lw=0, label=emotion)
+    for emotion, colour in zip(args.concepts, COLOURS):
+        axis.scatter(*xy[labels == emotion].T, s=14, color=colour, lw=0, label=emotion)
     axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}, block {block}, last token")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -584,7 +665,12 @@ def draw_tsne(args, points: dict, block: int):
 
 def main(argv=None):
     args = options(argv)
-    data = split(load_scenarios(args.data), args)
+    if args.pair_file:
+        pairs = load_pairs(args.pair_file)
+        data, digest = split_pairs(pairs, args), hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+        args.pairs = len(data[args.concepts[0]]["positive"])
+    else:
+        data, digest = split(load_scenarios(args.data), args), fingerprint(str(args.data / "emotions"))
     check_prompts(data, args.src, args, shots=False)
     for name in args.tgt:
         check_prompts(data, name, args, shots=True)
@@ -593,20 +679,20 @@ def main(argv=None):
     sentences = plain_sentences(args, [args.src_base, *args.tgt])
     names = [args.src, args.src_base, *args.tgt]
     run = Run("exp_emotion", args, {name: fingerprint(name) for name in names} | {
-        "emotions": fingerprint(str(args.data / "emotions")),
+        "emotions": digest,
         "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
-        "first refinement prompt": prompts(data, data["happiness"]["positive"], args, shots=False)[0],
-        "first test prompt": prompts(data, data["happiness"]["test"], args, shots=True)[0]})
+        "first refinement prompt": prompts(data, data[args.concepts[0]]["positive"], args, shots=False)[0],
+        "first test prompt": prompts(data, data[args.concepts[0]]["test"], args, shots=True)[0]})
     load = loader(args)
 
     results, records, examples, texts = [], [], [], []
     for number, target in enumerate(args.tgt):
-        role = ROLE.get(target)
+        role = None if args.pair_file else ROLE.get(target)         # whose numbers in the paper stand beside ours
         pair = functools.cache(lambda target=target: Pair(args, data, sentences, target, load))
         validation = run.step(f"{number} validation", lambda: validate(pair(), args, data))
         chosen = validation["chosen"]
         arms = []
-        for emotion in EMOTIONS:
+        for emotion in args.concepts:
             arms += run.step(f"{number} {emotion}", lambda: score(pair(), args, data, emotion, chosen))
         fitted = run.step(f"{number} fits", lambda: fits(pair(), args, data, chosen, run.folder))
         side = run.step(f"{number} perplexity", lambda: side_effects(pair(), args, chosen))
@@ -617,7 +703,7 @@ def main(argv=None):
                       "scenario": text, "said": said, "preferred": preferred} for arm in arms
                      for text, said, preferred in zip(data[arm["emotion"]]["test"], arm["said"], arm["preferred"])]
         texts += [accuracy_table(args, target, role, chosen, arms), control_table(args, chosen, arms, side),
-                  grid_table(args, validation["grid"]), map_text(fitted), text_tables(seen, chosen)]
+                  grid_table(args, validation["grid"]), map_text(fitted), text_tables(args, seen, chosen)]
         run.figure(draw_accuracy(args, target, arms, chosen["alpha"]), f"accuracy_{Path(target).name}")
         run.figure(draw_pca(seen, args, target, chosen["alpha"]), f"pca_{Path(target).name}")
     block = results[0]["chosen"]["source_block"]

@@ -32,9 +32,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common import (BASE, Bridge, Run, Transplant, block_index, bootstrap, choice_logprobs, concept_vector, context_length,
-                    fail, fingerprint, generate, hidden_states, loader, markdown, mcnemar, model_config, option_parser,
-                    parse_options, percentile, perplexity, plain_sentences, random_directions, record, run_script,
-                    same_vocabulary, save_concept, wilson)
+                    export_gguf, export_steered, fail, fingerprint, generate, hidden_states, loader, markdown, mcnemar,
+                    model_config, option_parser, parse_options, percentile, perplexity, plain_sentences, random_directions,
+                    record, run_script, same_vocabulary, save_concept, wilson)
 
 METHODS = ["base", "align-training", "self-align", "inst-align", "eft", "contrans"]
 LABELS = ["Base Model", "Align-Training", "Self-Align", "Inst-Align", "EFT/proxy-tuning", "ConTrans"]
@@ -119,7 +119,8 @@ def options(argv=None):
     add("--random", type=int, default=20, help="random control directions")
     add("--maps", type=int, default=5, help="affine maps fitted on different samples, to see how much luck is in one")
     add("--generate", type=int, default=0, metavar="N", help="show greedy answers to N questions (Table 5)")
-    add("--save-vector", type=Path, metavar="FOLDER", help="also save v_honesty of each target there")
+    add("--save-vector", type=Path, metavar="FOLDER",
+        help="also save v_honesty of each target there, for this repo, lm-evaluation-harness (.pt) and llama.cpp (.gguf)")
     args = parse_options(parser, FAMILIES, argv)
     args.alpha = [alpha for alpha in dict.fromkeys(args.alpha) if alpha]    # α = 0 is the baseline, which is always there
     if not args.alpha:
@@ -540,14 +541,19 @@ def texts(model, vectors: Vectors, args, questions: list[Question], row: Row, ch
 
 
 def save(model, vectors: Vectors, args, run: Run, material: dict, row: Row, chosen: dict) -> bool:
-    """Write v^ of a target into the run folder, and to --save-vector."""
-    fitted = vectors.bridge(row.vector.base, row.base).affine(chosen["i"])
+    """Write v^ of a target into the run folder, and to --save-vector, there in the formats of others too."""
+    fitted, v = vectors.bridge(row.vector.base, row.base).affine(chosen["i"]), vectors.at(row.vector, row.base, chosen["i"])
+    name = f"v_honesty_{Path(model.name).name}"
     for folder in filter(None, [run.folder, args.save_vector]):
-        save_concept(folder / f"v_honesty_{Path(model.name).name}.safetensors", vectors.at(row.vector, row.base, chosen["i"]),
-                     concept="honesty", source=args.src, target=model.name, fingerprint=model.fingerprint, method=args.refine,
-                     layer=chosen["block"], source_layer=blocks(args, args.src)[chosen["i"]], alpha=chosen["alpha"],
-                     pairs=len(material["honesty"]), questions=material["honesty"], first_prompt=refinement(args, args.src, "honesty", material)[0][0],
+        save_concept(folder / f"{name}.safetensors", v, concept="honesty", source=args.src, target=model.name,
+                     fingerprint=model.fingerprint, method=args.refine, layer=chosen["block"],
+                     source_layer=blocks(args, args.src)[chosen["i"]], alpha=chosen["alpha"],
+                     pairs=len(material["honesty"]), questions=material["honesty"],
+                     first_prompt=refinement(args, args.src, "honesty", material)[0][0],
                      fitted_on=fitted.n, r2=fitted.r2, cosine=fitted.cosine)
+    if args.save_vector:
+        for export, suffix in ((export_steered, "pt"), (export_gguf, "gguf")):
+            export(args.save_vector / f"{name}.{suffix}", model, v, chosen["block"], chosen["alpha"])
     return True
 
 
@@ -750,6 +756,8 @@ def main(argv=None):
     names = models_of(rows)
     for name in names:
         blocks(args, name)                      # an impossible --layer ends here, before any weights are loaded
+    if args.save_vector and any(0 in blocks(args, target) for target in args.tgt):
+        fail("--save-vector: llama.cpp has no control vector after block 0; give a later --layer, or leave --save-vector out")
     questions = load_questions(args.data)
     kept = fitting(args, questions, list(dict.fromkeys(row.host for row in rows if not row.missing)))
     if len(kept) < 4:

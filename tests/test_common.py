@@ -19,6 +19,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -1094,6 +1095,59 @@ def test_a_vector_that_does_not_say_what_it_is_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"missing: {missing}$"):
             common.save_concept(tmp_path / "x", A, **{name: about[name] for name in about if name != missing})
     assert not (tmp_path / "x").exists()
+
+
+def text_of(field) -> str:
+    return bytes(field.parts[field.data[0]]).decode()
+
+
+def as_llama_cpp_reads(path: Path, blocks: int, strength: float = 1.0) -> dict[int, torch.Tensor]:
+    """{block, from 0: what is added to its output}, in the steps of llama.cpp: common_control_vector_load_one fills a buffer
+    without a row for block 0, llama_adapter_cvec::apply hands it out to the blocks after the first."""
+    rows = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        prefix, number = tensor.name.split(".")
+        assert prefix == "direction" and int(number) > 0, "llama.cpp refuses the file"
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32 and len(tensor.shape) == 1
+        rows[int(number) - 1] = strength * torch.tensor(tensor.data)
+    return {block: rows[block - 1] for block in range(1, blocks) if block - 1 in rows}
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_gguf_s_own_reader_finds_one_direction_with_block_sign_and_strength(llama, tmp_path, layer):
+    model, _ = llama
+    path = tmp_path / "new" / "v.gguf"
+    common.export_gguf(path, model, A.double(), layer, -1.5)
+    reader = gguf.GGUFReader(path)
+    assert text_of(reader.fields["general.architecture"]) == "controlvector"
+    assert text_of(reader.fields["controlvector.model_hint"]) == "llama"
+    assert reader.fields["controlvector.layer_count"].contents() == len(reader.tensors) == 1
+    tensor, = reader.tensors
+    assert tensor.name == f"direction.{layer}" and tensor.shape.tolist() == [32]
+    assert tensor.data.dtype == np.float32 and np.array_equal(tensor.data, (-1.5 * A).numpy())
+    assert [file.name for file in path.parent.iterdir()] == ["v.gguf"]
+
+
+def test_llama_cpp_s_steps_with_a_plain_hook_give_our_steered_logits(any_pair, tmp_path):
+    model, plain = any_pair
+    common.export_gguf(tmp_path / "v.gguf", model, A, 2, 3.0)
+    added = as_llama_cpp_reads(tmp_path / "v.gguf", blocks=4)
+    for strength in (1.0, 0.5):                     # --control-vector, --control-vector-scaled
+        wanted = common.next_token_logits(model, TEXTS, [Transplant.of(A, 2, 3.0 * strength)])[0]
+        steer = as_llama_cpp_reads(tmp_path / "v.gguf", blocks=4, strength=strength)
+        assert torch.allclose(plain.next_logits(TEXTS, steer), wanted, atol=1e-3)
+    wanted = common.next_token_logits(model, TEXTS, [Transplant.of(A, 2, 3.0)])[0]
+    for wrong in ({1: added[2]}, {3: added[2]}, {2: -added[2]}, {2: 3.0 * added[2]}, {}):
+        assert (plain.next_logits(TEXTS, wrong) - wanted).abs().max() > 0.1
+
+
+def test_the_first_block_cannot_travel_to_llama_cpp(llama, tmp_path):
+    with pytest.raises(ValueError, match="no control vector after block 0"):
+        common.export_gguf(tmp_path / "v.gguf", llama[0], A, 0, 1.0)
+    for export in (common.export_gguf, common.export_steered):
+        with pytest.raises(ValueError, match="block 4 does not exist"):
+            export(tmp_path / "v", llama[0], A, 4, 1.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_write_whole_leaves_the_old_file_and_nothing_else_when_it_fails(tmp_path):

@@ -258,12 +258,60 @@ def test_alpha_zero_is_the_baseline_alone_and_a_strength_counts_once():
     assert options("--alpha", 0, 2, 2, 1).alpha == [2, 1]
 
 
+# ================================================================ a concept of one's own
+
+LINES = [json.dumps({"positive": f"You win {n}.", "negative": f"You lose {n}."}) for n in range(40)]
+
+
+def own(*lines: str, labels: tuple[str, ...] = ("glad", "low")):
+    """The options for a file that holds these lines."""
+    def make(tmp: Path) -> list:
+        (tmp / "my.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return ["--labels", *labels, "--pairs", tmp / "my.jsonl"]
+    return make
+
+
+def test_pairs_are_read_without_margins_and_empty_lines_and_may_hold_any_character(tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_bytes('\ufeff{"positive": " Ja\u2028é ", "negative": "Nein", "id": 3}\r\n\r\n'
+                     '{"negative": "no\\n", "positive": "yes"}'.encode())
+    assert exp_emotion.load_pairs(path) == [("Ja\u2028é", "Nein"), ("yes", "no")]
+
+
+@pytest.mark.parametrize("shots", [0, 5, 6])
+def test_a_pair_is_in_one_part_and_each_class_is_tested_on_texts_of_the_other(tmp_path, shots):
+    args = options(*own(*LINES)(tmp_path), "--shots", shots, "--limit", -1)
+    data = exp_emotion.split_pairs(exp_emotion.load_pairs(args.pair_file), args)
+    glad, low = data["glad"], data["low"]
+    assert args.concepts == ["glad", "low"] and set(data) == {"shots", "glad", "low"}
+    assert low["positive"] == glad["negative"] and low["negative"] == glad["positive"]
+    assert [text.replace("win", "lose") for text in glad["positive"]] == glad["negative"]          # still pairs
+    assert all("lose" in text for part in ("negative", "validation", "test") for text in glad[part])
+    assert all("win" in text for part in ("negative", "validation", "test") for text in low[part])
+    parts = [{text.split()[-1] for text in texts} for texts in (
+        [text for _, text in data["shots"]], glad["positive"], glad["validation"], glad["test"])]
+    assert sum(map(len, parts)) == len(set.union(*parts)) and len(set.union(*parts)) == 40
+    assert all(("win" in text) == (label == "glad") for label, text in data["shots"]) and len(data["shots"]) == shots
+    assert abs(len(glad["positive"]) - 20) <= 2 and len(glad["validation"]) >= 5 and len(glad["test"]) >= 12
+    assert exp_emotion.split_pairs(exp_emotion.load_pairs(args.pair_file), args) == data
+    args.seed, args.limit = 1, 3
+    other = exp_emotion.split_pairs(exp_emotion.load_pairs(args.pair_file), args)
+    assert other["glad"]["positive"] != glad["positive"] and len(other["glad"]["test"]) == len(other["low"]["test"]) == 3
+
+
+def test_the_labels_are_the_words_of_the_shots(tmp_path):
+    args = options(*own(*LINES)(tmp_path), "--template", "{scenario} I feel")
+    shots = {"shots": [("low", "You lose."), ("glad", "You win.")]}
+    assert exp_emotion.prompts(shots, ["So?"], args, shots=True) == [
+        "You lose. I feel low.\nYou win. I feel glad.\nSo? I feel"]
+
+
 # ================================================================ records
 
 
 def arm(emotion: str, method: str, alpha: float, said: list[int], preferred: list[int], detail: str = "") -> dict:
-    return {"emotion": emotion, "method": method, "alpha": alpha, "detail": detail, "said": said,
-            "preferred": preferred}
+    return {"emotion": emotion, "wanted": EMOTIONS.index(emotion), "method": method, "alpha": alpha, "detail": detail,
+            "said": said, "preferred": preferred}
 
 
 ARMS = [arm("happiness", "base", 0.0, [1, 2, -1, 0], [1, 2, 0, 0]),
@@ -398,6 +446,27 @@ WRONG = {
     "limit 0": (lambda tmp: ["--limit", "0"], "--limit"),
     "no pairs": (lambda tmp: ["--pairs", "0"], "--pairs"),
     "no control": (lambda tmp: ["--random", "0"], "--random"),
+    "pairs a word": (lambda tmp: ["--pairs", "many"], "--pairs many: give a number"),
+    "fewer than no pairs": (lambda tmp: ["--pairs", "-3"], "--pairs -3: give a number"),
+    "two labels for six emotions": (lambda tmp: ["--labels", "good", "bad"], "six different words"),
+    "no file of pairs": (lambda tmp: ["--labels", "a", "b", "--pairs", tmp / "no.jsonl"], "no.jsonl"),
+    "pairs without labels": (lambda tmp: own(*LINES)(tmp)[3:], "two different words"),
+    "pairs with one label": (own(*LINES, labels=("glad",)), "two different words"),
+    "pairs with one label twice": (own(*LINES, labels=("glad", "glad")), "two different words"),
+    "a label that is no file name": (own(*LINES, labels=("glad", "not/glad")), "must not hold a /"),
+    "a label of our own": (own(*LINES, labels=("glad", "shots")), "shots"),
+    "pairs under the paper's protocol": (lambda tmp: [*own(*LINES)(tmp), "--protocol", "paper"], "--protocol paper"),
+    "too few pairs": (own(*LINES[:22]), "has 22 pairs; shots, refinement, validation and test need 23"),
+    "an empty file of pairs": (own(), "has 0 pairs"),
+    "a line that is not JSON": (own(*LINES, "{'positive': 'a', 'negative': 'b'}"), "line 41 is not JSON"),
+    "a line of JSON that is not a pair": (own(*LINES, '["a", "b"]'), 'line 41 has no "positive"'),
+    "a line without negative": (own(*LINES, '{"positive": "a"}'), 'line 41 has no "negative"'),
+    "a line with another word": (own(*LINES[:2], "", '{"pos": "a", "negative": "b"}', *LINES), 'line 4 has no "positive"'),
+    "a number for a text": (own('{"positive": "a", "negative": 3}', *LINES), 'line 1: "negative" must be a text'),
+    "no text": (own(*LINES, '{"positive": " ", "negative": "b"}'), 'line 41: "positive" must be a text'),
+    "one text twice in a pair": (own(*LINES, '{"positive": "a", "negative": "a"}'), 'line 41: "negative" is a text'),
+    "one text in two pairs": (own(*LINES, '{"positive": "a", "negative": "You win 6."}'), "stands in line 7 already"),
+    "texts that do not fit": (own(*LINES, '{"positive": "%s", "negative": "b"}' % ("a " * 900)), "do not fit the context"),
     "unknown option": (lambda tmp: ["--layers", "3"], "--layers"),
 }
 
@@ -651,6 +720,70 @@ def test_a_run_depends_on_every_text_that_it_reads(monkeypatch, tmp_path):
         path.write_text(text.replace(" the ", " one ", 1))
         assert path.read_text() != text and inputs_of(monkeypatch, argv) != before
         path.write_text(text)
+
+
+# ================================================================ a whole run on a concept of one's own
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory, toy):
+    """A tiny run on happiness and sadness as if they were somebody's own pairs: its folder, its command."""
+    out = tmp_path_factory.mktemp("own")
+    pairs = zip(toy["happiness"][:70], toy["sadness"][:70], strict=True)
+    argv = own(*(json.dumps({"positive": good, "negative": bad}) for good, bad in pairs), labels=("happiness", "sadness"))(out)
+    argv = [*TINY[:TINY.index("--pairs")], "--alpha", "1", "2", *map(str, argv), "--out", str(out)]
+    exp_emotion.main(argv)
+    folder, = (out / "exp_emotion").iterdir()
+    return SimpleNamespace(folder=folder, argv=argv)
+
+
+def test_both_classes_are_named_under_their_own_vector_and_under_no_control(chosen):
+    rows = find(json_rows(chosen.folder, "records.jsonl"), metric="token_acc")
+    assert {row["concept"] for row in rows} == {"happiness", "sadness", "mean of two"}
+    assert all(row["paper"] is None and row["item"] in (None, "", "Figure 5") for row in rows)
+    for concept in ("happiness", "sadness"):
+        test = [row for row in find(rows, concept=concept) if row["split"].startswith("test")]
+        assert {row["n"] for row in test} == {5}
+        assert all(row["value"] == 1 for row in find(test, method="contrans", alpha=2, split="test"))
+        controls = [row["value"] for row in test if row["method"] in ("base", "random", "other-concept", "shuffled-map")]
+        assert len(controls) == 1 + 3 + 1 + 1 and max(controls) <= 0.2
+    assert {row["split"] for row in rows if "pairs" in row["split"]} == {"test pairs 20", "test pairs 33"}
+
+
+def test_examples_are_of_the_other_class_and_unseen(chosen, toy):
+    pairs = dict(zip(toy["happiness"][:70], toy["sadness"][:70], strict=True))
+    prompt = json.loads((chosen.folder / "args.json").read_text())["inputs"]["first test prompt"]
+    for concept, others in (("happiness", set(pairs.values())), ("sadness", set(pairs))):
+        tested = {row["scenario"] for row in json_rows(chosen.folder, "examples.jsonl") if row["emotion"] == concept}
+        assert len(tested) == 5 and tested <= others
+        assert not [text for text in tested if text in prompt.rsplit("Scenario", 1)[0]]            # no few-shot example
+    assert '("happiness", "sadness")' in prompt and {"anger", "fear", "disgust"}.isdisjoint(re.findall(r"\w+", prompt))
+
+
+def test_the_folder_is_about_the_two_classes_alone(chosen, target):
+    tables = (chosen.folder / "tables.md").read_text(encoding="utf-8")
+    assert tables.startswith("## happiness and sadness: llama-s -> llama-m\n")
+    assert not re.search("emotion|six|five|LLaMA|paper", tables)
+    vectors = {path.name for path in chosen.folder.glob("*.safetensors")}
+    assert vectors == {"v_happiness_llama-m.safetensors", "v_sadness_llama-m.safetensors"}
+    (good, about), (bad, _) = (common.load_concept(chosen.folder / name, target) for name in sorted(vectors))
+    assert torch.allclose(good, -bad, atol=1e-4) and about["pairs"] == 33
+    figures = {path.stem for path in chosen.folder.glob("*.png")}
+    assert figures == {"accuracy_llama-m", "pca_llama-m", "tsne_source", "pairs"}
+
+
+def test_the_same_file_continues_the_run_and_a_changed_one_is_refused(chosen, monkeypatch, capsys, tmp_path):
+    before = (chosen.folder / "records.jsonl").read_bytes()
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    exp_emotion.main(chosen.argv)
+    assert (chosen.folder / "records.jsonl").read_bytes() == before
+    path = Path(chosen.argv[chosen.argv.index("--pairs") + 1])
+    text = path.read_text()
+    path.write_text(text.replace("You", "They", 1))
+    with pytest.raises(SystemExit):
+        exp_emotion.main(chosen.argv)
+    path.write_text(text)
+    assert "have changed since" in capsys.readouterr().err
 
 
 # ================================================================ the effect

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -613,6 +614,7 @@ WRONG = {
     "no such target": (lambda tmp: ["--tgt", tmp / "no" / "model"], "no model folder"),
     "source without target": (lambda tmp: ["--src", CHAT, "only"], "--src and --tgt go together"),
     "a file where the vector should go": (lambda tmp: ["--save-vector", __file__], "--save-vector"),
+    "a block that has no control vector": (lambda tmp: ["--save-vector", tmp / "v", "--layer", "3,0"], "after block 0"),
     "questions longer than the target's context": (lambda tmp: ["--tgt", tiny(tmp / "m", 60)], "contexts"),
     "prompts longer than the source's context": (lambda tmp: ["--src", tiny(tmp / "m", 60)], "context"),
     "prompt and answer in one token": (lambda tmp: ["--tgt", joining(tmp / "m")], "try another --prompt"),
@@ -723,7 +725,7 @@ def test_the_run_folder_holds_all_that_the_readme_says(finished, kept):
     assert {path.name for path in finished.folder.iterdir()} == {
         "args.json", "environment.json", "steps", *FILES, *figures, vector}
     assert all((finished.folder / name).read_bytes().startswith(start) for name, start in figures.items())
-    assert [path.name for path in kept.iterdir()] == [vector]
+    assert {path.name for path in kept.iterdir()} == {vector, "v_honesty_llama-m.pt", "v_honesty_llama-m.gguf"}
     assert (kept / vector).read_bytes() == (finished.folder / vector).read_bytes()
 
 
@@ -844,6 +846,15 @@ def test_the_vector_on_disk_says_what_it_is_and_refuses_another_model(finished, 
     assert about["first_prompt"] == f"[INST] {HONEST} [/INST] {learn[0].text}"
     with pytest.raises(ValueError, match="was made for"):
         common.load_concept(path, common.load_model(SMALL, device="cpu"))
+
+
+def test_vector_block_and_strength_are_the_same_in_all_three_formats(finished, kept):
+    vector, about = common.load_concept(finished.folder / "v_honesty_llama-m.safetensors")
+    (name, steered), = torch.load(kept / "v_honesty_llama-m.pt").items()
+    assert name == f"layers.{about['layer']}" and steered["steering_coefficient"] == about["alpha"] == 2
+    assert torch.equal(steered["steering_vector"], vector) and steered["action"] == "add"
+    direction, = gguf.GGUFReader(kept / "v_honesty_llama-m.gguf").tensors
+    assert direction.name == f"direction.{about['layer']}" and np.array_equal(direction.data, 2 * vector.numpy())
 
 
 def test_perplexities_are_those_of_plain_sentences_under_the_vector_on_disk(finished, rows, target):

@@ -1,4 +1,4 @@
-"""MC1 and MC2 against lm-evaluation-harness: the same prompts, the same log-probabilities, the same verdicts.
+"""lm-evaluation-harness as referee: the same prompts, log-probabilities and verdicts, also under vectors written for it.
 
     pip install -r requirements-dev.txt && pytest tests/test_lm_eval.py
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 import common
@@ -92,3 +93,67 @@ def test_the_qa_prompt_is_that_of_lm_eval_s_own_task(questions):
         wanted = [(context, delimiter + answer) for answer in question.answers]
         assert exp_truthfulqa.asked(options("qa"), "any", question) == wanted
     assert apply_template(task["doc_to_text"], {"question": "Why?"}) == f"{exp_truthfulqa.PRIMER}\n\nQ: Why?\nA:"
+
+
+# ================================================================ vectors that travel: lm_eval's steered model
+
+V = torch.randn(32, generator=torch.Generator().manual_seed(3))
+TEXTS = ["Tom found a red ball in the park.", "Lily felt very", "Scenario: you see a spider in the house."]
+
+
+def logprobs(model, pairs: list[tuple[str, str]]) -> list[float]:
+    return [value for value, _ in referee(model, pairs)]
+
+
+def steered(pretrained: str, path: Path, change=lambda config: config):
+    """lm_eval's own model under the vector in the file, or under what `change` makes of it."""
+    from lm_eval.models.hf_steered import SteeredModel
+    config = torch.load(path, weights_only=True)        # tensors, numbers and texts alone: no code
+    torch.save(change(config), path.with_name("changed.pt"))
+    return SteeredModel(pretrained=pretrained, steer_path=str(path.with_name("changed.pt")), device="cpu",
+                        dtype="float32", add_bos_token=True, batch_size=8)
+
+
+def at_block(block: int):
+    """The same vector at another block of a Llama."""
+    return lambda config: {f"layers.{block}": entry for entry in config.values()}
+
+
+def times(factor: float):
+    return lambda config: {name: {**entry, "steering_coefficient": factor * entry["steering_coefficient"]}
+                           for name, entry in config.items()}
+
+
+def test_lm_eval_gets_our_steered_log_probabilities_and_mc1(tmp_path):
+    model, args = common.load_model(str(TOY / "models" / "llama-m"), device="cpu"), options("paper")
+    questions, path, block = exp_truthfulqa.load_questions(TOY), tmp_path / "v.pt", 6
+    positive, negative = ([f"A {kind} person says: {question.text}" for question in questions[-40:]]
+                          for kind in ("truthful", "lying"))
+    v, = common.concept_vector(model, positive, negative, [block])
+    common.export_steered(path, model, v, block, 2.0)
+    questions, move = questions[:48:3], common.Transplant.of(v, block, 2.0)
+    base, ours = exp_truthfulqa.answer(model, args, questions, [common.BASE, move])
+    asked = [exp_truthfulqa.asked(args, model.name, question) for question in questions]
+    pairs = [pair for choices in asked for pair in choices]
+    wanted = common.choice_logprobs(model, pairs, [common.BASE, move])[0].numpy()
+
+    theirs = logprobs(steered(model.name, path), pairs)
+    assert theirs == pytest.approx(wanted[1].tolist(), abs=1e-4)
+    each = np.split(theirs, np.cumsum([len(choices) for choices in asked])[:-1])
+    mc1 = [int(values[:question.choices].argmax() == question.right) for values, question in zip(each, questions, strict=True)]
+    assert mc1 == ours["mc1"] and base["mc1"] != mc1 and 0 < sum(mc1) < len(mc1)    # else agreement would say little
+
+    # Were block, sign or strength another, it would show.
+    for change in (at_block(block - 1), at_block(block + 1), times(-1), times(2), times(0)):
+        assert np.abs(np.array(logprobs(steered(model.name, path, change), pairs)) - wanted[1]).max() > 0.1
+    assert logprobs(steered(model.name, path, times(0)), pairs) == pytest.approx(wanted[0].tolist(), abs=1e-4)
+
+
+def test_the_block_has_the_name_that_lm_eval_looks_for_on_every_architecture(any_pair, tmp_path):
+    model, _ = any_pair
+    common.export_steered(tmp_path / "v.pt", model, V, 2, 3.0)
+    pairs = [(text, " happy dog") for text in TEXTS]
+    wanted = common.choice_logprobs(model, pairs, [common.BASE, common.Transplant.of(V, 2, 3.0)])[0]
+    theirs = logprobs(steered(model.name, tmp_path / "v.pt"), pairs)
+    assert theirs == pytest.approx(wanted[1].tolist(), abs=1e-4)
+    assert theirs != pytest.approx(wanted[0].tolist(), abs=0.1)
