@@ -55,6 +55,8 @@ torch = sys.modules.get("torch") or _on_first_use("torch")
 
 # ================================================================ 1  Options
 
+QUANTISED = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
+
 
 def fail(message: str):
     """End the program: one line that says what is wrong and what to do, exit code 2."""
@@ -104,8 +106,8 @@ def option_parser(doc: str, families: dict[str, dict]) -> Parser:
     add("--data", type=Path, metavar="FOLDER", help="data folder, e.g. data/paper (default: data/toy)")
     add("--limit", type=int, help="at most so many evaluation items, after a fixed shuffle; -1: all")
     add("--seed", type=int, default=0, help="of shuffles, random directions and sampling")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="auto: float32 on CPU, bfloat16 on GPU")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16", *QUANTISED], default="auto",
+        help="auto: float32 on CPU, bfloat16 on GPU; nf4 and int8 need bitsandbytes")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; auto spreads a model over all GPUs")
     add("--remote", nargs="?", const="target", choices=["target", "both"],
         help="run the targets, or both source and targets, on NDIF (key in NDIF_API_KEY)")
@@ -183,6 +185,8 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
         fail("--rcond and --ridge must be finite numbers and not negative")
     if not re.fullmatch(r"auto|(\d+|\d*\.\d+)(,(\d+|\d*\.\d+))?", args.layer):
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
+    if args.dtype in QUANTISED and not importlib.util.find_spec("bitsandbytes"):
+        fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
     Settings.remote = remote_models(args)
     if args.remote:
         args.ndif_host = args.ndif_host.rstrip("/")
@@ -297,17 +301,21 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
 
     name: hub id or folder, `REPO@REVISION` for a revision. dtype "auto": float32 on the CPU, bfloat16 on a GPU.
     The result has .layers, .final_norm and .unembed on every architecture, a tokenizer that pads on the left, and
-    carries .name, .fingerprint, .remote, .batch_tokens and .abilities, which the functions below read. remote: address of an
-    NDIF server that runs the model; no weights are loaded here then. Raises ValueError where the blocks are not found,
-    naming the module lists that are there."""
+    carries .name, .fingerprint, .precision, .remote, .batch_tokens and .abilities, which the functions below read. dtype "nf4"
+    and "int8" quantise the weights. remote: address of an NDIF server that runs the model; no weights are loaded here then.
+    Raises ValueError where the blocks are not found, naming the module lists that are there."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
     logging.disable_progress_bar()              # a bar for every file of weights says little and hides the table
     repo, revision = _split_revision(name)
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
+    quantised = dtype if dtype in QUANTISED else None
+    dtype = getattr(torch, dtype if dtype != "auto" and not quantised else "bfloat16" if on_gpu else "float32")
     options = {} if remote else {"dispatch": True, "dtype": dtype,
                                  "device_map": device if device != "auto" else "auto" if on_gpu else "cpu"}
+    if quantised and not remote:
+        from transformers import BitsAndBytesConfig
+        options["quantization_config"] = BitsAndBytesConfig(**QUANTISED[quantised], bnb_4bit_compute_dtype=dtype)
     if Settings.code:
         options["trust_remote_code"] = True
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
@@ -321,7 +329,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
         model.tokenizer.pad_token = model.tokenizer.eos_token
     model.name, model.remote, model.batch_tokens, model.abilities = str(name), remote, batch_tokens, None
     model.pass_tokens = batch_tokens if remote or on_gpu else min(PASS, batch_tokens)
-    model.fingerprint = fingerprint(name)
+    model.fingerprint, model.precision = fingerprint(name), quantised or str(dtype)
     return model
 
 
@@ -617,7 +625,7 @@ def hidden_states(model, texts: list[str], layers: list[int] | None = None, tran
     layers = list(range(len(model.layers))) if layers is None else list(layers)
     for layer in layers:
         _require_block(model, layer)
-    about = [model.fingerprint, model.remote or str(model.dtype), layers, "last token", texts]
+    about = [model.fingerprint, model.remote or model.precision, layers, "last token", texts]
     if transplant is None and (kept := from_cache("states", about)) is not None:
         return kept
 
@@ -1018,7 +1026,7 @@ def _trial(model, width: int):
                 logits, _ = _read(model, rows, shifts, 2, shared)
         except Exception:                       # any: a model's own forward decides what it cannot do
             return False
-        close = 1e-3 if model.dtype == torch.float32 else 0.1
+        close = 1e-3 if model.precision == "torch.float32" else 0.1
         return bool((logits - plain).abs().max() <= close * plain.std())
 
     def trial():
