@@ -72,6 +72,60 @@ def run_script(main) -> None:
         fail(str(error))
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, without a byte-order mark; what cannot be read ends in one line that names file and line."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        fail(f"no file {path}; python data/prepare.py fetches it")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 ({error.reason})")
+
+
+def read_json(path: Path):
+    """The value of a JSON file, as read_text."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text
+        return value
+    except json.JSONDecodeError as error:
+        fail(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: not JSON that can be used ({error})")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a JSON list, stripped, doubles dropped."""
+    texts = read_json(path)
+    if not isinstance(texts, list) or not texts:
+        fail(f"{path} must be a JSON list of texts, and not empty")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            fail(f"{path}, text {number}: {text!r} is not a text")
+    return list(dict.fromkeys(text.strip() for text in texts))
+
+
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, each with exactly the cells that the first line names; these columns must be there."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        header = next(lines, [])
+        if not set(columns) <= set(header):
+            fail(f"{path}, line 1: must have the columns {' and '.join(columns)}")
+        for row in filter(None, lines):         # an empty line is no row
+            if len(row) != len(header):
+                fail(f"{path}, line {lines.line_num}: {len(row)} cells where the first line has {len(header)}")
+            rows.append(dict(zip(header, row)))
+    except csv.Error as error:
+        fail(f"{path}, line {lines.line_num}: not CSV ({error})")
+    return rows
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fail(f"{message} (see python {self.prog} --help)")
@@ -125,19 +179,38 @@ class Settings:
 
 
 def replayed(parser: Parser, argv: list[str]) -> list[str]:
-    """The command line of the run that --replay names, followed by this one, whose options win."""
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The command line of the run that --replay names, followed by this one, whose options win. Paths in it are those of the
+    folder where it was given; --fresh is not repeated, which would throw away what is replayed."""
+    pre = Parser(prog=parser.prog, add_help=False)          # abbreviations too, as the script's own parser
     pre.add_argument("--replay", type=Path)
     folder = pre.parse_known_args(argv)[0].replay
     if folder is None:
         return argv
     try:
-        script, *old = json.loads((folder / "args.json").read_text())["command"]
+        about = json.loads((folder / "args.json").read_text())
+        script, *old = about["command"]
+        began = Path(about.get("folder", ""))
+        if not all(isinstance(word, str) for word in old):
+            raise ValueError("its command is not a list of words")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--replay: cannot read {folder / 'args.json'}: {error}")
+        fail(f"--replay: cannot read {folder / 'args.json'}: {type(error).__name__} {error}")
     if script != Path(parser.prog).stem:
         fail(f"--replay: {folder} was made by {script}.py, not by {parser.prog}")
-    return [*old, *argv]
+    def moved(word: str) -> str:
+        there = (began / word).exists() or option == "--out"
+        return word if Path(word).is_absolute() or not there else os.path.relpath(began / word)
+    # Only where files, folders or models are asked for does a word mean a path.
+    paths = [name for action in parser._actions for name in action.option_strings
+             if action.type is Path or action.metavar in ("MODEL", "CHAT=BASE")]
+    words, option = [], None
+    for word in [word for word in old if word != "--fresh"]:
+        if word.startswith("--"):
+            word, is_, value = word.partition("=")
+            option = next((name for name in paths if name.startswith(word)), None)
+            words.append(f"{word}={moved(value) if option else value}" if is_ else word)
+        else:
+            words.append("=".join(map(moved, word.split("="))) if option else word)
+    return [*words, *argv]
 
 
 def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | None = None,
@@ -800,17 +873,15 @@ def plain_sentences(args: argparse.Namespace, names: list[str]) -> list[str]:
     """The sentences that affine maps are fitted on: unsplit WikiSplit sentences without their last 2 to 4 words, as in
     the released code. Those that are too long for one of the models `names` are left out, and it is said how many."""
     path = args.data / "wikisplit" / "validation.tsv"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        fail(f"no file {path}; python data/prepare.py fetches it")
+    lines = read_text(path).splitlines()
     drop = np.random.RandomState(42)
     texts = [" ".join(line.split("\t")[0].split()[:-drop.randint(2, 5)]) for line in lines]
     texts = [text for text in texts if text][:args.sentences * 5 // 2]      # a pool: each map is fitted on a sample of it
     keep = np.ones(len(texts), bool)
     for name in set(names):
         config, tokenizer = model_config(name)
-        keep &= np.array([0 < len(ids) <= context_length(config) for ids in tokenizer(texts, verbose=False).input_ids])
+        encoded = tokenizer(texts, verbose=False).input_ids if texts else []
+        keep &= np.array([0 < len(ids) <= context_length(config) for ids in encoded], bool)
     if not keep.all():
         print(f"{(~keep).sum()} of {len(texts)} plain sentences are empty or longer than a model's context, and left out")
     if keep.sum() < 10:
@@ -1438,7 +1509,7 @@ class Run:
             self.steps.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the run folder {self.folder}: {error.strerror}")
-        about = {"command": [script, *args.command], "args": settings, "inputs": inputs}
+        about = {"command": [script, *args.command], "folder": os.getcwd(), "args": settings, "inputs": inputs}
         self._write("args.json", json.dumps(about, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
