@@ -251,9 +251,13 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
     for name in ("limit", "sentences", "batch_tokens"):
         if getattr(args, name) < 1 and not (name == "limit" and args.limit == -1):
             fail(f"--{name.replace('_', '-')} must be positive{' or -1 (all)' if name == 'limit' else ''}")
-    if not (0 <= args.rcond < math.inf and 0 <= args.ridge < math.inf):
-        fail("--rcond and --ridge must be finite numbers and not negative")
-    if not re.fullmatch(r"auto|(\d+|\d*\.\d+)(,(\d+|\d*\.\d+))?", args.layer):
+    if not 0 <= args.rcond < 1:                 # at 1 no singular value would be left
+        fail("--rcond must be a share of the largest singular value: 0 or more, and less than 1")
+    if not 0 <= args.ridge < math.inf:
+        fail("--ridge must be a finite number and not negative")
+    if not 0 <= args.seed < 2**32:              # what all generators take
+        fail("--seed must be 0 or more, and less than 2**32")
+    if not re.fullmatch(r"auto|(\d{1,9}|\d{0,9}\.\d{1,99})(,(\d{1,9}|\d{0,9}\.\d{1,99}))?", args.layer):
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
     Settings.remote = remote_models(args)
     if args.remote:
