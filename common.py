@@ -383,8 +383,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
     options = {} if remote else {"dispatch": True, "dtype": dtype,
                                  "device_map": device if device != "auto" else "auto" if on_gpu else "cpu"}
-    if Settings.code:
-        options["trust_remote_code"] = True
+    if Settings.code or not remote:
+        options["trust_remote_code"] = Settings.code        # who does not say no is asked on the terminal
+    if not (Settings.pickle or remote):
+        options["use_safetensors"] = True       # a folder may hold another safetensors file beside weights that are a pickle
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
     if not all(hasattr(model, part) for part in ("layers", "final_norm", "unembed")):
         lists = [path for path, module in model._module.named_modules() if isinstance(module, torch.nn.ModuleList)]
@@ -393,7 +395,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     model._module.requires_grad_(False)
     model._module.eval()
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
-        model.tokenizer.pad_token = model.tokenizer.eos_token
+        known = model.tokenizer.eos_token, model.tokenizer.bos_token, model.tokenizer.convert_ids_to_tokens(0)
+        model.tokenizer.pad_token = next(token for token in known if token is not None)
     model.name, model.remote, model.batch_tokens, model.abilities = str(name), remote, batch_tokens, None
     model.pass_tokens = batch_tokens if remote or on_gpu else min(PASS, batch_tokens)
     model.fingerprint = fingerprint(name)
@@ -403,6 +406,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
 def loader(args: argparse.Namespace):
     """load(name) -> model, load(a, b) -> [model, model]: keeps the models of the last call and lets all others go,
     load() all."""
+    from safetensors import SafetensorError
     held = {}
 
     def load(*names: str):
@@ -413,7 +417,10 @@ def loader(args: argparse.Namespace):
         for name in names:
             if name not in held:
                 host = args.ndif_host if name in remote_models(args) else None
-                held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
+                try:
+                    held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
+                except (OSError, ValueError, SafetensorError) as error:     # no weights, torn ones, unknown architecture
+                    fail(f"cannot load model {name}: {error}")
         return held[names[0]] if len(names) == 1 else [held[name] for name in names]
     return load
 
@@ -428,7 +435,7 @@ def fingerprint(name: str) -> str:
         return f"{repo}@{Path(config).parent.name if isinstance(config, str) else revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(Path(repo).glob("*")):
-        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"} and not path.stem.startswith("train"):
+        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"} and not path.stem.startswith("train"):
             stat = path.stat()                  # reading tens of gigabytes would take longer than the experiment
             content = path.read_bytes() if stat.st_size < 2**28 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
             digest.update(path.name.encode() + b"\0" + content)
