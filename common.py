@@ -615,15 +615,19 @@ def write_whole(path: Path, write) -> None:
     """Call write(file) on a temporary file that takes its place only when it is complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"no space left to write {path}; free some, and the same command goes on from here")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"no space left to write {path}; free some, and the same command goes on from here")
+        fail(f"cannot write {path}: {error.strerror or error}")
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:                         # where nothing can be written, nothing can be removed
+            pass
 
 
 CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
@@ -640,11 +644,11 @@ def from_cache(kind: str, about):
     name ends in the checksum of its content."""
     for path in CACHE.glob(f"{kind}-{_cache_key(about)}-*.pt") if Settings.cache else ():
         with open(path, "rb") as file:
-            sound = path.stem.endswith(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+            sound = path.stem.endswith("-" + hashlib.file_digest(file, "sha256").hexdigest()[:16])
         if sound:
             return torch.load(path, mmap=True)
         print(f"{path} is damaged; computed again", file=sys.stderr)
-        path.unlink()
+        path.unlink(missing_ok=True)            # by another process, meanwhile
 
 
 def to_cache(kind: str, about, value) -> None:
@@ -664,6 +668,7 @@ def _digest(value) -> str:
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.contiguous().cpu().numpy().tobytes())
         elif isinstance(value, dict):
+            digest.update(f"{{{len(value)}".encode())
             for name in value:
                 add(name), add(value[name])
         elif isinstance(value, (list, tuple)):
@@ -1513,8 +1518,8 @@ class Run:
             for path in self.steps.iterdir():
                 path.unlink()
         stamp = self.folder / "args.json"
-        begun = stamp.exists() and self.steps.exists() and any(self.steps.iterdir())
-        if begun and json.loads(stamp.read_text())["inputs"] != inputs:
+        begun = stamp.exists() and any(path.suffix != ".tmp" for path in self.steps.glob("*"))
+        if begun and self._read(stamp, lambda path: json.loads(path.read_text())["inputs"]) != inputs:
             fail(f"models or data have changed since {self.folder} was begun; --fresh starts it over")
         try:
             self.steps.mkdir(parents=True, exist_ok=True)
@@ -1530,7 +1535,7 @@ class Run:
         if not path.exists():
             content = json.dumps(compute())
             write_whole(path, lambda file: file.write(content.encode()))
-        return json.loads(path.read_text())
+        return self._read(path, lambda path: json.loads(path.read_text()))
 
     def tensors(self, name: str, compute) -> dict[str, torch.Tensor]:
         """As step, for a dictionary of tensors: what a model that is finished with has left."""
@@ -1539,7 +1544,15 @@ class Run:
         if not path.exists():
             content = save({key: value.contiguous() for key, value in compute().items()})
             write_whole(path, lambda file: file.write(content))
-        return load(path.read_bytes())
+        return self._read(path, lambda path: load(path.read_bytes()))
+
+    @staticmethod
+    def _read(path: Path, read):
+        """What a file of the run folder says. Nothing here writes half a file, so a damaged one is somebody's question."""
+        try:
+            return read(path)
+        except Exception as error:              # each format has its own
+            fail(f"{path} is damaged ({type(error).__name__}: {error}); remove it to have it computed again")
 
     def _step_file(self, name: str, suffix: str) -> Path:
         short = re.sub(r"[^\w.-]+", "-", name)[:60]        # two names may shorten to one
