@@ -656,7 +656,6 @@ def to_cache(kind: str, about, value) -> None:
         content = io.BytesIO()
         torch.save(value, content)
         checksum = hashlib.sha256(content.getbuffer()).hexdigest()[:16]
-        CACHE.mkdir(parents=True, exist_ok=True)
         write_whole(CACHE / f"{kind}-{_cache_key(about)}-{checksum}.pt", lambda file: file.write(content.getbuffer()))
 
 
@@ -847,10 +846,10 @@ def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond:
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [n, d] with equal n; got {tuple(x.shape)} and {tuple(y.shape)}")
-    _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
     n = len(x) - int(len(x) * held_out)
     if n < 2:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
+    _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
     x_mean, y_mean = (states[:n].mean(0) if intercept else torch.zeros_like(states[0]) for states in (x, y))
     inverse = inverse or _pseudo_inverse(x[:n] - x_mean if intercept else x[:n], rcond, ridge)
     fitted = AffineMap(inverse, y[:n] - y_mean if intercept else y[:n], x_mean, y_mean, n=n)
@@ -977,6 +976,11 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
             if layer not in shifts:
                 shifts[layer] = torch.zeros(len(transplants), len(vector))
             shifts[layer][row] += alpha * vector.float().cpu()
+    for layer, shift in shifts.items():
+        # Norms square the stream in float32. Where that overflows, RMSNorm makes zeros of it: wrong answers without any NaN.
+        if not (shift**2).sum(1).isfinite().all() or not model.remote and not shift.to(model.dtype).isfinite().all():
+            raise FloatingPointError(f"NaN or infinity in what is added after block {layer} of {model.name} ({model.dtype}): "
+                                     "try a smaller alpha")
     return dict(sorted(shifts.items()))
 
 
@@ -1218,6 +1222,7 @@ class _EftProcessor:
             output = model._module(ids[:, self.read:].to(device), attention_mask=self.mask.to(device), use_cache=True,
                                    position_ids=positions.to(device), logits_to_keep=1, **cache)
             cache["past_key_values"] = output.past_key_values
+            _require_finite(output.logits, f"the logits of {model.name} ({model.dtype})")
             width = min(scores.shape[-1], output.logits.shape[-1])      # rows of padding at the end of an unembedding
             scores = scores[:, :width] + sign * output.logits[:, -1, :width].to(scores)
         self.read = ids.shape[1]
@@ -1334,6 +1339,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     # What the model folder sets for itself (top_k 50 where it says nothing, repetition penalties) is switched off.
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": model.tokenizer.pad_token_id, "do_sample": sample,
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+               "remove_invalid_values": True,           # NaN does not end a draw in a riddle: it is found, and blamed, below
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
     batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, alike=False)
@@ -1345,13 +1351,17 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     else:
         written = _each_batch(model, _writer, (shifts, options, seed, eft), pack, batches)
     for batch, new in written:
+        if not isinstance(new, torch.Tensor):
+            new, finite = new
+            if not finite:                      # the likeliest of tokens without a probability would be some token, too
+                _blame(model, [ids[i] for i in batch], transplant)
         for row, i in zip(new, batch):
             result[i] = model.tokenizer.decode(row, skip_special_tokens=True)
     return result
 
 
 def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
-    """A function that continues one batch: the new tokens [B, new], every token steered."""
+    """A function that continues one batch: the new tokens [B, new], every token steered, and whether all logits were finite."""
     def write(rows):
         inputs = _padded(model, rows)
         inputs.pop("position_ids")              # generate makes its own from the mask
@@ -1363,13 +1373,15 @@ def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
             torch.manual_seed(seed)
             with model.generate(**options, **small) as tracer:
                 with tracer.invoke(inputs):
+                    finite = list().save()
                     for step in tracer.iter[:options["max_new_tokens"]]:
                         for layer, shift in shifts.items():
                             h = residual(model.layers[layer].output)
                             h += shift[:, None].to(h)
+                        finite.append(model.unembed.output[:, -1].isfinite().all())
                 with tracer.invoke():           # runs even when the loop above is cut short
                     new = tracer.result.save()
-        return new[:, inputs["input_ids"].shape[1]:].cpu()
+        return new[:, inputs["input_ids"].shape[1]:].cpu(), all(map(bool, finite))
     return write
 
 
@@ -1429,6 +1441,7 @@ def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant
                                             lambda batch: {"moved": states[:, batch]}, batches):
         result = torch.empty(*states.shape[:2], probabilities.shape[-1]) if result is None else result
         result[:, batch] = probabilities
+    _require_finite(result, f"the logit lens after block {layer} of {model.name} ({model.dtype})")
     return result
 
 
