@@ -1623,7 +1623,6 @@ def save_concept(path: Path, vector: torch.Tensor, **about) -> None:
     if missing:
         raise ValueError(f"a concept vector must say what it is; missing: {', '.join(sorted(missing))}")
     about = {"site": "residual stream after the block", "token": "last", "sign": "positive minus negative", **about}
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = save({"vector": vector.float().contiguous()}, {"concept_vector": json.dumps(about)})
     write_whole(path, lambda file: file.write(content))
 
