@@ -420,7 +420,7 @@ def loader(args: argparse.Namespace):
                 try:
                     held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
                 except (OSError, ValueError, SafetensorError) as error:     # no weights, torn ones, unknown architecture
-                    fail(f"cannot load model {name}: {error}")
+                    fail(f"cannot load model {name}: {str(error).strip().splitlines()[-1]}")    # the lines above are tracebacks
         return held[names[0]] if len(names) == 1 else [held[name] for name in names]
     return load
 
