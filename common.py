@@ -420,9 +420,13 @@ def loader(args: argparse.Namespace):
                 try:
                     held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
                 except (OSError, ValueError, SafetensorError) as error:     # no weights, torn ones, unknown architecture
-                    fail(f"cannot load model {name}: {str(error).strip().splitlines()[-1]}")    # the lines above are tracebacks
+                    why = str(error).strip().splitlines()[-1]               # the lines above it are tracebacks
+                    fail(f"cannot load model {name}: {why}")
         return held[names[0]] if len(names) == 1 else [held[name] for name in names]
     return load
+
+
+WHAT_COUNTS = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}      # of the files in a folder
 
 
 def fingerprint(name: str) -> str:
@@ -435,7 +439,7 @@ def fingerprint(name: str) -> str:
         return f"{repo}@{Path(config).parent.name if isinstance(config, str) else revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(Path(repo).glob("*")):
-        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"} and not path.stem.startswith("train"):
+        if path.suffix in WHAT_COUNTS and not path.stem.startswith("train"):
             stat = path.stat()                  # reading tens of gigabytes would take longer than the experiment
             content = path.read_bytes() if stat.st_size < 2**28 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
             digest.update(path.name.encode() + b"\0" + content)
@@ -1361,7 +1365,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
 
 
 def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
-    """A function that continues one batch: the new tokens [B, new], every token steered, and whether all logits were finite."""
+    """A function that continues one batch: new tokens [B, new], every token steered, and whether all logits were finite."""
     def write(rows):
         inputs = _padded(model, rows)
         inputs.pop("position_ids")              # generate makes its own from the mask

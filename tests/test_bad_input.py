@@ -42,8 +42,8 @@ def start(script: str, monkeypatch, tmp_path, *argv, replace: tuple = ()):
     monkeypatch.setattr(common, "load_model", load_model)
     given = [str(option) for option in argv]
     models = replace or MODELS.get(script, ["--family", "toy", "--tgt", str(ZOO / "llama-s")])
-    SCRIPTS[script].main([*map(str, models), *([] if "--data" in given else ["--data", str(TOY)]), *SMALL, *QUICK.get(script, []), *given,
-                          "--out", str(tmp_path / "out")])
+    texts = [] if "--data" in given else ["--data", str(TOY)]
+    SCRIPTS[script].main([*map(str, models), *texts, *SMALL, *QUICK.get(script, []), *given, "--out", str(tmp_path / "out")])
 
 
 def refused(script: str, monkeypatch, capsys, tmp_path, *argv, says: tuple, **models):
@@ -90,15 +90,18 @@ DAMAGES = {
     "a folder in its place": (lambda path, content: path.mkdir(), None, ("cannot read",)),
     "not UTF-8 in line 1": (lambda path, content: path.write_bytes(b"\xe9" + content), None, (", line 1: not UTF-8",)),
     "not UTF-8 at its end": (lambda path, content: path.write_bytes(content.rstrip() + b"\n\xff\xfe"), None, ("not UTF-8",)),
-    "cut in the middle": (lambda path, content: path.write_bytes(content[:len(content) // 2]), ".json", (", line ", "not JSON")),
+    "cut in the middle": (lambda path, content: path.write_bytes(content[:len(content) // 2]), ".json",
+                          (", line ", "not JSON")),
     "empty": (lambda path, content: path.write_bytes(b""), (".json", ".csv", ".tsv"), ()),
     "JSON of a text": (lambda path, content: path.write_text('"happy, sad, and everything between"'), ".json", ("list",)),
     "JSON of an object": (lambda path, content: path.write_text('{"a": ["b"]}'), ".json", ("list",)),
     "half a character": (lambda path, content: path.write_text('["\\ud83d"]'), ".json", ("not JSON",)),
-    "a row too short": (lambda path, content: path.write_bytes(content.rstrip() + b"\nonly one cell\n"), ".csv", (", line ", "1 cells")),
+    "a row too short": (lambda path, content: path.write_bytes(content.rstrip() + b"\nonly one cell\n"), ".csv",
+                        (", line ", "1 cells")),
     "a row too long": (lambda path, content: path.write_bytes(content.rstrip() + b"\na,b,c,d,e,f,g,h,i,j,k\n"), ".csv",
                        (", line ", "11 cells")),
-    "an open quotation": (lambda path, content: path.write_bytes(content.rstrip() + b'\n"a,b\n'), ".csv", (", line ", "not CSV")),
+    "an open quotation": (lambda path, content: path.write_bytes(content.rstrip() + b'\n"a,b\n'), ".csv",
+                          (", line ", "not CSV")),
 }
 CASES = [(file, damage, script) for file, scripts in READS.items() for damage, (_, kinds, _) in DAMAGES.items()
          if kinds is None or file.endswith(kinds) for script in scripts]
@@ -110,7 +113,8 @@ def data(folder: Path, file: str, damage=None) -> Path:
     for name in ("emotions", "truthfulqa", "wikisplit", "world_facts", "toxigen", "text"):
         (folder / name).mkdir(parents=True)
         for path in (TOY / name).iterdir():     # of the many prompts of toxigen a few will do
-            (folder / name / path.name).write_bytes(b"".join(path.read_bytes().splitlines(True)[:30 if name == "toxigen" else None]))
+            lines = path.read_bytes().splitlines(True)[:30 if name == "toxigen" else None]
+            (folder / name / path.name).write_bytes(b"".join(lines))
     (folder / file).unlink()
     if damage:
         damage(folder / file, (TOY / file).read_bytes())
@@ -138,8 +142,8 @@ def test_a_scenario_that_is_no_text_is_named_by_its_number(case, script, monkeyp
     refused(script, monkeypatch, capsys, tmp_path, "--data", folder, says=("fear.json, text 7: ",))
 
 
-@pytest.mark.parametrize("change", [{"question": " "}, {"mc1_targets": {"A.": 1, " ": 0}}, {"mc2_targets": {"A.": 1, "\t": 0}}],
-                         ids=["question", "choice of MC1", "choice of MC2"])
+@pytest.mark.parametrize("change", [{"question": " "}, {"mc1_targets": {"A.": 1, " ": 0}},
+                                    {"mc2_targets": {"A.": 1, "\t": 0}}], ids=["question", "choice of MC1", "choice of MC2"])
 def test_blank_questions_and_choices_are_named_by_their_number(change, monkeypatch, capsys, tmp_path):
     items = json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())
     items[3] |= change
@@ -283,7 +287,8 @@ def test_a_tokenizer_without_any_special_token_scores_as_one_at_a_time(bare):
     texts = ["Tom", "Tom felt very happy", "Lily lost her old cat"]
     assert reference.tokenizer.pad_token is None and reference.tokenizer.eos_token is None
     assert torch.allclose(common.next_token_logits(model, texts)[0], reference.next_logits(texts), atol=1e-4)
-    assert torch.allclose(common.hidden_states(model, texts), torch.stack([reference.states(text) for text in texts]), atol=1e-4)
+    states = torch.stack([reference.states(text) for text in texts])
+    assert torch.allclose(common.hidden_states(model, texts), states, atol=1e-4)
     assert all(len(text) for text in common.generate(model, texts, max_new_tokens=3))
 
 

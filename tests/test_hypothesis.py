@@ -126,7 +126,8 @@ def test_any_bytes_for_facts_are_facts_or_one_line(content, tmp_path, capsys):
 SENTENCE = st.text(string.ascii_letters + " .,é", min_size=1, max_size=20).filter(lambda text: text.strip("- ").strip())
 
 
-@given(lists=st.lists(st.lists(SENTENCE, min_size=1, max_size=4), min_size=1, max_size=4), slashes=st.sampled_from(["\\n", "\\\\n"]))
+@given(lists=st.lists(st.lists(SENTENCE, min_size=1, max_size=4), min_size=1, max_size=4),
+       slashes=st.sampled_from(["\\n", "\\\\n"]))
 def test_toxigen_prompts_come_back_as_lists_of_their_sentences(lists, slashes, tmp_path):
     prompts = ["".join(f"- {' '.join(text.split())}{slashes}" for text in texts) + "-" for texts in lists]
     for tone in ("hate", "neutral"):
@@ -161,7 +162,8 @@ def options(folder, *argv):
     return common.parse_options(common.option_parser("", FAMILIES), FAMILIES, ["--data", str(folder), *argv])
 
 
-@given(layer=st.text("0123456789.,-+e autox٣", max_size=8) | st.from_regex(r"\d{0,12}\.?\d{0,12}(,\d*\.?\d*)?", fullmatch=True) |
+@given(layer=st.text("0123456789.,-+e autox٣", max_size=8) |
+       st.from_regex(r"\d{0,12}\.?\d{0,12}(,\d*\.?\d*)?", fullmatch=True) |
        st.integers(10, 500).map(lambda n: "9" * n + ".5"), blocks=st.integers(1, 200), side=st.integers(0, 1))
 def test_any_layer_is_a_block_or_one_line(layer, blocks, side, tmp_path, capsys):
     args = one_line(capsys, lambda: options(tmp_path, f"--layer={layer}"), "--layer")
@@ -294,7 +296,8 @@ def test_the_quick_way_is_taken_for_the_well_conditioned_alone(n, d):
     assert not any(factor.data_ptr() == x.data_ptr() for factor in common._pseudo_inverse(x, 0.0, 0.0))
 
 
-@given(which=st.integers(0, 1), value=st.sampled_from([math.nan, math.inf, -math.inf]), row=st.integers(0, 9), intercept=st.booleans())
+@given(which=st.integers(0, 1), value=st.sampled_from([math.nan, math.inf, -math.inf]), row=st.integers(0, 9),
+       intercept=st.booleans())
 def test_nan_and_infinity_are_refused_wherever_they_stand(which, value, row, intercept):
     x, y = torch.randn(10, 3), torch.randn(10, 4)
     (x, y)[which][row, -1] = value

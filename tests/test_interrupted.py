@@ -7,6 +7,7 @@ process that has loaded everything forks the runs, since loading it takes longer
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -28,12 +28,12 @@ ONE = ["--family", "toy", "--tgt", str(ZOO / "llama-s")]
 RUNS = {  # the smallest settings that still visit every step
     "exp_emotion": [*ONE, "--src", str(ZOO / "llama-s"), "--limit", "2", "--random", "1", "--maps", "2", "--shots", "0",
                     "--pairs", "20"],
-    "exp_truthfulqa": [*ONE, "--tgt-chat", str(ZOO / "llama-s-chat"), "--limit", "3", "--random", "1", "--maps", "2", "--table",
-                       "all", "--generate", "1", "--layer", "0.75"],
+    "exp_truthfulqa": [*ONE, "--tgt-chat", str(ZOO / "llama-s-chat"), "--limit", "3", "--random", "1", "--maps", "2",
+                       "--table", "all", "--generate", "1", "--layer", "0.75"],
     "exp_toxigen": [*ONE, "--tgt-chat", str(ZOO / "llama-s-chat"), "--limit", "1", "--validation", "1", "--pairs", "3",
                     "--random", "1", "--maps", "2", "--layer", "0.5", "--max-new-tokens", "2"],
-    "exp_pretraining": ["--tgt", str(ZOO / "amber" / "step_0400"), str(ZOO / "amber" / "step_3000"), "--limit", "2", "--random",
-                        "1", "--shots", "0", "--pairs", "10"],
+    "exp_pretraining": ["--tgt", str(ZOO / "amber" / "step_0400"), str(ZOO / "amber" / "step_3000"), "--limit", "2",
+                        "--random", "1", "--shots", "0", "--pairs", "10"],
     "exp_pythia": ["--models", str(ZOO / "pythia-1"), str(ZOO / "pythia-2"), "--limit", "2", "--random", "1", "--shots", "0",
                    "--pairs", "20"]}
 RESULTS = ["records.csv", "records.jsonl", "examples.jsonl", "tables.md"]
@@ -116,24 +116,36 @@ def fork():
     process.wait()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(fork, tmp_path_factory):
+    """undisturbed(script) -> its files, the seconds that it took, how many files it wrote."""
+    @functools.cache
+    def run(script):
+        folder = tmp_path_factory.mktemp(script)
+        code, seconds = fork(folder, script)
+        said = (folder / "said").read_text()
+        assert code == 0, said
+        return files(folder), seconds, int(said.split()[-1])
+    return run
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """What a run and its cache hold, but for what was being written and for what says where it was run."""
-    return {str(path.relative_to(folder)): path.read_bytes() for part in ("out", "cache") for path in folder.glob(f"{part}/**/*")
-            if path.is_file() and path.suffix not in (".tmp", ".pdf") and path.name not in ("args.json", "environment.json")}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for part in ("out", "cache") for path in folder.glob(f"{part}/**/*") if path.is_file()
+            and path.suffix not in (".tmp", ".pdf") and path.name not in ("args.json", "environment.json")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_ten_kills_change_nothing(script, fork, tmp_path):
-    whole, folder, rng, kills, ends, torn = tmp_path / "whole", tmp_path / "killed", random.Random(), 0, 0, 0
-    code, seconds = fork(whole, script)
-    assert code == 0, (whole / "said").read_text()
-    wanted, writes = files(whole), int((whole / "said").read_text().split()[-1])
+def test_ten_kills_change_nothing(script, fork, undisturbed, tmp_path):
+    folder, rng, left, kills, ends, torn = tmp_path / "killed", random.Random(), {}, 0, 0, 0
+    wanted, seconds, writes = undisturbed(script)
     assert all(any(name.endswith(f"/{result}") for name in wanted) for result in RESULTS) and writes > 10
-    left = {}
     while kills < 10:
         ahead = len(wanted.keys() - left.keys())            # a moment of what is still to be done
-        moment = {"seconds": rng.uniform(0, seconds) * ahead / len(wanted)} if kills % 2 else {"file": rng.randint(1, ahead + 2)}
+        moment = ({"seconds": rng.uniform(0, seconds) * ahead / len(wanted)} if kills % 2 else
+                  {"file": rng.randint(1, ahead + 2)})
         code, _ = fork(folder, script, **moment)
         left = files(folder)
         assert code in (0, -9), (folder / "said").read_text()
@@ -152,10 +164,9 @@ def test_ten_kills_change_nothing(script, fork, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_two_runs_of_the_same_arguments_are_identical(script, fork, tmp_path):
-    for name in ("one", "two"):
-        assert fork(tmp_path / name, script)[0] == 0
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+def test_two_runs_of_the_same_arguments_are_identical(script, fork, undisturbed, tmp_path):
+    assert fork(tmp_path, script)[0] == 0
+    assert files(tmp_path) == undisturbed(script)[0]
 
 
 if __name__ == "__main__":

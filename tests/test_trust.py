@@ -168,7 +168,8 @@ def a_run(tmp_path, inputs={"models": "m"}) -> common.Run:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("when", ["the bytes", "the rename", "the folder"])
-def test_a_disk_that_takes_no_more_is_one_line_and_leaves_no_half_file(number, when, states, cache, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_no_half_file(number, when, states, cache, tmp_path, monkeypatch,
+                                                                             capsys):
     def full(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -177,8 +178,11 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_no_half_file(number, w
     with monkeypatch.context() as patch:
         if when == "the bytes":
             real = open
-            patch.setattr("builtins.open", lambda path, mode="r", *rest, **options: (
-                real(path, mode).close() or Full() if "w" in mode and str(path).endswith(".tmp") else real(path, mode, *rest, **options)))
+
+            def opened(path, mode="r", *rest, **options):
+                file = real(path, mode, *rest, **options)
+                return file.close() or Full() if str(path).endswith(".tmp") else file
+            patch.setattr("builtins.open", opened)
         patch.setattr(os, "replace", full if when == "the rename" else os.replace)
         if when == "the folder":
             patch.setattr(os, "mkdir", full)
@@ -220,8 +224,8 @@ def test_a_damaged_step_is_named_and_not_taken_for_a_result(content, tmp_path, c
     for path in run.steps.iterdir():
         path.write_text(content)
         again = a_run(tmp_path)
-        ask = again.step if path.suffix == ".json" else again.tensors
-        assert str(path) in one_line(capsys, lambda: ask("one" if path.suffix == ".json" else "two", lambda: pytest.fail("computed")))
+        ask, name = (again.step, "one") if path.suffix == ".json" else (again.tensors, "two")
+        assert str(path) in one_line(capsys, lambda: ask(name, lambda: pytest.fail("computed")))
     (run.folder / "args.json").write_text(content)
     assert "args.json" in one_line(capsys, lambda: a_run(tmp_path))
 
@@ -245,7 +249,8 @@ def overflowing(tmp_path_factory):
 ASK = {
     "hidden_states": lambda model, *moves: common.hidden_states(model, TEXTS, transplant=moves[0] if moves else None),
     "next_token_logits": lambda model, *moves: common.next_token_logits(model, TEXTS, moves or [common.BASE]),
-    "choice_logprobs": lambda model, *moves: common.choice_logprobs(model, [(text, " red") for text in TEXTS], moves or [common.BASE]),
+    "choice_logprobs": lambda model, *moves: common.choice_logprobs(model, [(text, " red") for text in TEXTS],
+                                                                    moves or [common.BASE]),
     "score_labels": lambda model, *moves: common.score_labels(model, TEXTS, ["happy", "sad"], moves or [common.BASE]),
     "perplexity": lambda model, *moves: common.perplexity(model, TEXTS, moves or [common.BASE]),
     "logit_lens": lambda model, *moves: common.logit_lens(model, TEXTS, 3, moves or [common.BASE]),
@@ -289,8 +294,9 @@ def test_a_small_model_without_numbers_stops_a_text_under_eft(sample, llama, tmp
 
 
 def test_an_overflow_in_a_script_is_one_line(tmp_path):
-    argv = ["--src", TOY / "models" / "llama-s", "--tgt", TOY / "models" / "llama-s", "--alpha", "1e30", "--limit", "2", "--pairs",
-            "10", "--shots", "0", "--sentences", "40", "--random", "1", "--maps", "1", "--out", tmp_path]
+    small = TOY / "models" / "llama-s"
+    argv = ["--src", small, "--tgt", small, "--alpha", "1e30", "--limit", "2", "--pairs", "10", "--shots", "0", "--sentences",
+            "40", "--random", "1", "--maps", "1", "--out", tmp_path]
     done = subprocess.run([sys.executable, str(ROOT / "exp_emotion.py"), *map(str, argv)], capture_output=True, text=True,
                           env=os.environ | {"CONTRANS_CACHE": str(tmp_path / "cache"), "TQDM_DISABLE": "1"})
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -318,7 +324,8 @@ def same(one, two, *but) -> bool:
     return all(vars(one)[name] == vars(two)[name] for name in vars(one) if name not in {"command", "replay", "fresh", *but})
 
 
-@pytest.mark.parametrize("words", [[], ["--seed", "3", "--alpha", "1", "-2", "1e-3", "--ridge=0.5"], ["--intercept", "--fresh"],
+@pytest.mark.parametrize("words", [[], ["--seed", "3", "--alpha", "1", "-2", "1e-3", "--ridge=0.5"],
+                                   ["--intercept", "--fresh"],
                                    ["--src", "org/model", "--tgt", "org/a", "org/b@main", "--layer", "2,3"]], ids=" ".join)
 def test_a_replay_takes_all_options_and_goes_to_the_same_folder(words, begun):
     folder = begun("--data", "texts", *words)
@@ -337,7 +344,8 @@ def test_options_beside_replay_win(begun):
 
 @pytest.mark.parametrize("words", [["--data", "texts", "--src", "models/a", "--tgt", "models/b", "models/a"],
                                    ["--data=texts", "--src=models/a", "--tgt", "models/b"],
-                                   ["--dat", "texts", "--src", "models/a", "--tgt", "models/b", "--out", "mine"]], ids=" ".join)
+                                   ["--dat", "texts", "--src", "models/a", "--tgt", "models/b", "--out", "mine"]],
+                         ids=" ".join)
 def test_relative_paths_mean_what_they_meant_where_the_run_was_begun(words, begun, tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / "here" / "models" / name).mkdir(parents=True)
@@ -347,7 +355,8 @@ def test_relative_paths_mean_what_they_meant_where_the_run_was_begun(words, begu
     monkeypatch.chdir(tmp_path / "there")
     got = parse("--replay", os.path.relpath(folder))
     assert got.data.resolve() == tmp_path / "here" / "texts"
-    assert [Path(name).resolve() for name in (got.src, *got.tgt)] == [tmp_path / "here" / name for name in (wanted.src, *wanted.tgt)]
+    models = [tmp_path / "here" / name for name in (wanted.src, *wanted.tgt)]
+    assert [Path(name).resolve() for name in (got.src, *got.tgt)] == models
     assert "mine" not in words or got.out.resolve() == tmp_path / "here" / "mine"
     assert same(got, wanted, "data", "src", "src_base", "tgt", "out")
 
@@ -362,7 +371,8 @@ def test_words_that_only_look_like_paths_are_left_alone(begun, tmp_path, monkeyp
 
 
 BROKEN = {"no file": None, "not JSON": "{", "a list": "[1]", "no command": "{}", "an empty command": '{"command": []}',
-          "numbers": '{"command": ["exp_test", 3]}', "null": "null", "a text": '{"command": "exp_test"}', "a number": '{"command": 3}'}
+          "numbers": '{"command": ["exp_test", 3]}', "null": "null", "a text": '{"command": "exp_test"}',
+          "a number": '{"command": 3}'}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -391,8 +401,9 @@ def test_bfloat16_and_float32_agree_within_their_intervals(tmp_path):
     """Every rate of one lies within the other's 95 % interval, for base, ConTrans and Self-Align at the same strength."""
     rates = {}
     for dtype in ("float32", "bfloat16"):
-        exp_emotion.main(["--family", "toy", "--tgt", str(TOY / "models" / "llama-m"), "--data", str(TOY), "--limit", "20", "--random",
-                          "2", "--maps", "2", "--alpha", "2", "--sentences", "1000", "--dtype", dtype, "--out", str(tmp_path / dtype)])
+        exp_emotion.main(["--family", "toy", "--tgt", str(TOY / "models" / "llama-m"), "--data", str(TOY), "--limit", "20",
+                          "--random", "2", "--maps", "2", "--alpha", "2", "--sentences", "1000", "--dtype", dtype, "--out",
+                          str(tmp_path / dtype)])
         path, = (tmp_path / dtype).glob("exp_emotion/*/records.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         pooled = {}
@@ -402,7 +413,7 @@ def test_bfloat16_and_float32_agree_within_their_intervals(tmp_path):
                 pooled[row["metric"], row["method"]] = hits + round(row["value"] * row["n"]), n + row["n"]
         rates[dtype] = {key: (hits / n, *common.wilson(hits, n)) for key, (hits, n) in pooled.items()}
     one, two = rates.values()
-    print(json.dumps({dtype: {" ".join(key): value for key, value in found.items()} for dtype, found in rates.items()}, indent=1))
+    print("", *(f"{dtype}: {found}" for dtype, found in rates.items()), sep="\n")
     assert one.keys() == two.keys() and {method for _, method in one} >= {"base", "contrans", "self-align"}
     for key in one:
         for (value, *_), (_, low, high) in ((one[key], two[key]), (two[key], one[key])):
