@@ -75,6 +75,60 @@ def run_script(main) -> None:
         fail(str(error))
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, without a byte-order mark; what cannot be read ends in one line that names file and line."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        fail(f"no file {path}; python data/prepare.py fetches it")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 ({error.reason})")
+
+
+def read_json(path: Path):
+    """The value of a JSON file, as read_text."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text
+        return value
+    except json.JSONDecodeError as error:
+        fail(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: not JSON that can be used ({error})")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a JSON list, stripped, doubles dropped."""
+    texts = read_json(path)
+    if not isinstance(texts, list) or not texts:
+        fail(f"{path} must be a JSON list of texts, and not empty")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            fail(f"{path}, text {number}: {text!r} is not a text")
+    return list(dict.fromkeys(text.strip() for text in texts))
+
+
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, each with exactly the cells that the first line names; these columns must be there."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        header = next(lines, [])
+        if not set(columns) <= set(header):
+            fail(f"{path}, line 1: must have the columns {' and '.join(columns)}")
+        for row in filter(None, lines):         # an empty line is no row
+            if len(row) != len(header):
+                fail(f"{path}, line {lines.line_num}: {len(row)} cells where the first line has {len(header)}")
+            rows.append(dict(zip(header, row)))
+    except csv.Error as error:
+        fail(f"{path}, line {lines.line_num}: not CSV ({error})")
+    return rows
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fail(f"{message} (see python {self.prog} --help)")
@@ -128,19 +182,38 @@ class Settings:
 
 
 def replayed(parser: Parser, argv: list[str]) -> list[str]:
-    """The command line of the run that --replay names, followed by this one, whose options win."""
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The command line of the run that --replay names, followed by this one, whose options win. Paths in it are those of the
+    folder where it was given; --fresh is not repeated, which would throw away what is replayed."""
+    pre = Parser(prog=parser.prog, add_help=False)          # abbreviations too, as the script's own parser
     pre.add_argument("--replay", type=Path)
     folder = pre.parse_known_args(argv)[0].replay
     if folder is None:
         return argv
     try:
-        script, *old = json.loads((folder / "args.json").read_text())["command"]
+        about = json.loads((folder / "args.json").read_text())
+        script, *old = about["command"]
+        began = Path(about.get("folder", ""))
+        if not all(isinstance(word, str) for word in old):
+            raise ValueError("its command is not a list of words")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--replay: cannot read {folder / 'args.json'}: {error}")
+        fail(f"--replay: cannot read {folder / 'args.json'}: {type(error).__name__} {error}")
     if script != Path(parser.prog).stem:
         fail(f"--replay: {folder} was made by {script}.py, not by {parser.prog}")
-    return [*old, *argv]
+    def moved(word: str) -> str:
+        there = (began / word).exists() or option == "--out"
+        return word if Path(word).is_absolute() or not there else os.path.relpath(began / word)
+    # Only where files, folders or models are asked for does a word mean a path.
+    paths = [name for action in parser._actions for name in action.option_strings
+             if action.type is Path or action.metavar in ("MODEL", "CHAT=BASE")]
+    words, option = [], None
+    for word in [word for word in old if word != "--fresh"]:
+        if word.startswith("--"):
+            word, is_, value = word.partition("=")
+            option = next((name for name in paths if name.startswith(word)), None)
+            words.append(f"{word}={moved(value) if option else value}" if is_ else word)
+        else:
+            words.append("=".join(map(moved, word.split("="))) if option else word)
+    return [*words, *argv]
 
 
 def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | None = None,
@@ -181,9 +254,13 @@ def parse_options(parser: Parser, families: dict[str, dict], argv: list[str] | N
     for name in ("limit", "sentences", "batch_tokens"):
         if getattr(args, name) < 1 and not (name == "limit" and args.limit == -1):
             fail(f"--{name.replace('_', '-')} must be positive{' or -1 (all)' if name == 'limit' else ''}")
-    if not (0 <= args.rcond < math.inf and 0 <= args.ridge < math.inf):
-        fail("--rcond and --ridge must be finite numbers and not negative")
-    if not re.fullmatch(r"auto|(\d+|\d*\.\d+)(,(\d+|\d*\.\d+))?", args.layer):
+    if not 0 <= args.rcond < 1:                 # at 1 no singular value would be left
+        fail("--rcond must be a share of the largest singular value: 0 or more, and less than 1")
+    if not 0 <= args.ridge < math.inf:
+        fail("--ridge must be a finite number and not negative")
+    if not 0 <= args.seed < 2**32:              # what all generators take
+        fail("--seed must be 0 or more, and less than 2**32")
+    if not re.fullmatch(r"auto|(\d{1,9}|\d{0,9}\.\d{1,99})(,(\d{1,9}|\d{0,9}\.\d{1,99}))?", args.layer):
         fail(f"--layer {args.layer}: give an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto")
     if args.dtype in QUANTISED and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
@@ -316,8 +393,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     if quantised and not remote:
         from transformers import BitsAndBytesConfig
         options["quantization_config"] = BitsAndBytesConfig(**QUANTISED[quantised], bnb_4bit_compute_dtype=dtype)
-    if Settings.code:
-        options["trust_remote_code"] = True
+    if Settings.code or not remote:
+        options["trust_remote_code"] = Settings.code        # who does not say no is asked on the terminal
+    if not (Settings.pickle or remote):
+        options["use_safetensors"] = True       # a folder may hold another safetensors file beside weights that are a pickle
     model = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
     if not all(hasattr(model, part) for part in ("layers", "final_norm", "unembed")):
         lists = [path for path, module in model._module.named_modules() if isinstance(module, torch.nn.ModuleList)]
@@ -326,7 +405,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
     model._module.requires_grad_(False)
     model._module.eval()
     if model.tokenizer.pad_token is None:       # padded positions are masked, so any token will do
-        model.tokenizer.pad_token = model.tokenizer.eos_token
+        known = model.tokenizer.eos_token, model.tokenizer.bos_token, model.tokenizer.convert_ids_to_tokens(0)
+        model.tokenizer.pad_token = next(token for token in known if token is not None)
     model.name, model.remote, model.batch_tokens, model.abilities = str(name), remote, batch_tokens, None
     model.pass_tokens = batch_tokens if remote or on_gpu else min(PASS, batch_tokens)
     model.fingerprint, model.precision = fingerprint(name), quantised or str(dtype)
@@ -336,6 +416,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", remote: str
 def loader(args: argparse.Namespace):
     """load(name) -> model, load(a, b) -> [model, model]: keeps the models of the last call and lets all others go,
     load() all."""
+    from safetensors import SafetensorError
     held = {}
 
     def load(*names: str):
@@ -346,9 +427,16 @@ def loader(args: argparse.Namespace):
         for name in names:
             if name not in held:
                 host = args.ndif_host if name in remote_models(args) else None
-                held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
+                try:
+                    held[name] = load_model(name, args.dtype, args.device, host, args.batch_tokens)
+                except (OSError, ValueError, SafetensorError) as error:     # no weights, torn ones, unknown architecture
+                    why = str(error).strip().splitlines()[-1]               # the lines above it are tracebacks
+                    fail(f"cannot load model {name}: {why}")
         return held[names[0]] if len(names) == 1 else [held[name] for name in names]
     return load
+
+
+WHAT_COUNTS = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}      # of the files in a folder
 
 
 def fingerprint(name: str) -> str:
@@ -361,7 +449,7 @@ def fingerprint(name: str) -> str:
         return f"{repo}@{Path(config).parent.name if isinstance(config, str) else revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(Path(repo).glob("*")):
-        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"} and not path.stem.startswith("train"):
+        if path.suffix in WHAT_COUNTS and not path.stem.startswith("train"):
             stat = path.stat()                  # reading tens of gigabytes would take longer than the experiment
             content = path.read_bytes() if stat.st_size < 2**28 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
             digest.update(path.name.encode() + b"\0" + content)
@@ -553,15 +641,19 @@ def write_whole(path: Path, write) -> None:
     """Call write(file) on a temporary file that takes its place only when it is complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"no space left to write {path}; free some, and the same command goes on from here")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"no space left to write {path}; free some, and the same command goes on from here")
+        fail(f"cannot write {path}: {error.strerror or error}")
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:                         # where nothing can be written, nothing can be removed
+            pass
 
 
 CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
@@ -578,11 +670,11 @@ def from_cache(kind: str, about):
     name ends in the checksum of its content."""
     for path in CACHE.glob(f"{kind}-{_cache_key(about)}-*.pt") if Settings.cache else ():
         with open(path, "rb") as file:
-            sound = path.stem.endswith(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+            sound = path.stem.endswith("-" + hashlib.file_digest(file, "sha256").hexdigest()[:16])
         if sound:
             return torch.load(path, mmap=True)
         print(f"{path} is damaged; computed again", file=sys.stderr)
-        path.unlink()
+        path.unlink(missing_ok=True)            # by another process, meanwhile
 
 
 def to_cache(kind: str, about, value) -> None:
@@ -590,7 +682,6 @@ def to_cache(kind: str, about, value) -> None:
         content = io.BytesIO()
         torch.save(value, content)
         checksum = hashlib.sha256(content.getbuffer()).hexdigest()[:16]
-        CACHE.mkdir(parents=True, exist_ok=True)
         write_whole(CACHE / f"{kind}-{_cache_key(about)}-{checksum}.pt", lambda file: file.write(content.getbuffer()))
 
 
@@ -602,6 +693,7 @@ def _digest(value) -> str:
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.contiguous().cpu().numpy().tobytes())
         elif isinstance(value, dict):
+            digest.update(f"{{{len(value)}".encode())
             for name in value:
                 add(name), add(value[name])
         elif isinstance(value, (list, tuple)):
@@ -781,10 +873,10 @@ def fit_affine(x: torch.Tensor, y: torch.Tensor, intercept: bool = False, rcond:
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [n, d] with equal n; got {tuple(x.shape)} and {tuple(y.shape)}")
-    _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
     n = len(x) - int(len(x) * held_out)
     if n < 2:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
+    _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
     x_mean, y_mean = (states[:n].mean(0) if intercept else torch.zeros_like(states[0]) for states in (x, y))
     inverse = inverse or _pseudo_inverse(x[:n] - x_mean if intercept else x[:n], rcond, ridge)
     fitted = AffineMap(inverse, y[:n] - y_mean if intercept else y[:n], x_mean, y_mean, n=n)
@@ -823,17 +915,15 @@ def plain_sentences(args: argparse.Namespace, names: list[str]) -> list[str]:
     """The sentences that affine maps are fitted on: unsplit WikiSplit sentences without their last 2 to 4 words, as in
     the released code. Those that are too long for one of the models `names` are left out, and it is said how many."""
     path = args.data / "wikisplit" / "validation.tsv"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        fail(f"no file {path}; python data/prepare.py fetches it")
+    lines = read_text(path).splitlines()
     drop = np.random.RandomState(42)
     texts = [" ".join(line.split("\t")[0].split()[:-drop.randint(2, 5)]) for line in lines]
     texts = [text for text in texts if text][:args.sentences * 5 // 2]      # a pool: each map is fitted on a sample of it
     keep = np.ones(len(texts), bool)
     for name in set(names):
         config, tokenizer = model_config(name)
-        keep &= np.array([0 < len(ids) <= context_length(config) for ids in tokenizer(texts, verbose=False).input_ids])
+        encoded = tokenizer(texts, verbose=False).input_ids if texts else []
+        keep &= np.array([0 < len(ids) <= context_length(config) for ids in encoded], bool)
     if not keep.all():
         print(f"{(~keep).sum()} of {len(texts)} plain sentences are empty or longer than a model's context, and left out")
     if keep.sum() < 10:
@@ -913,6 +1003,11 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
             if layer not in shifts:
                 shifts[layer] = torch.zeros(len(transplants), len(vector))
             shifts[layer][row] += alpha * vector.float().cpu()
+    for layer, shift in shifts.items():
+        # Norms square the stream in float32. Where that overflows, RMSNorm makes zeros of it: wrong answers without any NaN.
+        if not (shift**2).sum(1).isfinite().all() or not model.remote and not shift.to(model.dtype).isfinite().all():
+            raise FloatingPointError(f"NaN or infinity in what is added after block {layer} of {model.name} ({model.dtype}): "
+                                     "try a smaller alpha")
     return dict(sorted(shifts.items()))
 
 
@@ -1172,6 +1267,7 @@ class _EftProcessor:
             output = model._module(ids[:, self.read:].to(device), attention_mask=self.mask.to(device), use_cache=True,
                                    position_ids=positions.to(device), logits_to_keep=1, **cache)
             cache["past_key_values"] = output.past_key_values
+            _require_finite(output.logits, f"the logits of {model.name} ({model.dtype})")
             width = min(scores.shape[-1], output.logits.shape[-1])      # rows of padding at the end of an unembedding
             scores = scores[:, :width] + sign * output.logits[:, -1, :width].to(scores)
         self.read = ids.shape[1]
@@ -1287,6 +1383,7 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     # What the model folder sets for itself (top_k 50 where it says nothing, repetition penalties) is switched off.
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": model.tokenizer.pad_token_id, "do_sample": sample,
                "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+               "remove_invalid_values": True,           # NaN does not end a draw in a riddle: it is found, and blamed, below
                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {})}
     result = [""] * len(texts)
     batches = _batches(model, [len(row) + max_new_tokens for row in ids], label=label, costs=[0.0] * len(ids))
@@ -1298,13 +1395,17 @@ def generate(model, texts: list[str], transplant: Transplant = BASE, max_new_tok
     else:
         written = _each_batch(model, _writer, (shifts, options, seed, eft), pack, batches)
     for batch, new in written:
+        if not isinstance(new, torch.Tensor):
+            new, finite = new
+            if not finite:                      # the likeliest of tokens without a probability would be some token, too
+                _blame(model, [ids[i] for i in batch], transplant)
         for row, i in zip(new, batch):
             result[i] = model.tokenizer.decode(row, skip_special_tokens=True)
     return result
 
 
 def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
-    """A function that continues one batch: the new tokens [B, new], every token steered."""
+    """A function that continues one batch: new tokens [B, new], every token steered, and whether all logits were finite."""
     def write(rows):
         inputs = _padded(model, rows)
         inputs.pop("position_ids")              # generate makes its own from the mask
@@ -1316,13 +1417,15 @@ def _writer(model, shifts: dict, options: dict, seed: int, eft: tuple):
             torch.manual_seed(seed)
             with model.generate(**options, **small) as tracer:
                 with tracer.invoke(inputs):
+                    finite = list().save()
                     for step in tracer.iter[:options["max_new_tokens"]]:
                         for layer, shift in shifts.items():
                             h = residual(model.layers[layer].output)
                             h += shift[:, None].to(h)
+                        finite.append(model.unembed.output[:, -1].isfinite().all())
                 with tracer.invoke():           # runs even when the loop above is cut short
                     new = tracer.result.save()
-        return new[:, inputs["input_ids"].shape[1]:].cpu()
+        return new[:, inputs["input_ids"].shape[1]:].cpu(), all(map(bool, finite))
     return write
 
 
@@ -1390,6 +1493,7 @@ def logit_lens(model, texts: list[str], layer: int, transplants: list[Transplant
                                             lambda batch: {"moved": states[:, batch]}, batches):
         result = torch.empty(*states.shape[:2], probabilities.shape[-1]) if result is None else result
         result[:, batch] = probabilities
+    _require_finite(result, f"the logit lens after block {layer} of {model.name} ({model.dtype})")
     return result
 
 
@@ -1480,14 +1584,14 @@ class Run:
             for path in self.steps.iterdir():
                 path.unlink()
         stamp = self.folder / "args.json"
-        begun = stamp.exists() and self.steps.exists() and any(self.steps.iterdir())
-        if begun and json.loads(stamp.read_text())["inputs"] != inputs:
+        begun = stamp.exists() and any(path.suffix != ".tmp" for path in self.steps.glob("*"))
+        if begun and self._read(stamp, lambda path: json.loads(path.read_text())["inputs"]) != inputs:
             fail(f"models or data have changed since {self.folder} was begun; --fresh starts it over")
         try:
             self.steps.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot make the run folder {self.folder}: {error.strerror}")
-        about = {"command": [script, *args.command], "args": settings, "inputs": inputs}
+        about = {"command": [script, *args.command], "folder": os.getcwd(), "args": settings, "inputs": inputs}
         self._write("args.json", json.dumps(about, indent=1) + "\n")
         self._write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
@@ -1497,7 +1601,7 @@ class Run:
         if not path.exists():
             content = json.dumps(compute())
             write_whole(path, lambda file: file.write(content.encode()))
-        return json.loads(path.read_text())
+        return self._read(path, lambda path: json.loads(path.read_text()))
 
     def tensors(self, name: str, compute) -> dict[str, torch.Tensor]:
         """As step, for a dictionary of tensors: what a model that is finished with has left."""
@@ -1506,7 +1610,15 @@ class Run:
         if not path.exists():
             content = save({key: value.contiguous() for key, value in compute().items()})
             write_whole(path, lambda file: file.write(content))
-        return load(path.read_bytes())
+        return self._read(path, lambda path: load(path.read_bytes()))
+
+    @staticmethod
+    def _read(path: Path, read):
+        """What a file of the run folder says. Nothing here writes half a file, so a damaged one is somebody's question."""
+        try:
+            return read(path)
+        except Exception as error:              # each format has its own
+            fail(f"{path} is damaged ({type(error).__name__}: {error}); remove it to have it computed again")
 
     def _step_file(self, name: str, suffix: str) -> Path:
         short = re.sub(r"[^\w.-]+", "-", name)[:60]        # two names may shorten to one
@@ -1564,7 +1676,6 @@ def save_concept(path: Path, vector: torch.Tensor, **about) -> None:
     if missing:
         raise ValueError(f"a concept vector must say what it is; missing: {', '.join(sorted(missing))}")
     about = {"site": "residual stream after the block", "token": "last", "sign": "positive minus negative", **about}
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = save({"vector": vector.float().contiguous()}, {"concept_vector": json.dumps(about)})
     write_whole(path, lambda file: file.write(content))
 

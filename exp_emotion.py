@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
 import random
@@ -34,8 +33,8 @@ import numpy as np
 
 from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, generate, held_out_fit,
                     hidden_states, label_tokens, loader, logit_lens, markdown, model_config, option_parser, parse_options,
-                    percentile, perplexity, plain_sentences, random_directions, record, refine, run_script, save_concept,
-                    score_labels, torch, wilson)
+                    percentile, perplexity, plain_sentences, random_directions, read_texts, record, refine, run_script,
+                    save_concept, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -131,16 +130,7 @@ def pair_counts(args) -> list[int]:
 
 
 def load_scenarios(folder: Path) -> dict[str, list[str]]:
-    scenarios = {}
-    for emotion in EMOTIONS:
-        path = folder / "emotions" / f"{emotion}.json"
-        try:
-            scenarios[emotion] = list(dict.fromkeys(text.strip() for text in json.loads(path.read_text())))
-        except OSError:
-            fail(f"no file {path}; python data/prepare.py fetches it")
-        except (ValueError, AttributeError, TypeError) as error:
-            fail(f"{path} must be a JSON list of texts: {error}")
-    return scenarios
+    return {emotion: read_texts(folder / "emotions" / f"{emotion}.json") for emotion in EMOTIONS}
 
 
 def split(scenarios: dict[str, list[str]], args) -> dict:

@@ -30,7 +30,7 @@ import numpy as np
 
 from common import (BASE, Bridge, Run, Transplant, block_index, concept_vector, context_length, fail, fingerprint,
                     hidden_states, loader, markdown, model_config, option_parser, parse_options, percentile, plain_sentences,
-                    random_directions, record, run_script, score_labels, torch, wilson)
+                    random_directions, read_texts, record, run_script, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
@@ -113,16 +113,7 @@ def known_tokens(name: str) -> float:
 
 
 def load_scenarios(folder: Path) -> dict[str, list[str]]:
-    scenarios = {}
-    for emotion in EMOTIONS:
-        path = folder / "emotions" / f"{emotion}.json"
-        try:
-            scenarios[emotion] = list(dict.fromkeys(text.strip() for text in json.loads(path.read_text())))
-        except OSError:
-            fail(f"no file {path}; python data/prepare.py fetches it")
-        except (ValueError, AttributeError, TypeError) as error:
-            fail(f"{path} must be a JSON list of texts: {error}")
-    return scenarios
+    return {emotion: read_texts(folder / "emotions" / f"{emotion}.json") for emotion in EMOTIONS}
 
 
 def split(scenarios: dict[str, list[str]], args) -> dict:

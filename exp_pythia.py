@@ -16,7 +16,6 @@ loaded twice).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 
 from common import (BASE, Bridge, Run, Transplant, block_index, concept_vector, context_length, fail, fingerprint,
                     hidden_states, loader, markdown, mcnemar, model_config, option_parser, parse_options, percentile,
-                    plain_sentences, random_directions, record, run_script, score_labels, torch, wilson)
+                    plain_sentences, random_directions, read_texts, record, run_script, score_labels, torch, wilson)
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
@@ -81,16 +80,7 @@ def options(argv=None):
 
 
 def load_scenarios(folder: Path) -> dict[str, list[str]]:
-    scenarios = {}
-    for emotion in EMOTIONS:
-        path = folder / "emotions" / f"{emotion}.json"
-        try:
-            scenarios[emotion] = list(dict.fromkeys(text.strip() for text in json.loads(path.read_text())))
-        except OSError:
-            fail(f"no file {path}; python data/prepare.py fetches it")
-        except (ValueError, AttributeError, TypeError) as error:
-            fail(f"{path} must be a JSON list of texts: {error}")
-    return scenarios
+    return {emotion: read_texts(folder / "emotions" / f"{emotion}.json") for emotion in EMOTIONS}
 
 
 def split(scenarios: dict[str, list[str]], args) -> dict:

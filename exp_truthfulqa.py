@@ -19,7 +19,6 @@ it. Choices and their order, prompts and primer: PROMPTS below. The first prompt
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -34,7 +33,7 @@ import numpy as np
 from common import (BASE, Bridge, Run, Transplant, block_index, bootstrap, choice_logprobs, concept_vector, context_length,
                     export_gguf, export_steered, fail, fingerprint, generate, hidden_states, loader, markdown, mcnemar,
                     model_config, option_parser, parse_options, percentile, perplexity, plain_sentences, random_directions,
-                    record, run_script, same_vocabulary, save_concept, wilson)
+                    read_json, read_table, read_texts, record, run_script, same_vocabulary, save_concept, wilson)
 
 METHODS = ["base", "align-training", "self-align", "inst-align", "eft", "contrans"]
 LABELS = ["Base Model", "Align-Training", "Self-Align", "Inst-Align", "EFT/proxy-tuning", "ConTrans"]
@@ -161,20 +160,11 @@ class Question(NamedTuple):
 def load_questions(folder: Path) -> list[Question]:
     """mc_task.json, with the categories of TruthfulQA.csv where that lies beside it."""
     path = folder / "truthfulqa" / "mc_task.json"
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(items, list)
-    except OSError:
-        fail(f"no file {path}; python data/prepare.py fetches it")
-    except (ValueError, AssertionError) as error:
-        fail(f"{path} must be a JSON list of questions: {error}")
-    categories = {}
+    items, categories = read_json(path), {}
+    if not isinstance(items, list) or not items:
+        fail(f"{path} must be a JSON list of questions, and not empty")
     if (table := path.with_name("TruthfulQA.csv")).exists():
-        try:
-            with open(table, newline="", encoding="utf-8") as file:
-                categories = {row["Question"].strip(): row["Category"] for row in csv.DictReader(file)}
-        except (KeyError, AttributeError):
-            fail(f"{table} must have the columns Question and Category")
+        categories = {row["Question"].strip(): row["Category"] for row in read_table(table, "Question", "Category")}
     questions = []
     for number, item in enumerate(items):
         try:
@@ -183,7 +173,8 @@ def load_questions(folder: Path) -> list[Question]:
             right = [answers.index(answer) for answer, correct in mc1.items() if correct]
             true, false = ([answers.index(answer) for answer, correct in mc2.items() if bool(correct) == wanted]
                            for wanted in (True, False))
-            assert len(right) == 1 and len(mc1) > 1 and true and false and all(answers)
+            assert len(right) == 1 and len(mc1) > 1 and true and false
+            assert all(text.strip() for text in [item["question"], *answers])
             questions.append(Question(item["question"].strip(), answers, right[0], len(mc1), true, false,
                                       categories.get(item["question"].strip(), "")))
         except (KeyError, TypeError, AttributeError, AssertionError):
@@ -200,23 +191,13 @@ def chance(questions: list[Question]) -> float:
 def load_facts(folder: Path) -> list[str]:
     """The true statements about the world (Table 10)."""
     path = folder / "world_facts" / "facts_true_false.csv"
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            facts = [row["statement"].strip() for row in csv.DictReader(file) if row["label"].strip() == "1"]
-        return facts or fail(f"{path} has no true statement (label 1)")
-    except OSError:
-        fail(f"no file {path}; python data/prepare.py fetches it")
-    except (KeyError, AttributeError):
-        fail(f"{path} must have the columns statement and label")
+    facts = [row["statement"].strip() for row in read_table(path, "statement", "label") if row["label"].strip() == "1"]
+    return [fact for fact in facts if fact] or fail(f"{path} has no true statement (label 1)")
 
 
 def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
     """Happy and sad scenarios: the pairs of another concept's vector, a control."""
-    try:
-        lists = [json.loads((folder / "emotions" / f"{emotion}.json").read_text())[:100] for emotion in ("happiness", "sadness")]
-        assert all(texts and all(isinstance(text, str) for text in texts) for texts in lists), "not a list of texts"
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        fail(f"cannot read emotions/happiness.json and sadness.json, for the control vector: {error}; python data/prepare.py fetches them")
+    lists = [read_texts(folder / "emotions" / f"{emotion}.json")[:100] for emotion in ("happiness", "sadness")]
     return tuple([f"Scenario: {text}" for text in texts[:min(map(len, lists))]] for texts in lists)
 
 

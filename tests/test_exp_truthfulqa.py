@@ -567,7 +567,7 @@ QUESTIONS, SCENARIOS = "truthfulqa/mc_task.json", "emotions/happiness.json"
 FACTS, SENTENCES = "world_facts/facts_true_false.csv", "wikisplit/validation.tsv"
 WRONG = {
     "no questions file": (spoilt(QUESTIONS, None), "mc_task.json"),
-    "questions that are not JSON": (spoilt(QUESTIONS, "["), "mc_task.json must be a JSON list"),
+    "questions that are not JSON": (spoilt(QUESTIONS, "["), "mc_task.json, line 1: not JSON"),
     "questions that are a number": (spoilt(QUESTIONS, "7"), "mc_task.json"),
     "questions that are null": (spoilt(QUESTIONS, "null"), "mc_task.json"),
     "questions that are words": (spoilt(QUESTIONS, '["Why?"]'), "mc_task.json, question 0"),
@@ -585,10 +585,10 @@ WRONG = {
     "facts without columns": (spoilt(FACTS, "a,b\n1,2\n"), "facts_true_false.csv"),
     "no true fact": (spoilt(FACTS, "statement,label\nTom is a cat.,0\n", "--table", "10"), "facts_true_false.csv"),
     "no scenarios": (spoilt(SCENARIOS, None), "happiness.json"),
-    "scenarios that are not JSON": (spoilt(SCENARIOS, "["), "control vector"),
-    "scenarios that are a number": (spoilt(SCENARIOS, "7"), "control vector"),
-    "scenarios that are an object": (spoilt(SCENARIOS, '{"a": 1}'), "control vector"),
-    "scenarios that are empty": (spoilt(SCENARIOS, "[]"), "control vector"),
+    "scenarios that are not JSON": (spoilt(SCENARIOS, "["), "happiness.json"),
+    "scenarios that are a number": (spoilt(SCENARIOS, "7"), "happiness.json"),
+    "scenarios that are an object": (spoilt(SCENARIOS, '{"a": 1}'), "happiness.json"),
+    "scenarios that are empty": (spoilt(SCENARIOS, "[]"), "happiness.json"),
     "no plain sentences": (spoilt(SENTENCES, None), "validation.tsv"),
     "no data folder": (lambda tmp: ["--data", tmp / "nowhere"], "no data folder"),
     "only the baseline's strength": (lambda tmp: ["--alpha", "0"], "--alpha"),

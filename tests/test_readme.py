@@ -94,7 +94,7 @@ def test_the_two_commands_are_those_that_the_check_of_the_repository_runs():
 
 
 def test_every_option_in_the_texts_exists():
-    scripts = [*sorted(path.name for path in ROOT.glob("exp_*.py")), "data/prepare.py", "data/toy/train.py"]
+    scripts = [*sorted(path.name for path in ROOT.glob("exp_*.py")), "common.py", "data/prepare.py", "data/toy/train.py"]
     helps = "".join(subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
                     for script in scripts)
     known = set(re.findall(r"--[a-z][a-z-]*", helps))
