@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before huggingface_hub is imported: a test that asks the hub is a wrong test
+os.environ["OMP_NUM_THREADS"] = "1"     # before torch is: the models are tiny, and two workers share the cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest

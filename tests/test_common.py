@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, SHAPE, Reference, make_tokenizer, save_model
+from conftest import CONFIGS, Reference, make_tokenizer, save_model
 
 import common
 from common import BASE, Transplant

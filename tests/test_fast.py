@@ -10,7 +10,7 @@ import torch
 from test_common import PREFIX, TEXTS, close, vectors
 
 import common
-from common import BASE, Transplant
+from common import Transplant
 
 V = vectors(1)[0]
 SWEEP = [Transplant.of(V, 2, alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)]
