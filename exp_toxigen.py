@@ -39,8 +39,8 @@ import numpy as np
 
 from common import (BASE, Bridge, Run, Transplant, block_index, choice_logprobs, concept_vector, context_length, fail,
                     fingerprint, generate, hidden_states, load_concept, loader, markdown, mcnemar, model_config,
-                    option_parser, parse_options, percentile, perplexity, plain_sentences, random_directions, record,
-                    run_script, same_vocabulary, save_concept, torch, wilson)
+                    option_parser, parse_options, percentile, perplexity, plain_sentences, random_directions, read_json,
+                    read_text, read_texts, record, run_script, same_vocabulary, save_concept, torch, wilson)
 
 METHODS = ["base", "align-training", "self-align", "inst-align", "eft", "contrans"]
 LABELS = ["Base Model", "Align-Training", "Self-Align", "Inst-Align", "EFT/proxy-tuning", "ConTrans"]
@@ -162,7 +162,7 @@ def load_prompts(folder: Path) -> dict[str, dict[str, list[str]]]:
         tone, _, group = path.name.removesuffix("_1k.txt").partition("_")
         if tone not in ("hate", "neutral"):
             fail(f"{path}: the name must begin with hate_ or neutral_")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         texts = [re.sub(r"\\+n", "\n", line).strip() for line in lines]     # some files have the backslash doubled
         prompts.setdefault(group, {"hate": [], "neutral": []})[tone] = list(dict.fromkeys(filter(None, texts)))
     if not any(tones["hate"] for tones in prompts.values()) or not any(tones["neutral"] for tones in prompts.values()):
@@ -211,36 +211,31 @@ def without_shared_sentences(parts: dict[str, Parts]) -> dict[str, Parts]:
 
 def load_texts(folder: Path) -> list[str]:
     path = folder / "text" / "owt_sentences_lowtox.txt"
-    try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError:
+    if not path.exists():
         fail(f"no file {path}; data/README.md says how to make it from OpenWebText")
-    if not texts:
-        fail(f"{path} is empty")
-    return texts[:TEXTS]
+    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return texts[:TEXTS] or fail(f"{path} is empty")
 
 
 def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
     """Happy and sad scenarios: the pairs of another concept's vector, a control."""
-    try:
-        lists = [json.loads((folder / "emotions" / f"{emotion}.json").read_text())[:100]
-                 for emotion in ("happiness", "sadness")]
-        assert all(texts and all(isinstance(text, str) for text in texts) for texts in lists), "not a list of texts"
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        fail(f"cannot read emotions/happiness.json and sadness.json, for the control vector: {error}; "
-             "python data/prepare.py fetches them")
+    lists = [read_texts(folder / "emotions" / f"{emotion}.json")[:100] for emotion in ("happiness", "sadness")]
     return tuple([f"Scenario: {text}" for text in texts[:min(map(len, lists))]] for texts in lists)
 
 
 def load_questions(args) -> list[dict]:
     """TruthfulQA's questions with their choices of MC1, for Table 7; says how many are too long for a target."""
     path = args.data / "truthfulqa" / "mc_task.json"
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-        choices = [list(item["mc1_targets"].values()) for item in items if item["question"].strip()]
-        assert items and all(len(truths) > 1 and truths.count(1) == 1 for truths in choices), "a question has one right choice"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        fail(f"cannot read {path}, for Table 7: {error}; python data/prepare.py fetches it")
+    items = read_json(path)
+    if not isinstance(items, list) or not items:
+        fail(f"{path} must be a JSON list of questions, and not empty")
+    for number, item in enumerate(items):
+        try:
+            truths = list(item["mc1_targets"].values())
+            assert len(truths) > 1 and truths.count(1) == 1
+            assert all(text.strip() for text in (item["question"], *item["mc1_targets"]))
+        except (KeyError, TypeError, AttributeError, AssertionError):
+            fail(f"{path}, question {number}: needs a question, and mc1_targets with one right choice and a wrong one")
     limits = [(context_length(config), tokenizer) for config, tokenizer in map(model_config, args.tgt)]
     kept = [item for item in items if all(len(tokenizer("".join(pair)).input_ids) <= limit
                                           for limit, tokenizer in limits for pair in choices_of(args, item))]

@@ -105,7 +105,6 @@ DAMAGES = {
 }
 CASES = [(file, damage, script) for file, scripts in READS.items() for damage, (_, kinds, _) in DAMAGES.items()
          if kinds is None or file.endswith(kinds) for script in scripts]
-OWN = ("emotions/happiness.json", "toxigen/hate_drells_1k.txt", "text/owt_sentences_lowtox.txt")
 
 
 def data(folder: Path, file: str, damage=None) -> Path:
@@ -122,9 +121,7 @@ def data(folder: Path, file: str, damage=None) -> Path:
 
 
 @pytest.mark.parametrize("file, damage, script", CASES, ids=["-".join(case) for case in CASES])
-def test_a_damaged_file_is_named_with_its_line(file, damage, script, monkeypatch, capsys, tmp_path, request):
-    if script == "exp_toxigen" and file in OWN:         # its own loaders: they refuse, not always in these words
-        request.applymarker(pytest.mark.xfail(reason="exp_toxigen.py reads its files by itself so far", strict=False))
+def test_a_damaged_file_is_named_with_its_line(file, damage, script, monkeypatch, capsys, tmp_path):
     spoil, _, says = DAMAGES[damage]
     folder = data(tmp_path / "data", file, spoil)
     refused(script, monkeypatch, capsys, tmp_path, "--data", folder, says=(Path(file).name, *says))
