@@ -399,13 +399,14 @@ def test_replay_without_a_folder_is_one_line(begun, capsys):
 @pytest.mark.slow
 def test_bfloat16_and_float32_agree_within_their_intervals(tmp_path):
     """Every rate of one lies within the other's 95 % interval, for base, ConTrans and Self-Align at the same strength."""
-    rates = {}
+    rates, prices = {}, []
     for dtype in ("float32", "bfloat16"):
         exp_emotion.main(["--family", "toy", "--tgt", str(TOY / "models" / "llama-m"), "--data", str(TOY), "--limit", "20",
                           "--random", "2", "--maps", "2", "--alpha", "2", "--sentences", "1000", "--dtype", dtype, "--out",
                           str(tmp_path / dtype)])
         path, = (tmp_path / dtype).glob("exp_emotion/*/records.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
+        prices.append([row["value"] for row in rows if row["metric"] == "perplexity"])
         pooled = {}
         for row in rows:
             if row["metric"] in ("token_acc", "logit_acc") and row["split"] == "test":
@@ -413,6 +414,7 @@ def test_bfloat16_and_float32_agree_within_their_intervals(tmp_path):
                 pooled[row["metric"], row["method"]] = hits + round(row["value"] * row["n"]), n + row["n"]
         rates[dtype] = {key: (hits / n, *common.wilson(hits, n)) for key, (hits, n) in pooled.items()}
     one, two = rates.values()
+    assert prices[0] != prices[1]               # they are two dtypes
     print("", *(f"{dtype}: {found}" for dtype, found in rates.items()), sep="\n")
     assert one.keys() == two.keys() and {method for _, method in one} >= {"base", "contrans", "self-align"}
     for key in one:
