@@ -199,12 +199,13 @@ def replayed(parser: Parser, argv: list[str]) -> list[str]:
         fail(f"--replay: cannot read {folder / 'args.json'}: {type(error).__name__} {error}")
     if script != Path(parser.prog).stem:
         fail(f"--replay: {folder} was made by {script}.py, not by {parser.prog}")
+
     def moved(word: str) -> str:
         there = (began / word).exists() or option == "--out"
         return word if Path(word).is_absolute() or not there else os.path.relpath(began / word)
     # Only where files, folders or models are asked for does a word mean a path.
     paths = [name for action in parser._actions for name in action.option_strings
-             if action.type is Path or action.metavar in ("MODEL", "CHAT=BASE")]
+             if action.type is Path or action.metavar in ("MODEL", "CHAT=BASE", "N|FILE")]
     words, option = [], None
     for word in [word for word in old if word != "--fresh"]:
         if word.startswith("--"):
@@ -498,7 +499,7 @@ def _batches(model, lengths: list[int], rows_each: int = 1, label: str | None = 
                 i = order[end]
                 longest, cost = max(longest, lengths[i]), cost + costs[i] * rows_each
                 full = (end - start + 1) * longest * rows_each > model.batch_tokens or cost > model.pass_tokens
-                if end > start and (full or like[i] < 0.85 * like[order[start]] and 8 * cost > model.pass_tokens):
+                if end > start and (full or like[i] < 0.85 * like[order[start]] and 4 * cost > model.pass_tokens):
                     break
                 end += 1
             yield order[start:end]

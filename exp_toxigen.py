@@ -365,8 +365,11 @@ class Judge:
     def __call__(self, texts: list[str]) -> list[int]:
         if self.model is None:
             from transformers import AutoModelForSequenceClassification
+            name, _, revision = self.args.classifier.partition("@")
             self.tokenizer = model_config(self.args.classifier)[1]
-            self.model = AutoModelForSequenceClassification.from_pretrained(self.args.classifier).eval()
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                name, revision=revision or None, trust_remote_code=self.args.trust_remote_code,
+                use_safetensors=None if self.args.allow_pickle else True).eval()
             if self.args.device != "cpu" and torch.cuda.is_available():
                 self.model.cuda()
         verdicts = []
@@ -375,7 +378,10 @@ class Judge:
                                     max_length=min(512, context_length(self.model.config) - 2))
             inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                verdicts += (self.model(**inputs).logits.argmax(-1) == self.index).int().tolist()
+                logits = self.model(**inputs).logits
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"NaN or infinity in the logits of {self.args.classifier}")
+            verdicts += (logits.argmax(-1) == self.index).int().tolist()
         return verdicts
 
 
