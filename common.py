@@ -1,14 +1,14 @@
 """ConTrans (Dong et al.), step by step: what every experiment script needs, in the order of the paper.
 
-    1  Options        shared by all scripts; bad input ends in one line and exit code 2
-    2  Model          any causal LM of the hub or of a folder, as an nnsight model with .layers
-    3  Work           in batches, here or on NDIF
-    4  Hidden states  last token, output of block k (0-based), float32 on the CPU            Sec. 3
-    5  Refine         v = mean(h_pos - h_neg)                                                Eq. 1
-    6  Reformulate    v^ = v F,  F = V S^-1 U^T Y                                            Eq. 2, App. A
-    7  Transplant     h^k + alpha v^ at every position                                       Eq. 3
-    8  Scoring        next token, labels, choices, text, perplexity, logit lens: all under a transplant
-    9  Records        run folder, intervals, tables, concept vectors on disk
+    1  Options         of all scripts, and files; bad input ends in one line and exit code 2
+    2  Model           any causal LM of the hub or of a folder, as an nnsight model with .layers
+    3  Work            in batches, here or on NDIF
+    4  Hidden states   last token, output of block k (0-based), float32 on the CPU            Sec. 3
+    5  Refine          v = mean(h_pos - h_neg)                                                Eq. 1
+    6  Reformulate     v^ = v F,  F = V S^-1 U^T Y                                            Eq. 2, App. A
+    7  Transplant      h^k + alpha v^ at every position                                       Eq. 3
+    8  Scoring         next token, labels, choices, text, perplexity, logit lens: all under a transplant
+    9  Records         run folder, intervals, tables, concept vectors on disk
 
 No plot lives here, and no data set but the plain sentences of the map. Each room uses only rooms above it.
 """
@@ -53,7 +53,7 @@ def _on_first_use(name: str):
 
 torch = sys.modules.get("torch") or _on_first_use("torch")
 
-# ================================================================ 1  Options
+# ================================================================ 1  Options and files
 
 QUANTISED = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
 
@@ -73,60 +73,6 @@ def run_script(main) -> None:
         raise SystemExit(130) from None
     except FloatingPointError as error:
         fail(str(error))
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, without a byte-order mark; what cannot be read ends in one line that names file and line."""
-    try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
-    except FileNotFoundError:
-        fail(f"no file {path}; python data/prepare.py fetches it")
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 ({error.reason})")
-
-
-def read_json(path: Path):
-    """The value of a JSON file, as read_text."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text
-        return value
-    except json.JSONDecodeError as error:
-        fail(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}: not JSON that can be used ({error})")
-
-
-def read_texts(path: Path) -> list[str]:
-    """The texts of a JSON list, stripped, doubles dropped."""
-    texts = read_json(path)
-    if not isinstance(texts, list) or not texts:
-        fail(f"{path} must be a JSON list of texts, and not empty")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            fail(f"{path}, text {number}: {text!r} is not a text")
-    return list(dict.fromkeys(text.strip() for text in texts))
-
-
-def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, each with exactly the cells that the first line names; these columns must be there."""
-    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows = []
-    try:
-        header = next(lines, [])
-        if not set(columns) <= set(header):
-            fail(f"{path}, line 1: must have the columns {' and '.join(columns)}")
-        for row in filter(None, lines):         # an empty line is no row
-            if len(row) != len(header):
-                fail(f"{path}, line {lines.line_num}: {len(row)} cells where the first line has {len(header)}")
-            rows.append(dict(zip(header, row)))
-    except csv.Error as error:
-        fail(f"{path}, line {lines.line_num}: not CSV ({error})")
-    return rows
 
 
 class Parser(argparse.ArgumentParser):
@@ -319,6 +265,82 @@ def block_index(layer: str, blocks: int, side: int = 0) -> int:
     return index
 
 
+# ---------------------------------------------------------------- files
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, without a byte-order mark; what cannot be read ends in one line that names file and line."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        fail(f"no file {path}; python data/prepare.py fetches it")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 ({error.reason})")
+
+
+def read_json(path: Path):
+    """The value of a JSON file, as read_text."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text
+        return value
+    except json.JSONDecodeError as error:
+        fail(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: not JSON that can be used ({error})")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a JSON list, stripped, doubles dropped."""
+    texts = read_json(path)
+    if not isinstance(texts, list) or not texts:
+        fail(f"{path} must be a JSON list of texts, and not empty")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            fail(f"{path}, text {number}: {text!r} is not a text")
+    return list(dict.fromkeys(text.strip() for text in texts))
+
+
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, each with exactly the cells that the first line names; these columns must be there."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        header = next(lines, [])
+        if not set(columns) <= set(header):
+            fail(f"{path}, line 1: must have the columns {' and '.join(columns)}")
+        for row in filter(None, lines):         # an empty line is no row
+            if len(row) != len(header):
+                fail(f"{path}, line {lines.line_num}: {len(row)} cells where the first line has {len(header)}")
+            rows.append(dict(zip(header, row)))
+    except csv.Error as error:
+        fail(f"{path}, line {lines.line_num}: not CSV ({error})")
+    return rows
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(file) on a temporary file that takes its place only when it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"no space left to write {path}; free some, and the same command goes on from here")
+        fail(f"cannot write {path}: {error.strerror or error}")
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:                         # where nothing can be written, nothing can be removed
+            pass
+
+
 # ================================================================ 2  Model
 
 PATHS = {  # one path to blocks, final norm and unembedding on every architecture; unmatched keys are skipped by nnsight
@@ -464,6 +486,7 @@ def context_length(config) -> int:
 
 # ================================================================ 3  Work: in batches, here or on NDIF
 
+
 def residual(output):
     """The residual stream in a block's output: a tensor on most architectures, the first of a tuple on GPT-Neo."""
     return output[0] if isinstance(output, tuple) else output
@@ -556,6 +579,8 @@ def _each_batch(model, make, fixed: tuple, pack, batches, together: int | None =
         yield from halving(chunk)
 
 
+# ---------------------------------------------------------------- NDIF
+
 JOB = 8                                         # batches of one NDIF job: few round trips, well within the server's time
 PATIENCE = [1, 2, 4, 8, 16, 32, 64]             # seconds to wait before a job that failed is sent again
 TRAFFIC = {"requests": 0, "failed": 0, "kept": 0, "bytes up": 0, "bytes down": 0, "queue s": 0.0, "run s": 0.0}
@@ -638,24 +663,7 @@ def _ndif_client(model):
     return client
 
 
-def write_whole(path: Path, write) -> None:
-    """Call write(file) on a temporary file that takes its place only when it is complete."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fail(f"no space left to write {path}; free some, and the same command goes on from here")
-        fail(f"cannot write {path}: {error.strerror or error}")
-    finally:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:                         # where nothing can be written, nothing can be removed
-            pass
-
+# ---------------------------------------------------------------- what was computed before
 
 CACHE = Path(os.environ.get("CONTRANS_CACHE", Path(__file__).parent / "cache"))
 CACHE_VERSION = 2                               # of what the files hold: a change of it leaves all older ones unread
@@ -936,10 +944,11 @@ class Bridge:
     """From the hidden space of one base model into that of another, through affine maps of the same plain sentences.
 
     x [n, pairs of blocks, d1] and y [n, pairs of blocks, d2]: both models' states. Map number k is fitted on sample k of
-    the sentences, so that the luck of one map can be seen; with shuffled=True on sentences that do not belong together."""
+    the sentences, so that the luck of one map can be seen; with shuffled=True on sentences that do not belong together.
+    inverses: a dictionary that bridges from the same x share, so that x is factorised once for all of them."""
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor, args: argparse.Namespace):
-        self.x, self.y, self.args, self.maps, self.inverses = x, y, args, {}, {}
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, args: argparse.Namespace, inverses: dict | None = None):
+        self.x, self.y, self.args, self.maps, self.inverses = x, y, args, {}, {} if inverses is None else inverses
 
     def sample(self, number: int) -> list[int]:
         """Rows of the plain sentences that map `number` is fitted on."""
@@ -1014,6 +1023,8 @@ def _shifts(model, transplants: list[Transplant]) -> dict[int, torch.Tensor]:
 
 # ================================================================ 8  Scoring
 
+
+# ---------------------------------------------------------------- one forward pass, and what it need not repeat
 
 # What many rows begin with is read once and kept as a start: (blocks, mask). blocks: keys and values of each block, a row a
 # start up to the first steered block, a row a transplant and start above it. mask: which columns are tokens [starts, columns].
@@ -1273,6 +1284,9 @@ class _EftProcessor:
             scores = scores[:, :width] + sign * output.logits[:, -1, :width].to(scores)
         self.read = ids.shape[1]
         return scores
+
+
+# ---------------------------------------------------------------- what is asked of a model
 
 
 def next_token_logits(model, texts: list[str], transplants: list[Transplant] = (BASE,),

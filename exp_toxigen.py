@@ -429,7 +429,7 @@ class Vectors:
     """The concept vectors of every model, ready to be carried to a target. Each model is visited once, when a step asks."""
 
     def __init__(self, args, wanted: list[Vector], concepts: dict, texts: list[str], load):
-        self.args, self.v, self.plain, self.bridges = args, {}, {}, {}
+        self.args, self.v, self.plain, self.bridges, self.inverses = args, {}, {}, {}, {}
         mapped = {args.src_base, *args.tgt}
         for name in sorted(mapped | {vector.origin for vector in wanted}):
             read = read_at(args, name)
@@ -444,7 +444,8 @@ class Vectors:
         """Maps between the blocks of a point."""
         key = source, target, point["read"], point["block"]
         if key not in self.bridges:
-            self.bridges[key] = Bridge(self.plain[source][point["read"]], self.plain[target][point["block"]], self.args)
+            inverses = self.inverses.setdefault((source, point["read"]), {})
+            self.bridges[key] = Bridge(self.plain[source][point["read"]], self.plain[target][point["block"]], self.args, inverses)
         return self.bridges[key]
 
     def at(self, vector: Vector, target: str, point: dict, **which) -> torch.Tensor:

@@ -390,7 +390,7 @@ class Vectors:
     """The concept vectors of every model, ready to be carried to any other. Each model is visited once, when a step asks."""
 
     def __init__(self, args, rows: list[Row], material: dict, sentences: list[str], load):
-        self.args, self.v, self.plain, self.bridges = args, {}, {}, {}
+        self.args, self.v, self.plain, self.bridges, self.inverses = args, {}, {}, {}, {}
         steered = [row for row in rows if row.vector and not row.missing]
         wanted = {row.vector for row in steered}
         if any(row.table == "1" for row in rows):
@@ -406,7 +406,8 @@ class Vectors:
 
     def bridge(self, source: str, target: str) -> Bridge:
         if (source, target) not in self.bridges:
-            self.bridges[source, target] = Bridge(self.plain[source], self.plain[target], self.args)
+            inverses = self.inverses.setdefault(source, {})
+            self.bridges[source, target] = Bridge(self.plain[source], self.plain[target], self.args, inverses)
         return self.bridges[source, target]
 
     def at(self, vector: Vector, base: str, i: int, **which):

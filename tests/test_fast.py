@@ -4,6 +4,7 @@ That each number equals the plain way's is in test_common.py, on every architect
 fast ways are really taken, what they save, and what happens where a model or its memory does not allow them."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,3 +261,15 @@ def test_maps_into_two_spaces_share_one_factorisation(monkeypatch):
     second = common.fit_affine(x, z, inverse=first.inverse)
     wanted = torch.linalg.lstsq(x[:40].double(), z[:40].double()).solution
     close(second.vector(vectors(3, 8)), (vectors(3, 8).double() @ wanted).float())
+
+
+def test_bridges_from_one_space_share_its_factors(monkeypatch):
+    args, made = SimpleNamespace(sentences=40, intercept=False, rcond=0.0, ridge=0.0, norm="as-is"), []
+    inner = common._pseudo_inverse
+    monkeypatch.setattr(common, "_pseudo_inverse", lambda *given: made.append(1) or inner(*given))
+    x, shared = vectors(50, 8)[:, None], {}
+    over = [common.Bridge(x, vectors(50, width, width)[:, None], args, shared) for width in (12, 5)]
+    alone = common.Bridge(x, vectors(50, 5, 5)[:, None], args)
+    got = [bridge.carry(V[:8], 0, **which) for bridge in over for which in ({}, {"number": 1}, {"shuffled": True})]
+    assert len(made) == 2                       # one a sample of the sentences
+    close(alone.carry(V[:8], 0), got[3])
