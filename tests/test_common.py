@@ -1193,7 +1193,7 @@ def assert_one_line(capsys, call):
     "--sentences 0", "--sentences many", "--limit 0", "--limit -2", "--limit 1.5", "--batch-tokens 0",
     "--batch-tokens -1", "--rcond -0.1", "--rcond nan", "--ridge -1", "--ridge nan", "--ridge inf", "--layer x",
     "--layer 1,2,3", "--layer -1", "--layer 1,", "--layer 1.2.3", "--layer .", "--layer auto,3",
-    "--data no/such/folder", "--dtype int8", "--seed x", "--remote"])
+    "--data no/such/folder", "--dtype int3", "--seed x", "--remote"])
 def test_bad_options_end_in_one_line(tmp_path, capsys, monkeypatch, line):
     monkeypatch.delenv("NDIF_API_KEY", raising=False)
     assert_one_line(capsys, lambda: parse(tmp_path, *line.split()))
