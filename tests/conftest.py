@@ -3,8 +3,10 @@
 Everything is made here: no test needs a file from outside or a network.
 """
 
+import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before huggingface_hub is imported: a test that asks the hub is a wrong test
@@ -135,6 +137,31 @@ class Reference:
             pad_token_id=2))
         new_ids = out[0, ids.shape[1]:].tolist()
         return self.tokenizer.decode(new_ids, skip_special_tokens=True), new_ids
+
+
+def surroundings(cache: Path) -> dict:
+    """The environment of a process: one thread, and a cache of its own."""
+    return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+class Loads:
+    """Stands in for common.load_model: which models were loaded, and how many were alive at once."""
+
+    def __init__(self):
+        self.names, self.alive, self.most = [], [], 0
+        self.load = getattr(common.load_model, "load", common.load_model)
+
+    def __call__(self, name, *options):
+        self.alive = [reference for reference in self.alive if reference() is not None]
+        model = self.load(name, *options)
+        self.names.append(name)
+        self.alive.append(weakref.ref(model._module))
+        self.most = max(self.most, len(self.alive))
+        return model
+
+
+def json_rows(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="session", autouse=True)

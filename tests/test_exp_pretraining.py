@@ -8,13 +8,11 @@ import argparse
 import csv
 import inspect
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +25,7 @@ import common
 import exp_emotion
 import exp_pretraining
 import exp_pythia
-from conftest import Reference
+from conftest import Loads, Reference, json_rows, surroundings
 from exp_pretraining import EMOTIONS, ZOO
 from hub import Hub
 
@@ -314,26 +312,6 @@ def test_the_figure_shows_both_accuracies_of_the_mean_and_of_each_emotion_agains
 SCRIPT = [sys.executable, str(ROOT / "exp_pretraining.py")]
 
 
-def surroundings(cache: Path) -> dict:
-    """The environment of a process: one thread, and a cache of its own."""
-    return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-
-
-class Loads:
-    """Stands in for common.load_model: which models were loaded, and how many were alive at once."""
-
-    def __init__(self):
-        self.names, self.alive, self.most, self.load = [], [], 0, common.load_model
-
-    def __call__(self, name, *options):
-        self.alive = [reference for reference in self.alive if reference() is not None]
-        model = self.load(name, *options)
-        self.names.append(name)
-        self.alive.append(weakref.ref(model._module))
-        self.most = max(self.most, len(self.alive))
-        return model
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A tiny run: its folder, what was loaded, and every transplant that was tested, by checkpoint and emotion."""
@@ -353,10 +331,6 @@ def finished(tmp_path_factory):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
-
-
-def json_rows(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def test_the_run_folder_holds_records_table_and_figure(finished):
