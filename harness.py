@@ -1,0 +1,846 @@
+"""The workshop around common.py: what every experiment script needs beside the method.
+
+1  Options     of all scripts; bad input ends with one line and exit code 2
+2  Files       read with errors that name file and line; written whole or not at all
+3  NDIF        what is checked before any work, and how a job is sent and retried
+4  Runs        a folder for each run, whose steps are computed once
+5  Records     one number each, with its interval; tables are made from them
+6  Vectors     concept vectors on disk, and in the formats of other programs
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import errno
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
+TOY = ROOT / "data" / "toy"
+CACHE = {"folder": os.environ.get("CONTRANS_CACHE", ROOT / "cache")}
+
+# ================================================================ 1  Options
+
+
+def fail(message: str):
+    """End the program with one line that says what is wrong and what to do, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_script(main) -> None:
+    """Run a script's main; Ctrl-C and NaN end with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(130) from None
+    except FloatingPointError as error:
+        fail(str(error))
+
+
+def at_least(lowest: int):
+    """An option type: a whole number, not below `lowest`."""
+
+    def integer(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {lowest}")
+        return int(text)
+
+    return integer
+
+
+def _number(text: str) -> float:
+    """An option type: a finite number."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return float(text)
+
+
+def share(text: str) -> float:
+    """An option type: a number from 0 to below 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more and less than 1")
+    return float(text)
+
+
+def _positive(text: str) -> float:
+    """An option type: a finite number, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number, 0 or more")
+    return float(text)
+
+
+def _strength(text: str) -> float:
+    if _number(text) == 0:
+        raise argparse.ArgumentTypeError("0 is the baseline, which is always there")
+    return float(text)
+
+
+def _layer(text: str) -> str:
+    depth = r"(\d{1,9}|\d{0,9}\.\d{1,99})"
+    if not re.fullmatch(rf"auto|{depth}(,{depth})?", text):
+        message = (
+            f"{text}: an index (24), a fraction of depth (0.75), SOURCE,TARGET (24,30) or auto"
+        )
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        fail(f"{message} (see python {self.prog} --help)")
+
+
+def option_parser(
+    doc: str, families: dict, models=("src", "src-base", "tgt", "tgt-chat")
+) -> _Parser:
+    """The options of every script; `models` says which of the four model options it has.
+
+    `families` maps a name to settings: values of src, tgt, layer, alpha …"""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--family", choices=families, help="models and settings, see FAMILIES (default: toy)")
+    texts = {
+        "src": "source model that the concept is refined in: hub id or folder, REPO@REVISION",
+        "src-base": "base model of the source, for the affine map (default: --src)",
+        "tgt": "target base models",
+        "tgt-chat": "aligned models of the targets, in the same order; none where there is none",
+    }
+    for name in models:
+        several = {"nargs": "+"} if name.startswith("tgt") else {}
+        add(f"--{name}", metavar="MODEL", help=texts[name], **several)
+    add("--layer", type=_layer, metavar="K", help="block: index, fraction, SOURCE,TARGET, or auto")
+    add("--alpha", type=_strength, nargs="+", metavar="A", help="steering strengths to choose from")
+    add(
+        "--norm",
+        choices=["as-is", "match"],
+        default="as-is",
+        help="match: |v_hat| relative to the target's stream as |v| is to the source's",
+    )
+    add("--refine", choices=["mean", "pca", "probe"], default="mean", help="paper: mean (Eq. 1)")
+    add(
+        "--sentences",
+        type=at_least(1),
+        metavar="N",
+        help="plain sentences of one affine map; 80 %% fit it, 20 %% test it (paper: 2000)",
+    )
+    add("--intercept", action="store_true", help="affine map with an intercept (paper: without)")
+    add("--rcond", type=share, default=0.0, help="drop singular values below this share (paper: 0)")
+    add(
+        "--ridge",
+        type=_positive,
+        default=0.0,
+        help="ridge penalty in units of the mean squared singular value (paper: 0)",
+    )
+    add("--random", type=at_least(1), default=20, help="random directions, as controls")
+    add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
+    add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
+    add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "nf4", "int8"],
+        help="auto: float32 on a CPU, bfloat16 on a GPU; nf4 and int8 need bitsandbytes",
+    )
+    add("--device", default="auto", help="auto (all GPUs), cpu, cuda, cuda:1 …")
+    add(
+        "--remote",
+        nargs="?",
+        const="target",
+        choices=["target", "both"],
+        help="run the targets, or source and targets, on NDIF (key: NDIF_API_KEY)",
+    )
+    add("--ndif-host", metavar="URL", default=os.environ.get("NDIF_HOST", "https://api.ndif.us"))
+    add(
+        "--batch-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="tokens computed in one forward pass; lower it when memory runs out",
+    )
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="of the run folders")
+    add("--fresh", action="store_true", help="start over instead of continuing an earlier run")
+    add("--no-cache", action="store_true", help="neither read nor write cached hidden states")
+    add("--allow-pickle", action="store_true", help="load weights that can run any code")
+    add("--trust-remote-code", action="store_true", help="run Python that comes with a model")
+    return parser
+
+
+def parse_options(
+    parser: _Parser,
+    families: dict,
+    argv: list[str] | None = None,
+    complete=lambda args: None,
+):
+    """Parse the command line, fill in the family's settings, refuse what cannot work.
+
+    Loads no model. Models of one's own (--src, --tgt, --models …) take the settings of "custom".
+    complete(args): sets src and tgt in a script that has other options for its models."""
+    args = parser.parse_args(argv)
+    args.command = [Path(parser.prog).name, *(sys.argv[1:] if argv is None else argv)]
+    given = [name for name in ("src", "tgt", "models", "model") if getattr(args, name, None)]
+    args.family = args.family or ("custom" if given else "toy")
+    settings = dict(families[args.family])
+    if "src" in given:
+        settings.pop("src_base", None)  # the family's partner does not go with another model
+    if "tgt" in given:
+        settings.pop("tgt_chat", None)
+    for name, value in settings.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    complete(args)
+    _require_models(args)
+    args.alpha = list(dict.fromkeys(args.alpha))
+    if args.limit == 0 or args.limit < -1:
+        fail("--limit must be at least 1, or -1 for all")
+    if args.seed >= 2**32:  # what all generators take
+        fail("--seed must be less than 2**32")
+    if not args.data.is_dir():
+        fail(f"no data folder {args.data}; python data/prepare.py makes data/paper")
+    if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
+        fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
+    CACHE["folder"] = None if args.no_cache else CACHE["folder"]
+    return args
+
+
+def _require_models(args) -> None:
+    """Complete src_base and tgt_chat, and refuse models that do not go together."""
+    if not (args.src and args.tgt):
+        fail("--src and --tgt go together; or name a --family that has both")
+    args.src_base = getattr(args, "src_base", None) or args.src
+    if len({Path(name).name for name in args.tgt}) < len(args.tgt):
+        fail("two target models have one name; run them one by one")
+    chats = getattr(args, "tgt_chat", None) or ["none"] * len(args.tgt)
+    if len(chats) != len(args.tgt):
+        fail(f"{len(chats)} --tgt-chat models for {len(args.tgt)} --tgt models: give one each")
+    args.tgt_chat = [None if name == "none" else name for name in chats]
+
+
+def model_options(args) -> dict:
+    """What the command line says about loading models, for common.Models; checks NDIF."""
+    remote = []
+    if args.remote:
+        remote = [*args.tgt, *args.tgt_chat]
+        if args.remote == "both":
+            remote += [args.src, args.src_base]
+        remote = [name for name in dict.fromkeys(remote) if name]
+        args.ndif_host = args.ndif_host.rstrip("/")
+        _check_ndif(args.ndif_host, remote)
+    return {
+        "remote": remote,
+        "host": args.ndif_host,
+        "allow_pickle": args.allow_pickle,
+        "trust_remote_code": args.trust_remote_code,
+        "dtype": args.dtype,
+        "device": args.device,
+        "batch_tokens": args.batch_tokens,
+    }
+
+
+# ================================================================ 2  Files
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file without its byte-order mark."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        fail(f"no file {path}; python data/prepare.py fetches it")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        fail(f"{path}, line {line}: not UTF-8 ({error.reason})")
+
+
+def read_json(path: Path):
+    """The content of a JSON file."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates cannot be encoded
+        return value
+    except json.JSONDecodeError as error:
+        fail(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: unusable JSON ({error})")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a JSON list, stripped, duplicates dropped."""
+    texts = read_json(path)
+    if not isinstance(texts, list) or not texts:
+        fail(f"{path} must be a JSON list of texts, and not empty")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            fail(f"{path}, text {index}: {text!r} is not a text")
+    return list(dict.fromkeys(text.strip() for text in texts))
+
+
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file that has at least these columns."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        fail(f"{path}, line {reader.line_num}: not CSV ({error})")
+    if not set(columns) <= set(reader.fieldnames or []):
+        fail(f"{path}, line 1: must have the columns {', '.join(columns)}")
+    for index, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            fail(f"{path}, row {index}: not as many cells as the first line has")
+    return rows
+
+
+def _write_file(path: Path, content) -> None:
+    """Write text, bytes, or what content(file) writes; the file appears only when it is complete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"no space left for {path}; free some and run the same command again")
+        fail(f"cannot write {path}: {error.strerror or error}")
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:  # a read-only folder
+            pass
+
+
+def _digest(value) -> str:
+    """A hash of nested lists, dictionaries, numbers, texts and tensors."""
+    import torch
+
+    result = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            result.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            result.update(value.contiguous().cpu().numpy().tobytes())
+        elif isinstance(value, dict):
+            add(list(value.items()))
+        elif isinstance(value, (list, tuple)):
+            result.update(f"[{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            result.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(value)
+    return result.hexdigest()[:32]
+
+
+def cached(kind: str, about, compute):
+    """compute()'s tensors, from the cache folder if they were computed before.
+
+    about: everything that they depend on. A file that cannot be read is computed again."""
+    import torch
+
+    if CACHE["folder"] is None:
+        return compute()
+    packages = [version(name) for name in ("torch", "transformers", "nnsight")]
+    path = Path(CACHE["folder"]) / f"{kind}-{_digest([packages, about])}.pt"
+    if path.exists():
+        try:
+            return torch.load(path, mmap=True)
+        except Exception as error:  # whatever damaged the file
+            print(f"{path} is damaged ({type(error).__name__}): computed again", file=sys.stderr)
+    value = compute()
+    _write_file(path, lambda file: torch.save(value, file))
+    return value
+
+
+# ================================================================ 3  NDIF
+
+RETRY_SECONDS = [1, 2, 4, 8, 16, 32, 64]  # before a job that failed is sent again
+NDIF_STATS = {"requests": 0, "failed": 0, "from cache": 0}
+
+
+def _check_ndif(host: str, names: list[str]) -> None:
+    """Check key, server, versions and models, before any work."""
+    import httpx
+
+    if not os.environ.get("NDIF_API_KEY"):
+        fail("--remote needs a key in NDIF_API_KEY; https://login.ndif.us gives one")
+    if not re.match("https?://", host):
+        fail(f"--ndif-host {host}: it must begin with http:// or https://")
+    for name in names:
+        if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name):
+            fail(
+                f"--remote: NDIF knows models by their hub ids, like meta-llama/Llama-3.1-70B, not {name}"
+            )
+    try:
+        status, server = [
+            httpx.get(f"{host}/{page}", timeout=60).raise_for_status().json()
+            for page in ("status", "env")
+        ]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        fail(f"no NDIF at {host}: {error}; see https://nnsight.net/status")
+    for package in ("nnsight", "transformers"):
+        theirs = server.get("packages", {}).get(package)
+        if theirs != version(package):
+            advice = f"pip install {package}=={theirs}"
+            fail(f"NDIF runs {package} {theirs}, you have {version(package)}: {advice}")
+    running = set()
+    for model in status.get("deployments", {}).values():
+        if model.get("application_state") == "RUNNING" and "repo_id" in model:
+            running.add(f"{model['repo_id']}@{model.get('revision') or 'main'}")
+    for name in names:
+        if (name if "@" in name else f"{name}@main") not in running:
+            up = ", ".join(sorted(each.removesuffix("@main") for each in running))
+            fail(f"{name} is not running on NDIF; these are: {up or 'none'}")
+
+
+def on_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list) -> list:
+    """[make(nn, *fixed)(**pack) for pack in packs], computed on the server as one job.
+
+    make travels as source text with all that it calls. A failed job is sent again; an answer is cached
+    and never asked for twice. Raises TimeoutError or torch.OutOfMemoryError if the job is too large."""
+    key = [*about, make.__name__, fixed, packs]
+    asked = NDIF_STATS["requests"]
+    answers = cached("ndif", key, lambda: _send_with_retries(nn, host, make, fixed, packs))
+    NDIF_STATS["from cache"] += NDIF_STATS["requests"] == asked
+    return answers
+
+
+def _send_with_retries(nn, host: str, make, fixed: tuple, packs: list[dict]) -> list:
+    import httpx
+    import torch
+    from nnsight.intervention.backends.remote import RemoteError
+    from websocket import WebSocketException
+
+    last = None
+    for wait in [*RETRY_SECONDS, None]:
+        NDIF_STATS["requests"] += 1
+        try:
+            return _send(nn, host, make, fixed, packs)
+        except (RemoteError, WebSocketException, httpx.HTTPError, OSError) as error:
+            NDIF_STATS["failed"] += 1
+            text = str(error).strip().replace(os.environ.get("NDIF_API_KEY") or "\0", "(the key)")
+            code = getattr(getattr(error.__cause__, "response", None), "status_code", 0)
+        reason = text.splitlines()[-1] if text else "no answer"
+        if "execution timeout" in text:
+            raise TimeoutError(reason)
+        if re.search("out of memory|OutOfMemory", text):
+            raise torch.OutOfMemoryError(reason)
+        # A refusal, or a traceback that comes twice, will not go away.
+        if wait is None or 400 <= code < 500 or ("Traceback" in text and text == last):
+            fail(f"NDIF ({host}): {reason}; run the same command again to continue")
+        print(f"NDIF: {reason}; retry in {wait} s", file=sys.stderr)
+        last = text
+        time.sleep(wait)
+
+
+def _send(nn, host: str, make, fixed: tuple, packs: list[dict]) -> list:
+    import nnsight
+
+    with nn.session(remote=host):
+        answers = nnsight.save(_run_packs(nn, make, fixed, packs))
+    return answers
+
+
+def _run_packs(nn, make, fixed: tuple, packs: list[dict]) -> list:
+    work = make(nn, *fixed)
+    return [work(**pack) for pack in packs]
+
+
+# ================================================================ 4  Runs
+
+
+class Run:
+    """The folder of one run: <out>/<script>/<source>--<targets>--<hash>/.
+
+        run = Run(__file__, args, inputs)           inputs: models, data, first prompts …
+        result = run.step("llama-m eft", function, argument, …)     computed once; any JSON value
+        run.figure(figure, "figure_2a"); run.save(records, examples, report)
+
+    The hash covers arguments, inputs and the source of the script, common.py and harness.py: the same
+    command continues where it stopped, and an edited script starts a run of its own."""
+
+    def __init__(self, script: str, args, inputs: dict, ignore: tuple[str, ...] = ()):
+        # ignore: options that change no result of a step
+        skipped = {"command", "out", "fresh", "no_cache", "batch_tokens", *ignore}
+        settings = {k: v for k, v in vars(args).items() if k not in skipped}
+        settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
+        sources = [Path(script), Path(__file__), Path(__file__).with_name("common.py")]
+        code = {path.name: _digest(path.read_text()) for path in sources}
+        self.id = _digest([settings, inputs, list(code.values())])[:8]
+        self.args = args
+        short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
+        name = f"{short[0]}--{'+'.join(short[1:])[:120]}--{self.id}"
+        self.folder = args.out / Path(script).stem / name
+        self.steps = self.folder / "steps"
+        self.reused, self.computed = 0, 0
+        if args.fresh and self.steps.exists():
+            for path in self.steps.iterdir():
+                path.unlink()
+        about = {"command": args.command, "args": settings, "inputs": inputs, "code": code}
+        _write_file(self.folder / "args.json", json.dumps(about, indent=1) + "\n")
+        if not self.steps.exists() or args.fresh:
+            _write_file(
+                self.folder / "environment.json", json.dumps(_environment(), indent=1) + "\n"
+            )
+        self.steps.mkdir(exist_ok=True)
+
+    def step(self, name: str, function, *args, **kwargs):
+        """function(*args, **kwargs), which must be JSON, from the folder if it was computed before."""
+        path = self._path(name, "json")
+        self._count(name, path)
+        if not path.exists():
+            _write_file(path, json.dumps(function(*args, **kwargs)))
+        return self._read(path, lambda path: json.loads(path.read_text()))
+
+    def tensors(self, name: str, function, *args, **kwargs) -> dict:
+        """As step, for a dictionary of tensors."""
+        from safetensors.torch import load, save
+
+        path = self._path(name, "safetensors")
+        self._count(name, path)
+        if not path.exists():
+            tensors = function(*args, **kwargs)
+            _write_file(path, save({key: each.contiguous() for key, each in tensors.items()}))
+        return self._read(path, lambda path: load(path.read_bytes()))
+
+    def done(self, name: str) -> bool:
+        """Whether a step's result is there already."""
+        return self._path(name, "json").exists() or self._path(name, "safetensors").exists()
+
+    def _path(self, name: str, suffix: str) -> Path:
+        short = re.sub(r"[^\w.-]+", "-", name)[:60]  # two names may shorten to one
+        return self.steps / f"{short}-{_digest(name)[:6]}.{suffix}"
+
+    def _count(self, name: str, path: Path) -> None:
+        self.reused += path.exists()
+        self.computed += not path.exists()
+        if not path.exists():
+            print(f"[{time.strftime('%H:%M:%S')}] {name}", file=sys.stderr)
+
+    @staticmethod
+    def _read(path: Path, read):
+        try:
+            return read(path)
+        except Exception as error:  # each format has its own
+            fail(
+                f"{path} is damaged ({type(error).__name__}: {error}); remove it to compute it again"
+            )
+
+    def save(self, records: list[dict], examples: list[dict], report: str) -> None:
+        """Write records.csv, records.jsonl, examples.jsonl and report.md, and print the report."""
+        names = ("seed", "refine", "norm", "protocol", "intercept", "ridge", "rcond", "sentences")
+        about = {name: getattr(self.args, name, None) for name in names}
+        records = [each | {"run": self.id} | about for each in records]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [*RECORD, "run", *names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        _write_file(self.folder / "records.csv", table.getvalue())
+        for name, rows in (("records", records), ("examples", examples)):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            _write_file(self.folder / f"{name}.jsonl", lines)
+        _write_file(self.folder / "report.md", report + "\n")
+        print(f"\n{report}\n\n{self.folder}")
+        if self.reused:
+            print(
+                f"{self.reused} of {self.reused + self.computed} steps were computed by an earlier run"
+            )
+        if NDIF_STATS["requests"]:
+            _write_file(self.folder / "ndif.json", json.dumps(NDIF_STATS, indent=1) + "\n")
+            print("NDIF: " + ", ".join(f"{count} {name}" for name, count in NDIF_STATS.items()))
+
+    def figure(self, figure, name: str) -> None:
+        """Save a matplotlib figure as PNG and PDF, and close it."""
+        import matplotlib.pyplot as plt
+
+        for suffix in ("png", "pdf"):
+            path = self.folder / f"{name}.{suffix}"
+            options = {"format": suffix, "dpi": 150, "bbox_inches": "tight"}
+            _write_file(path, lambda file: figure.savefig(file, **options))
+        plt.close(figure)
+
+
+def new_figure(**size):
+    """(figure, axes) in the style of all scripts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    plt.rcParams.update(style)
+    return plt.subplots(layout="constrained", **size)
+
+
+def _environment() -> dict:
+    """Versions, commit and hardware."""
+    import torch
+
+    try:
+        git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    packages = ("torch", "transformers", "nnsight", "numpy", "scikit-learn")
+    return {
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        **{name: version(name) for name in packages},
+    }
+
+
+# ================================================================ 5  Records
+
+RECORD = [
+    "item", "source", "target", "concept", "method", "variant", "group", "part", "source_block",
+    "block", "alpha", "metric", "value", "low", "high", "n", "paper",
+]  # fmt: skip
+METHODS = {
+    "base": "Base Model",
+    "align-training": "Align-Training",
+    "self-align": "Self-Align",
+    "inst-align": "Inst-Align",
+    "eft": "EFT/proxy-tuning",
+    "contrans": "ConTrans",
+}
+
+
+def record(hits=None, values=None, **fields) -> dict:
+    """One number with what it is about (see RECORD). Rates are fractions; alpha = 0 is method `base`.
+
+    hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n.
+    values: numbers of the items that a mean is over; likewise, with a bootstrap interval."""
+    if hits is not None:
+        hits = [bool(hit) for hit in hits]
+        low, high = _wilson(sum(hits), len(hits))
+        fields |= {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)}
+    if values is not None:
+        low, high = _bootstrap(values)
+        fields |= {"value": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
+    unknown = set(fields) - set(RECORD)
+    if unknown:
+        raise ValueError(f"unknown record fields {sorted(unknown)}")
+    return {name: fields.get(name) for name in RECORD}
+
+
+def select(records: list[dict], **match) -> list[dict]:
+    """The records whose fields have these values."""
+    return [each for each in records if all(each[key] == value for key, value in match.items())]
+
+
+def spread(records: list[dict], variant: str) -> dict:
+    """Several records (random directions, maps) as one: mean, lowest and highest value, their number."""
+    values = [each["value"] for each in records]
+    about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+    return records[0] | about | {"n": len(values), "variant": variant, "paper": None}
+
+
+def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
+    """Set `paper` from data/paper.csv. names: what the paper calls our models.
+
+    An empty cell of the file matches anything; the first row that matches is taken."""
+    known = read_table(Path(__file__).with_name("data") / "paper.csv", "item", "value")
+    for each in records:
+        ours = each | {key: names.get(each[key], each[key]) for key in ("source", "target")}
+        for row in known:
+            cells = [(key, cell) for key, cell in row.items() if key != "value" and cell]
+            if all(_same(ours[key], cell) for key, cell in cells):
+                each["paper"] = float(row["value"])
+                break
+
+
+def _same(ours, cell: str) -> bool:
+    if isinstance(ours, (int, float)):
+        return float(cell) == ours
+    return cell == (ours or "-")
+
+
+def _cell(each: dict | None) -> str:
+    """A record in a table: rates in %, with interval, and the paper's number in brackets."""
+    if each is None:
+        return ""
+    is_rate = each["metric"] in RATES
+    scale, digits = (100, 1) if is_rate else (1, 2)
+    text = f"{scale * each['value']:.{digits}f}"
+    if each["low"] is not None:
+        ends = [f"{scale * each[end]:.{0 if is_rate else digits}f}" for end in ("low", "high")]
+        text += f" [{', '.join(ends)}]"
+    if each["paper"] is not None:
+        text += f" ({scale * each['paper']:.{digits}f})"
+    return text
+
+
+RATES = {"token_acc", "logit_acc", "mc1", "mc2", "toxic_rate", "empty", "copied", "repeated"}
+
+
+def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, notes=None) -> str:
+    """A Markdown table of records, rows and columns in the order of the records.
+
+    rows, columns: a field, or a function of a record. missing: {row: why it has no numbers}.
+    notes: {row: what stands in a last column}."""
+    row_of = rows if callable(rows) else lambda each: each[rows]
+    column_of = columns if callable(columns) else lambda each: each[columns]
+    heads = list(dict.fromkeys(column_of(each) for each in records))
+    cells: dict = {}
+    for each in records:
+        cells.setdefault(row_of(each), {})[column_of(each)] = _cell(each)
+    lines = [[name, *(found.get(head, "") for head in heads)] for name, found in cells.items()]
+    lines += [[name, reason, *[""] * (len(heads) - 1)] for name, reason in missing.items()]
+    if notes:
+        lines = [[*line, notes.get(line[0], "")] for line in lines]
+    return markdown(["", *heads, *([""] if notes else [])], lines)
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def _wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson score)."""
+    from scipy.stats import binomtest
+
+    if not n:
+        return 0.0, 1.0
+    interval = binomtest(int(successes), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(before, after) -> float:
+    """Exact two-sided p of a paired difference between two lists of booleans about the same items."""
+    from scipy.stats import binomtest
+
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean, by resampling the items."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))
+    return tuple(np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist())
+
+
+def percentile(value: float, among) -> float:
+    """Share [%] of `among` that is below `value`, ties counted half."""
+    among = np.asarray(list(among), float)
+    return float(100 * ((among < value).mean() + (among == value).mean() / 2))
+
+
+# ================================================================ 6  Vectors
+
+REQUIRED = {
+    "concept",
+    "source",
+    "target",
+    "fingerprint",
+    "layer",
+    "method",
+    "pairs",
+    "first_prompt",
+}
+
+
+def save_concept(path: Path, vector, **about) -> None:
+    """Write a concept vector [d] as safetensors that says what it is (REQUIRED and more)."""
+    from safetensors.torch import save
+
+    if missing := REQUIRED - set(about):
+        raise ValueError(
+            f"a concept vector must say what it is; missing: {', '.join(sorted(missing))}"
+        )
+    site = {"site": "residual stream after the block", "token": "last"}
+    about = {**site, "sign": "positive minus negative", **about}
+    metadata = {"concept_vector": json.dumps(about)}
+    _write_file(path, save({"vector": vector.float().contiguous()}, metadata))
+
+
+def load_concept(path: Path, model=None) -> tuple:
+    """(vector [d], what it says of itself). With a model, refuses a vector made for another one."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if "concept_vector" not in metadata:
+            raise ValueError(f"{path} is not a concept vector: it does not say what it is")
+        vector, about = file.get_tensor("vector"), json.loads(metadata["concept_vector"])
+    if model is not None and about["fingerprint"] != model.fingerprint:
+        made_for = f"{about['target']} ({about['fingerprint']})"
+        raise ValueError(f"{path} was made for {made_for}, not {model.name} ({model.fingerprint})")
+    return vector, about
+
+
+def export_concept(path: Path, model, vector, layer: int, alpha: float) -> None:
+    """Write a vector [d] with its block and strength in the format of another program.
+
+    PATH.pt: lm-evaluation-harness, `--model steered --model_args …,steer_path=PATH.pt`.
+    PATH.gguf: llama.cpp, `--control-vector PATH.gguf`; it has no control vector after block 0."""
+    vector = vector.float().cpu()
+    if path.suffix == ".pt":
+        _export_steered(path, model.nn._module, model.nn.layers[layer]._module, vector, alpha)
+    elif path.suffix == ".gguf":
+        if layer == 0:
+            raise ValueError("llama.cpp has no control vector after block 0; take a later block")
+        _export_gguf(path, model.config.model_type, layer, alpha * vector)
+    else:
+        raise ValueError(f"{path}: the name must end in .pt or .gguf")
+
+
+def _export_steered(path: Path, module, block, vector, alpha: float) -> None:
+    """Its hook adds steering_coefficient (alpha) times steering_vector to the output of a module at
+    every position (Eq. 3). Modules are named from the base model on: layers.6 of a Llama."""
+    import torch
+
+    modules = module.base_model.named_modules()
+    name = next(name for name, each in modules if each is block)
+    content = {
+        "steering_vector": vector.clone(),
+        "steering_coefficient": float(alpha),
+        "action": "add",
+        "bias": None,
+        "head_index": None,
+    }
+    _write_file(path, lambda file: torch.save({name: content}, file))
+
+
+def _export_gguf(path: Path, model_type: str, layer: int, shift) -> None:
+    """The format has no strength, so alpha is folded in; --control-vector-scaled multiplies it.
+    llama.cpp adds direction.N to the output of block N, counted from 0 as here, at every position."""
+    from gguf import GGUFWriter
+
+    def write(file):
+        writer = GGUFWriter(file.name, "controlvector")  # opens the file again, by its name
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_int32("controlvector.layer_count", 1)  # directions in the file
+        writer.add_tensor(f"direction.{layer}", shift.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    _write_file(path, write)
