@@ -1343,7 +1343,9 @@ def _logprobs(
 
 def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tuple[list, list]:
     """(trees, members): trees of the tails that continue the same head, and which tails they hold."""
-    branching = all(_sharing(model)[2] for model in models)
+    alone = [(head, [tail]) for head, tail in zip(heads, tails)]
+    # The mask of a batch of trees knows no window, so every row of it must fit the window.
+    branching = all(_sharing(model)[2] and _fits_window(model, alone) for model in models)
     trees, members, open_trees = [], [], {}
     for i, (head, tail) in enumerate(zip(heads, tails)):
         tree = open_trees.get(tuple(head)) if share_heads else None

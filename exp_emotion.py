@@ -1,268 +1,537 @@
-"""Can concepts be transplanted across models? Emotions, Sec. 4, App. B.2 and B.3.
+"""Can a concept be moved from one model into another? Emotions, Sec. 4, App. A, B.2 and B.3.
 
-    python exp_emotion.py                                            toy zoo: under 3 minutes on 2 CPU cores
-    python exp_emotion.py --family llama --data data/paper           LLaMA-7B -> 13B and 65B, as in the paper
-    python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper        models of your own
-    python exp_emotion.py --pairs my.jsonl --labels polite rude --template "{scenario} This was"       a concept of your own
+    python exp_emotion.py                                     toy zoo, 40 seconds on 2 CPU cores
+    python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B, as in the paper
+    python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper
 
-Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the *other* five
-emotions, how often does the larger model then name the target emotion?
+Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the
+*other* five emotions, how often does the larger model then name the target emotion?
     Token Acc    its most likely next token is the emotion's word
     Logit Acc    the emotion's word has the highest logit of the six words
-Figures 2a and 6 (both accuracies against alpha), 2b (PCA before and after v_fear), 5 (number of pairs), 7 (t-SNE);
-Tables 5 (generations) and 8 (tokens that gain and lose). Beside every effect its controls, at the same norm.
+Figures 2a and 6 (both accuracies against alpha), 2b (PCA before and after), 5 (number of pairs),
+7 (t-SNE); Tables 5 (generations) and 8 (tokens that gain and lose). Every effect is shown with controls.
 
---protocol clean (default): the scenarios that make a vector, the few-shot examples and the scenarios that test it
-are disjoint; alpha and block are chosen on a validation part. --protocol paper: as the authors released it, tested
-on the scenarios that made the vector, with six wrong labels in the few-shot prompt. --pairs FILE: two classes of texts take
-the place of the six emotions, and the vector to each class is tested on texts of the other.
+--protocol clean (default): the scenarios that make a vector, the few-shot examples and the scenarios
+that test it are disjoint, and alpha and block are chosen on a validation part. --protocol paper: as
+released, tested on the scenarios that made the vector, with six wrong labels in the few-shot prompt.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import math
-import os
 import random
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from common import (BASE, Bridge, Run, Transplant, block_index, context_length, fail, fingerprint, generate, held_out_fit,
-                    hidden_states, label_tokens, loader, logit_lens, markdown, model_config, option_parser, parse_options,
-                    percentile, perplexity, plain_sentences, random_directions, read_texts, record, refine, run_script,
-                    save_concept, score_labels, torch, wilson)
+from common import (
+    BASE,
+    AffineMaps,
+    Models,
+    Transplant,
+    concept_vector,
+    context_length,
+    control_directions,
+    fit_quality,
+    generate,
+    hidden_states,
+    logit_lens,
+    perplexity,
+    plain_sentences,
+    random_directions,
+    refine,
+    score_labels,
+)
+from harness import (
+    TOY,
+    Run,
+    add_paper_numbers,
+    at_least,
+    fail,
+    map_options,
+    markdown,
+    model_options,
+    new_figure,
+    option_parser,
+    parse_options,
+    percentile,
+    pivot,
+    read_texts,
+    record,
+    run_script,
+    save_concept,
+    select,
+    spread,
+)
 
-EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
-
-# Token Acc of Figures 2a and 6, read off the published figures (+-0.01), in the order of EMOTIONS
-PAPER = {"13B": {0: [.11, 0, .20, .035, 0, 0], 1: [.41, .455, .575, .475, .025, 0],
-                 2: [.92, .91, .895, .84, .13, .045], 5: [.985, 1, 1, 1, 1, .575]},
-         "65B": {0: [0, .82, 0, .005, .15, 0], 1: [.895, 1, .765, .81, .895, 0],
-                 2: [1, 1, 1, .99, .99, 0], 5: [1, 1, 1, 1, 1, 0]}}
-ITEM = {"13B": "Figure 2a", "65B": "Figure 6"}
-
-ZOO = os.path.relpath(Path(__file__).parent / "data" / "toy" / "models")
+SETTINGS = {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200}
 FAMILIES = {
-    "toy": {"src": f"{ZOO}/llama-s", "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
-            "layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 50},
-    "llama": {"src": "huggyllama/llama-7b", "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"],
-              "layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
-    "custom": {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200},
+    "toy": {
+        "src": f"{TOY}/models/llama-s",
+        "tgt": [f"{TOY}/models/llama-m", f"{TOY}/models/llama-l"],
+        "layer": "0.75",
+        "alpha": [1, 2, 3, 5],
+        "sentences": 2000,
+        "limit": 50,
+    },
+    "llama": SETTINGS
+    | {
+        "src": "huggyllama/llama-7b",
+        "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"],
+    },
+    "custom": SETTINGS,
 }
-ROLE = {f"{ZOO}/llama-m": "13B", f"{ZOO}/llama-l": "65B", "huggyllama/llama-13b": "13B", "huggyllama/llama-65b": "65B"}
-
-TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
-SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
-# The six examples of the released prompt: label, the class that the scenario really has, scenario. All are wrong.
-PAPER_SHOTS = [("anger", "fear", "You're told you need to undergo an emergency medical procedure."),
-               ("disgust", "surprise", "You encounter a new type of crosswalk signal in your city."),
-               ("fear", "disgust", "You hear someone hocking up phlegm and spitting in a public trash can."),
-               ("happiness", "fear", "You notice your personal information has been leaked online."),
-               ("sadness", "disgust", "You find a dirty diaper abandoned on a beach."),
-               ("surprise", "fear", "You're on public transit and someone starts acting erratically.")]
+PAPER_NAMES = {
+    f"{TOY}/models/llama-s": "LLaMA-7B",
+    f"{TOY}/models/llama-m": "LLaMA-13B",
+    f"{TOY}/models/llama-l": "LLaMA-65B",
+    "huggyllama/llama-7b": "LLaMA-7B",
+    "huggyllama/llama-13b": "LLaMA-13B",
+    "huggyllama/llama-65b": "LLaMA-65B",
+}
+DEPTHS = ["0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]  # tried by --layer auto
 PAIRS_OF_FIGURE_5 = [20, 50, 100, 150, 200]
-DEPTHS = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]         # tried by --layer auto
 
 
 # ---------------------------------------------------------------- options
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES)
-    add = parser.add_argument
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts and right labels, or as released")
-    add("--shots", type=int, default=6, help="few-shot examples before each test prompt (paper: 6)")
-    add("--template", default=TEMPLATE, help="prompt with {scenario} in it, before the word of its class")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD",
-        help=f"the models' words for {', '.join(EMOTIONS)}; with --pairs FILE for positives and for negatives")
-    add("--pairs", default="200", metavar="N|FILE", help="example pairs of one vector (paper: 200); or a .jsonl of your own, "
-        'each line {"positive": text, "negative": text}')
-    add("--random", type=int, default=20, help="random control directions")
-    add("--maps", type=int, default=5, help="affine maps fitted on different samples, to see how much luck is in one")
+    parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
+    emotion_options(parser)
+    parser.add_argument("--maps", type=at_least(1), default=5, help="maps on samples of the text")
     args = parse_options(parser, FAMILIES, argv)
-    if "{scenario}" not in args.template:
-        fail("--template needs {scenario} in it")
-    args.pair_file = Path(args.pairs) if args.pairs.endswith(".jsonl") else None
-    if not args.pair_file and not args.pairs.isdecimal():
-        fail(f"--pairs {args.pairs}: give a number, or a file that ends in .jsonl")
-    args.pairs = math.inf if args.pair_file else int(args.pairs)            # of a file: all, counted once it is read
-    args.concepts = args.labels if args.pair_file else EMOTIONS             # the classes of this run
-    if len(args.labels) != len(set(args.labels)) or len(args.labels) != (2 if args.pair_file else 6):
-        fail("--labels must be two different words with --pairs FILE: what positives are called, and what negatives"
-             if args.pair_file else "--labels must be six different words")
-    if args.pair_file and args.protocol == "paper":
-        fail("--protocol paper is about the six emotions; leave it out with --pairs FILE")
-    if args.pair_file and any(Path(word).name != word or word == "shots" for word in args.labels):
-        fail("--labels name files with --pairs FILE, so they must not hold a /; nor may one be shots")
-    if args.shots < 0 or args.pairs < 1 or args.random < 1 or args.maps < 1:
-        fail("--shots must be 0 or more; --pairs, --random and --maps at least 1")
-    if not all(word.strip() for word in args.labels):
-        fail("--labels must not be empty")
-    args.alpha = [alpha for alpha in dict.fromkeys(args.alpha) if alpha]    # α = 0 is the baseline, which is always there
-    if not args.alpha:
-        fail("--alpha needs a strength other than 0, which is the baseline and always there")
-    if args.tgt_chat:
-        fail("emotions are transplanted into base models: --tgt-chat has no use here")
-    if len({Path(target).name for target in args.tgt}) < len(args.tgt):
-        fail("two --tgt models have one name, and their figures would overwrite each other; run them one by one")
+    check_emotion_options(args)
     return args
 
 
-def named(args) -> SimpleNamespace:
-    """What the report calls the classes of this run."""
-    if args.pair_file:
-        both = " and ".join(args.concepts)
-        return SimpleNamespace(title=both, count="two", all=f"classes {both}", others="other class", one="class")
-    return SimpleNamespace(title="Emotions", count="six", all="six emotions", others="other five emotions", one="emotion")
+# ---------------------------------------------------------------- the emotion task
+# This section is the same, to the letter, in exp_emotion.py, exp_pretraining.py and exp_pythia.py.
+
+EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
+TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
+SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
+# The few-shot examples as released: label, true class, scenario. All six labels are wrong.
+PAPER_SHOTS = [
+    ("anger", "fear", "You're told you need to undergo an emergency medical procedure."),
+    ("disgust", "surprise", "You encounter a new type of crosswalk signal in your city."),
+    ("fear", "disgust", "You hear someone hocking up phlegm and spitting in a public trash can."),
+    ("happiness", "fear", "You notice your personal information has been leaked online."),
+    ("sadness", "disgust", "You find a dirty diaper abandoned on a beach."),
+    ("surprise", "fear", "You're on public transit and someone starts acting erratically."),
+]
 
 
-def pair_counts(args) -> list[int]:
-    """Numbers of example pairs that Figure 5 compares; those of a file are not a round number, and count too."""
-    counts = [n for n in PAIRS_OF_FIGURE_5 if n <= args.pairs]
-    return counts if counts and not args.pair_file else sorted({*counts, args.pairs})
+def emotion_options(parser) -> None:
+    add = parser.add_argument
+    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
+    add(
+        "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
+    )
+    add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
+    add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for the six emotions")
 
 
-# ---------------------------------------------------------------- data
+def check_emotion_options(args) -> None:
+    if "{scenario}" not in args.template:
+        fail("--template needs {scenario} in it")
+    if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
+        fail(f"--labels must be six different words, for {', '.join(EMOTIONS)}")
 
 
-def load_scenarios(folder: Path) -> dict[str, list[str]]:
-    return {emotion: read_texts(folder / "emotions" / f"{emotion}.json") for emotion in EMOTIONS}
+class Scenarios(NamedTuple):
+    """The scenarios of one emotion."""
+
+    positive: list[str]  # of its own list, for the vector
+    negative: list[str]  # of the other lists, for the vector
+    validation: list[str]  # of the other lists
+    test: list[str]  # of the other lists
 
 
-def split(scenarios: dict[str, list[str]], args) -> dict:
-    """{"shots": [(label, scenario)], emotion: {"positive", "negative", "validation", "test"}}, lists of scenarios.
+class Data(NamedTuple):
+    shots: list[tuple[str, str]]  # (label, scenario) of the few-shot examples
+    emotions: dict[str, Scenarios]
 
-    clean: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the other emotions' vectors,
-    10 to validation and the rest to the test. A vector's positives are its own emotion's list, which its test never sees."""
-    shuffled = {e: random.Random(f"{args.seed} {e}").sample(texts, len(texts)) for e, texts in scenarios.items()}
+
+def load_data(args) -> Data:
+    """Scenarios, split into parts.
+
+    clean: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the other
+    emotions' vectors, 10 to their validation and the rest to their test."""
+    folder = args.data / "emotions"
+    lists = {emotion: read_texts(folder / f"{emotion}.json") for emotion in EMOTIONS}
+    shuffled = {}
+    for emotion, texts in lists.items():
+        shuffled[emotion] = random.Random(f"{args.seed} {emotion}").sample(texts, len(texts))
+    limit = args.limit if args.limit > 0 else None
     if args.protocol == "paper":
-        shots = [(label, text if text in scenarios[true] else scenarios[true][0]) for label, true, text in PAPER_SHOTS]
-        data = {"shots": shots[:args.shots]}
-        for emotion in EMOTIONS:
-            others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
-            negative = random.Random(f"{args.seed} {emotion} negative").sample(others, min(args.pairs, len(others)))
-            test = negative[:args.limit if args.limit > 0 else None]
-            data[emotion] = {"positive": shuffled[emotion][:args.pairs], "negative": negative,
-                             "validation": test, "test": test}
-        return data
+        return paper_split(args, lists, shuffled, limit)
 
-    shots_each = math.ceil(args.shots / 6)
-    ends = np.cumsum([shots_each, 40, 10])
-    if (shortest := min(map(len, shuffled.values()))) < ends[-1] + 10:
-        fail(f"the shortest list has {shortest} scenarios; shots, refinement, validation and test need {ends[-1] + 10}")
+    shots_each = -(-args.shots // len(EMOTIONS))  # rounded up
+    shortest = min(map(len, lists.values()))
+    if shortest < shots_each + 60:
+        fail(f"{folder}: the shortest list has {shortest} scenarios; {shots_each + 60} are needed")
     shots = [(emotion, shuffled[emotion][i]) for i in range(shots_each) for emotion in EMOTIONS]
-    data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
+    shots = random.Random(args.seed).sample(shots, len(shots))[: args.shots]
+    emotions = {}
     for emotion in EMOTIONS:
-        others = [shuffled[other] for other in EMOTIONS if other != emotion]
-        mix = random.Random(f"{args.seed} {emotion}")
-        parts = [[text for texts in zip(*(other[a:b] for other in others)) for text in texts] for a, b in
-                 [(ends[0], ends[1]), (ends[1], ends[2]), (ends[2], None)]]    # the others in turn, equally many of each
-        negative = mix.sample(parts[0], len(parts[0]))
-        data[emotion] = {"positive": shuffled[emotion][shots_each:][:args.pairs], "negative": negative[:args.pairs],
-                         "validation": parts[1], "test": parts[2][:args.limit if args.limit > 0 else None]}
-    return data
+        others = [shuffled[other][shots_each:] for other in EMOTIONS if other != emotion]
+        negative = take_turns([texts[:40] for texts in others])
+        negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
+        emotions[emotion] = Scenarios(
+            positive=shuffled[emotion][shots_each:][: args.pairs],
+            negative=negative[: args.pairs],
+            validation=take_turns([texts[40:50] for texts in others]),
+            test=take_turns([texts[50:] for texts in others])[:limit],
+        )
+    return Data(shots, emotions)
 
 
-def load_pairs(path: Path) -> list[tuple[str, str]]:
-    """(positive, negative) texts of a file of one's own. No text may come twice: a test would not be unseen."""
-    wanted = 'each line must be {"positive": text, "negative": text}'
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--pairs: cannot read {path}: {error}")
-    pairs, seen = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where, pair = f"{path}, line {number}", []
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            fail(f"{where} is not JSON ({error}): {wanted}")
-        for side in ("positive", "negative"):
-            if not isinstance(content, dict) or side not in content:
-                fail(f'{where} has no "{side}": {wanted}')
-            if not isinstance(content[side], str) or not content[side].strip():
-                fail(f'{where}: "{side}" must be a text, and not empty')
-            pair.append(text := content[side].strip())
-            if text in seen:
-                fail(f'{where}: "{side}" is a text that stands in line {seen[text]} already; take one of them out')
-            seen[text] = number
-        pairs.append(tuple(pair))
-    return pairs
+def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
+    """As released: the negatives of a vector are its validation and its test, too."""
+    shots = []
+    for label, true_class, text in PAPER_SHOTS[: args.shots]:
+        known = text in lists[true_class]
+        shots.append((label, text if known else lists[true_class][0]))
+    emotions = {}
+    for emotion in EMOTIONS:
+        others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
+        count = min(args.pairs, len(others))
+        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, count)
+        test = negative[:limit]
+        emotions[emotion] = Scenarios(shuffled[emotion][: args.pairs], negative, test, test)
+    return Data(shots, emotions)
 
 
-def split_pairs(pairs: list[tuple[str, str]], args) -> dict:
-    """What split gives, of pairs: half of them make the vectors, 15 % are for validation, the rest for the test. A pair is in
-    one part as a whole, for its two texts may have all but the concept in common. The vector to either class is the other's
-    with its sign turned, so `other-concept` shows what the opposite direction does."""
-    shots_each = math.ceil(args.shots / 2)
-    if len(pairs) < shots_each + 20:
-        fail(f"{args.pair_file} has {len(pairs)} pairs; shots, refinement, validation and test need {shots_each + 20} or more")
-    shuffled = random.Random(args.seed).sample(pairs, len(pairs))
-    ends = [shots_each + int((len(pairs) - shots_each) * share) for share in (0, 0.5, 0.65)]
-    shown, learn, validation, test = (shuffled[a:b] for a, b in zip([0, *ends], [*ends, None]))
-    shots = [(concept, pair[side]) for pair in shown for side, concept in enumerate(args.concepts)]
-    data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
-    for side, concept in enumerate(args.concepts):
-        data[concept] = {"positive": [pair[side] for pair in learn], "negative": [pair[1 - side] for pair in learn],
-                         "validation": [pair[1 - side] for pair in validation],
-                         "test": [pair[1 - side] for pair in test][:args.limit if args.limit > 0 else None]}
-    return data
+def take_turns(lists: list[list[str]]) -> list[str]:
+    """One text of each list in turn, equally many of each."""
+    return [text for texts in zip(*lists) for text in texts]
 
 
-def prompts(data: dict, texts: list[str], args, shots: bool) -> list[str]:
-    """The prompts of scenarios: bare for refinement, after the few-shot examples for evaluation."""
-    words = dict(zip(args.concepts, args.labels))
+def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
+    """The prompts of scenarios: bare for the vector, after the few-shot examples for the test."""
+    words = dict(zip(EMOTIONS, args.labels))
     shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
-    choices = ", ".join(f'"{word}"' for word in args.labels)
-    examples = [shot.replace("{choices}", choices).replace("{label}", words[label]).replace("{scenario}", text)
-                for label, text in data["shots"]] if shots else []
+    shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
+    examples = []
+    for label, text in data.shots if shots else []:
+        examples.append(shot.replace("{label}", words[label]).replace("{scenario}", text))
     return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 
-def check_prompts(data: dict, name: str, args, shots: bool) -> None:
-    """Refuse, before any weights are loaded, prompts that do not fit the context and labels that look alike."""
-    config, tokenizer = model_config(name)
-    texts = list(dict.fromkeys(text for emotion in args.concepts for part in data[emotion].values() for text in part))
-    longest = max(map(len, tokenizer(prompts(data, texts, args, shots), verbose=False).input_ids))
-    if longest + 8 > context_length(config):
-        fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} "
-             f"tokens); try {'fewer --shots or ' if shots else ''}a shorter --template")
-    if not shots:
-        return                                  # the source is not asked for a label
-    try:
-        label_tokens(SimpleNamespace(name=name, config=config, tokenizer=tokenizer), prompts(data, texts[:1], args, shots)[0],
-                     args.labels)
-    except ValueError as error:
-        fail(f"{name}: {error}; give others with --labels")
+def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
+    """Positive and negative prompts of an emotion's vector, equally many."""
+    positive, negative, *_ = data.emotions[emotion]
+    n = min(len(positive), len(negative))
+    both = [prompts(args, data, texts[:n], shots=False) for texts in (positive, negative)]
+    return both[0], both[1]
 
 
-# ---------------------------------------------------------------- refine, reformulate
+def check_prompts(args, data: Data, models: Models, name: str) -> None:
+    """Refuse, before any weights are loaded, prompts that are too long and labels that look alike."""
+    texts = [text for parts in data.emotions.values() for part in parts for text in part]
+    asked = prompts(args, data, list(dict.fromkeys(texts)), shots=True)
+    models.require_fit(name, asked, new_tokens=8, advice="; try fewer --shots")
+    models.require_labels(name, asked[0], args.labels)
 
 
-def example_states(model, data: dict, blocks: list[int], args) -> dict:
-    """{emotion: (positive, negative)} last-token states [pairs, len(blocks), d] of the refinement prompts."""
-    states = {}
-    for emotion in args.concepts:
-        n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
-        asked = {side: prompts(data, data[emotion][side][:n], args, shots=False) for side in ("positive", "negative")}
-        states[emotion] = tuple(hidden_states(model, asked[side], blocks, label=f"{emotion}, {side}") for side in asked)
-    return states
+def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
+    """(said, preferred): the label that the model names after each scenario of a part, per transplant."""
+    texts = getattr(data.emotions[emotion], part)
+    asked = prompts(args, data, texts, shots=True)
+    return score_labels(model, asked, args.labels, transplants)
 
 
-def refine_emotions(states: dict, pairs: int, args) -> torch.Tensor:
-    """v of each emotion at each block [emotions, len(blocks), d], from so many pairs (Eq. 1)."""
-    return torch.stack([refine(positive[:pairs], negative[:pairs], args.refine) for positive, negative in states.values()])
+# ---------------------------------------------------------------- refine, map
 
 
-def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> dict[str, float]:
-    """Held-out fit of a linear layer trained as in App. A (Adam, lr 1e-4, 20 epochs, batches of 32), for comparison."""
+class Point(NamedTuple):
+    """Where a vector is read, where it is added, and how strongly."""
+
+    source_block: int
+    block: int
+    alpha: float
+
+
+class Lab:
+    """What every step needs to know about one target. Its methods are the steps."""
+
+    def __init__(self, args, data: Data, sentences: list[str], models: Models, target: str):
+        self.args, self.data, self.sentences = args, data, sentences
+        self.models, self.target = models, target
+        self.point: Point | None = None  # chosen on the validation scenarios
+
+    @property
+    def model(self):
+        return self.models.load(self.target)
+
+    @cached_property
+    def pairs_of_blocks(self) -> list[tuple[int, int]]:
+        """(source block, block) that --layer means; those to choose from if it is auto."""
+        depths = DEPTHS if self.args.layer == "auto" else [self.args.layer]
+        source = [self.models.block(self.args.src, depth, side=0) for depth in depths]
+        target = [self.models.block(self.target, depth, side=1) for depth in depths]
+        return list(dict.fromkeys(zip(source, target)))
+
+    @cached_property
+    def states(self) -> list[dict]:
+        """Of each emotion {block: (positive, negative)}: the source's states of its pairs, [n, d]."""
+        blocks = sorted({source_block for source_block, _ in self.pairs_of_blocks})
+        source = self.models.load(self.args.src)
+        states = []
+        for emotion in EMOTIONS:
+            both = pairs(self.args, self.data, emotion)
+            positive, negative = [hidden_states(source, texts, blocks) for texts in both]
+            states.append(dict(zip(blocks, zip(positive.unbind(1), negative.unbind(1)))))
+        return states
+
+    @cached_property
+    def maps(self) -> AffineMaps:
+        args = self.args
+        source_blocks = sorted({source_block for source_block, _ in self.pairs_of_blocks})
+        blocks = sorted({block for _, block in self.pairs_of_blocks})
+        x = hidden_states(self.models.load(args.src_base), self.sentences, source_blocks)
+        y = hidden_states(self.model, self.sentences, blocks)
+        return AffineMaps(
+            dict(zip(source_blocks, x.unbind(1))),
+            dict(zip(blocks, y.unbind(1))),
+            **map_options(args),
+        )
+
+    @cached_property
+    def own(self) -> dict[int, torch.Tensor]:
+        """{block: v of each emotion [6, d]} of the target itself, for Self-Align."""
+        blocks = sorted({block for _, block in self.pairs_of_blocks})
+        v = []
+        for emotion in EMOTIONS:
+            both = pairs(self.args, self.data, emotion)
+            v.append(concept_vector(self.model, *both, blocks, self.args.refine))
+        return dict(zip(blocks, torch.stack(v, 1)))
+
+    def v(self, source_block: int, n_pairs: int | None = None) -> torch.Tensor:
+        """v of each emotion [6, d], from so many pairs (Eq. 1)."""
+        vectors = []
+        for states in self.states:
+            positive, negative = [side[:n_pairs, None] for side in states[source_block]]
+            vectors.append(refine(positive, negative, self.args.refine)[0])
+        return torch.stack(vectors)
+
+    def v_hat(self, n_pairs: int | None = None) -> torch.Tensor:
+        """v_hat of each emotion [6, d_target] at the chosen point (Eq. 2)."""
+        source_block, block, _ = self.point
+        return self.maps.vector(self.v(source_block, n_pairs), source_block, block)
+
+    def move(self, direction: torch.Tensor, alpha: float | None = None) -> Transplant:
+        """A direction added at the chosen point (Eq. 3)."""
+        return Transplant.of(direction, self.point.block, alpha or self.point.alpha)
+
+    def record(self, hits=None, **fields) -> dict:
+        where = {"source_block": self.point.source_block, "block": self.point.block}
+        source = None if fields.get("method") == "base" else self.args.src
+        about = {"source": source, "target": self.target} | where
+        return record(hits, **about | fields)
+
+    # ------------------------------------------------------------ transplant, score: the steps
+
+    def validate(self) -> list[dict]:
+        """Token Acc on the validation scenarios, mean of six: records of the whole grid."""
+        records = []
+        for source_block, block in self.pairs_of_blocks:
+            v_hat = self.maps.vector(self.v(source_block), source_block, block)
+            hits = {alpha: [] for alpha in self.args.alpha}
+            for e, emotion in enumerate(EMOTIONS):
+                moves = [Transplant.of(v_hat[e], block, alpha) for alpha in hits]
+                said, _ = named(self.model, self.args, self.data, "validation", emotion, moves)
+                for alpha, row in zip(hits, said):
+                    hits[alpha] += (row == e).tolist()
+            for alpha, found in hits.items():
+                self.point = Point(source_block, block, alpha)
+                what = {"method": "contrans", "concept": "mean", "metric": "token_acc"}
+                records.append(self.record(found, alpha=alpha, part="validation", **what))
+        return records
+
+    def score(self, emotion: str) -> list[dict]:
+        """What the target names under the transplant and under each control."""
+        args, e = self.args, EMOTIONS.index(emotion)
+        v, v_hat = self.v(self.point.source_block), self.v_hat()[e]
+        own = self.own[self.point.block][e]
+        arms = [("base", None, 0, BASE)]
+        for alpha in args.alpha:
+            arms.append(("contrans", None, alpha, self.move(v_hat, alpha)))
+            arms.append(("self-align", None, alpha, self.move(own, alpha)))
+        controls = control_directions(
+            self.maps,
+            v[e],
+            {other: v[o] for o, other in enumerate(EMOTIONS) if o != e},
+            self.point.source_block,
+            self.point.block,
+            n_maps=args.maps,
+            n_random=args.random,
+            seed=args.seed * 6 + e,
+        )
+        for n_pairs in pair_counts(args):
+            controls[f"pairs {n_pairs}"] = self.v_hat(n_pairs)[e]
+        for variant, direction in controls.items():
+            arms.append(("contrans", variant, self.point.alpha, self.move(direction)))
+        moves = [move for *_, move in arms]
+        said, preferred = named(self.model, args, self.data, "test", emotion, moves)
+        results = []
+        for (method, variant, alpha, _), *answers in zip(arms, said.tolist(), preferred.tolist()):
+            about = {"emotion": emotion, "method": method, "variant": variant, "alpha": alpha}
+            results.append(about | {"token_acc": answers[0], "logit_acc": answers[1]})
+        return results
+
+    def measure_perplexity(self) -> list[dict]:
+        """Perplexity of plain sentences under each emotion's vector and three random directions."""
+        arms = [("base", None, 0, None, BASE)]
+        for e, (emotion, v_hat) in enumerate(zip(EMOTIONS, self.v_hat())):
+            for alpha in self.args.alpha:
+                arms.append(("contrans", None, alpha, emotion, self.move(v_hat, alpha)))
+            for direction in random_directions(v_hat, 3, self.args.seed * 6 + e):
+                move = self.move(direction)
+                arms.append(("contrans", "random", self.point.alpha, emotion, move))
+        moves = [move for *_, move in arms]
+        values, tokens = perplexity(self.model, self.sentences[-50:], moves)
+        names = ("method", "variant", "alpha", "concept")
+        about = {"metric": "perplexity", "part": "plain sentences", "n": tokens}
+        records = []
+        for arm, value in zip(arms, values.tolist()):
+            records.append(self.record(value=value, **dict(zip(names, arm)), **about))
+        return records
+
+    def measure_map(self) -> list[dict]:
+        """How well the maps predict held-out states, and how large the vectors are."""
+        source_block, block, _ = self.point
+        rows = self.maps.rows()
+        x, y = self.maps.x[source_block][rows], self.maps.y[block][rows]
+        fits = [("gradient-descent", None, *fit_by_gradient_descent(x, y, self.args.seed))]
+        for number in range(self.args.maps):
+            fitted = self.maps.fit(source_block, block, sample=number)
+            variant = f"map {number}" if number else None
+            fits.append(("contrans", variant, fitted.r2, fitted.cosine))
+        shuffled = self.maps.fit(source_block, block, shuffled=True)
+        fits.append(("contrans", "shuffled map", shuffled.r2, shuffled.cosine))
+        about = {"concept": "map", "part": "held-out", "n": shuffled.n}
+        records = []
+        for method, variant, r2, cosine in fits:
+            about |= {"method": method, "variant": variant}
+            records.append(self.record(metric="r2", value=r2, **about))
+            records.append(self.record(metric="cosine", value=cosine, **about))
+        v, v_hat, own = self.v(source_block), self.v_hat(), self.own[block]
+        streams = self.maps.stream_norms(source_block, block)
+        norms = {
+            "norm_v": v.norm(dim=1).mean().item(),
+            "stream_source": streams[0],
+            "norm_v_hat": v_hat.norm(dim=1).mean().item(),
+            "stream_target": streams[1],
+            "norm_own": own.norm(dim=1).mean().item(),
+            "cosine_to_own": torch.cosine_similarity(v_hat, own).mean().item(),
+        }
+        for metric, value in norms.items():
+            records.append(self.record(metric=metric, value=value, concept="mean"))
+        return records
+
+    def save_vectors(self, folder: str) -> None:
+        """Write v_hat of each emotion."""
+        fitted = self.maps.fit(self.point.source_block, self.point.block)
+        for emotion, v_hat in zip(EMOTIONS, self.v_hat()):
+            positive, _ = pairs(self.args, self.data, emotion)
+            save_concept(
+                Path(folder) / f"v_{emotion}_{Path(self.target).name}.safetensors",
+                v_hat,
+                concept=emotion,
+                source=self.args.src,
+                target=self.target,
+                fingerprint=self.models.fingerprint(self.target),
+                layer=self.point.block,
+                source_layer=self.point.source_block,
+                alpha=self.point.alpha,
+                method=self.args.refine,
+                pairs=len(positive),
+                first_prompt=positive[0],
+                fitted_on=fitted.n,
+                r2=fitted.r2,
+                cosine=fitted.cosine,
+            )
+
+    def pca(self) -> dict:
+        """Figure 2b: the last block's states before and after v_hat of fear, in two dimensions.
+
+        The last block, because at the steered block every point moves by the same vector."""
+        from sklearn.decomposition import PCA
+
+        labels, texts = own_scenarios(self.data, 20)
+        asked = prompts(self.args, self.data, texts, shots=True)
+        last = [self.model.n_layers - 1]
+        move = self.move(self.v_hat()[EMOTIONS.index("fear")])
+        before = hidden_states(self.model, asked, last)[:, 0].numpy()
+        after = hidden_states(self.model, asked, last, move)[:, 0].numpy()
+        fitted = PCA(2).fit(np.concatenate([before, after]))
+        before, after = fitted.transform(before), fitted.transform(after)
+        return {"labels": labels, "before": before.tolist(), "after": after.tolist()}
+
+    def generations(self) -> list[list[str]]:
+        """Table 5: emotion, method, scenario and continuation, without and with each vector."""
+        rows = []
+        for e, (emotion, v_hat) in enumerate(zip(EMOTIONS, self.v_hat())):
+            test = self.data.emotions[emotion].test
+            scenario = test[e % len(test)]
+            asked = prompts(self.args, self.data, [scenario], shots=True)
+            [length] = self.models.lengths(self.target, asked)
+            new_tokens = min(24, context_length(self.model.config) - length)
+            for method, move in (("base", BASE), ("contrans", self.move(v_hat))):
+                [text] = generate(self.model, asked, move, new_tokens)
+                rows.append([emotion, method, scenario, " ".join(text.split())])
+        return rows
+
+    def token_changes(self) -> list[list[str]]:
+        """Table 8: emotion, and the tokens among the ten that gain and lose most, with counts."""
+        rows = []
+        for emotion, v_hat in zip(EMOTIONS, self.v_hat()):
+            asked = prompts(self.args, self.data, self.data.emotions[emotion].test, shots=True)
+            plain, moved = logit_lens(self.model, asked, self.point.block, [BASE, self.move(v_hat)])
+            cells = []
+            for change in (moved - plain, plain - moved):
+                top = Counter(change.topk(10).indices.flatten().tolist()).most_common(6)
+                tokens = [(self.model.tokenizer.decode([token]).strip(), n) for token, n in top]
+                cells.append(", ".join(f"{token!r} {n}" for token, n in tokens))
+            rows.append([emotion, *cells])
+        return rows
+
+    def tsne(self, block: int) -> dict:
+        """Figure 7: the source's states of each emotion's own scenarios, in two dimensions."""
+        from sklearn.manifold import TSNE
+
+        labels, texts = own_scenarios(self.data, 60)
+        asked = prompts(self.args, self.data, texts, shots=False)
+        states = hidden_states(self.models.load(self.args.src), asked, [block])[:, 0]
+        neighbours = min(30, len(texts) // 4)
+        tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
+        return {"labels": labels, "points": tsne.fit_transform(states.numpy()).tolist()}
+
+
+def pair_counts(args) -> list[int]:
+    """Numbers of pairs that Figure 5 compares."""
+    counts = [n for n in PAIRS_OF_FIGURE_5 if n <= args.pairs]
+    return counts or [args.pairs]
+
+
+def own_scenarios(data: Data, each: int) -> tuple[list[str], list[str]]:
+    """(emotions, scenarios) of every emotion's own list, to look at, not to test on."""
+    labels, texts = [], []
+    for emotion, scenarios in data.emotions.items():
+        own = scenarios.positive[-each:]
+        labels += [emotion] * len(own)
+        texts += own
+    return labels, texts
+
+
+def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[float, float]:
+    """(R², cosine) of a linear layer trained as in App. A: Adam, 1e-4, 20 epochs, batches of 32."""
     n = len(x) - int(len(x) * 0.2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -271,438 +540,325 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> dict
         for _ in range(20):
             for rows in torch.randperm(n).split(32):
                 optimizer.zero_grad()
-                torch.nn.functional.mse_loss(layer(x[rows]), y[rows]).backward()
+                loss = torch.nn.functional.mse_loss(layer(x[rows]), y[rows])
+                loss.backward()
                 optimizer.step()
-    return held_out_fit(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
+    return fit_quality(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
 
 
-def block_grid(args, target: str) -> list[tuple[int, int]]:
-    """(source block, target block) that --layer means; the pairs to choose from for auto."""
-    depths = DEPTHS if args.layer == "auto" else [args.layer]
-    blocks = [model_config(name)[0].num_hidden_layers for name in (args.src, target)]
-    return [tuple(block_index(str(depth), blocks[side], side) for side in (0, 1)) for depth in depths]
+# ---------------------------------------------------------------- one target
 
 
-class Pair:
-    """Source and one target, ready to transplant: states collected, vectors refined. Built when a step needs it."""
+def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[dict], str]:
+    """(records, examples, report) of one target."""
+    target = lab.target
+    grid = run.step(f"{target} validation", lab.validate)
+    best = max(grid, key=lambda each: (each["value"], -abs(each["alpha"])))
+    lab.point = Point(best["source_block"], best["block"], best["alpha"])
+    arms = []
+    for emotion in EMOTIONS:
+        arms += run.step(f"{target} {emotion}", lab.score, emotion)
+    records = grid + arm_records(lab, arms)
+    records += run.step(f"{target} perplexity", lab.measure_perplexity)
+    records += run.step(f"{target} map", lab.measure_map)
+    run.step(f"{target} vectors", lab.save_vectors, str(run.folder))
+    add_paper_numbers(records, PAPER_NAMES)
 
-    def __init__(self, args, data: dict, sentences: list[str], target: str, load):
-        self.args, self.grid, self.prose = args, block_grid(args, target), sentences[-50:]
-        source_blocks, target_blocks = map(list, zip(*self.grid))
-        states = example_states(load(args.src), data, source_blocks, args)
-        self.v = {n: refine_emotions(states, n, args) for n in {*pair_counts(args), args.pairs}}
-        x = hidden_states(load(args.src_base), sentences, source_blocks, label="plain sentences, source")
-        self.model = load(target)
-        self.bridge = Bridge(x, hidden_states(self.model, sentences, target_blocks, label="plain sentences, target"), args)
-        self.own = refine_emotions(example_states(self.model, data, target_blocks, args), args.pairs, args)
-
-    def mapped(self, i: int, pairs: int | None = None, **which) -> torch.Tensor:
-        """v^ of each emotion [emotions, d_target] at pair i of the grid (Eq. 2)."""
-        return self.bridge.carry(self.v[pairs or self.args.pairs][:, i], i, **which)
-
-
-# ---------------------------------------------------------------- transplant and score: the steps of a run
-
-
-def validate(pair: Pair, args, data: dict) -> dict:
-    """Mean Token Acc on the validation scenarios for each block pair and alpha; the best of them is `chosen`."""
-    rows = []
-    for i, (source_block, target_block) in enumerate(pair.grid):
-        vectors, hits = pair.mapped(i), torch.zeros(len(args.alpha))
-        for e, emotion in enumerate(args.concepts):
-            transplants = [Transplant.of(vectors[e], target_block, alpha) for alpha in args.alpha]
-            said, _ = score_labels(pair.model, prompts(data, data[emotion]["validation"], args, shots=True), args.labels,
-                                   transplants, label=f"validation {emotion}")
-            hits += (said == e).sum(1)
-        n = sum(len(data[emotion]["validation"]) for emotion in args.concepts)
-        rows += [{"i": i, "source_block": source_block, "target_block": target_block, "alpha": alpha, "hits": int(hit),
-                  "n": n} for alpha, hit in zip(args.alpha, hits)]
-    return {"grid": rows, "chosen": max(rows, key=lambda row: (row["hits"], -abs(row["alpha"])))}
+    pca = run.step(f"{target} PCA", lab.pca)
+    run.figure(draw_pca(lab, pca), f"pca_{Path(target).name}")
+    run.figure(draw_accuracy(lab, records), f"accuracy_{Path(target).name}")
+    texts = run.step(f"{target} texts", lab.generations)
+    tokens = run.step(f"{target} tokens", lab.token_changes)
+    report = [
+        accuracy_table(lab, records),
+        control_table(lab, records),
+        grid_table(grid),
+        map_table(records),
+        f"Table 5: continuations without and with v_hat, α = {lab.point.alpha:g}",
+        markdown(["emotion", "method", "scenario", "continuation"], texts),
+        "Table 8: tokens among the ten that change most, and on how many test scenarios",
+        markdown(["emotion", "increased", "decreased"], tokens),
+    ]
+    examples = [{"target": target, **arm} for arm in arms]
+    return records, examples, "\n\n".join(filter(None, report))
 
 
-def score(pair: Pair, args, data: dict, emotion: str, chosen: dict) -> list[dict]:
-    """What the target says about the test scenarios of one emotion, under the transplant and under each control."""
-    e, i, block, best = args.concepts.index(emotion), chosen["i"], chosen["target_block"], chosen["alpha"]
-    vectors = pair.mapped(i)
-    v = vectors[e]
-    arms = [("base", 0.0, "", BASE)]
-    arms += [("contrans", alpha, "", Transplant.of(v, block, alpha)) for alpha in args.alpha]
-    arms += [("self-align", alpha, "", Transplant.of(pair.own[e, i], block, alpha)) for alpha in args.alpha]
-    arms += [("random", best, f"direction {r}", Transplant.of(direction, block, best))
-             for r, direction in enumerate(random_directions(v, args.random, args.seed * 6 + e))]
-    arms += [("other-concept", best, other, Transplant.of(vectors[o] / vectors[o].norm() * v.norm(), block, best))
-             for o, other in enumerate(args.concepts) if o != e]
-    wrong = pair.mapped(i, shuffled=True)[e]
-    arms += [("shuffled-map", best, "", Transplant.of(wrong / wrong.norm() * v.norm(), block, best))]
-    arms += [("contrans", best, f"map {number}", Transplant.of(pair.mapped(i, number=number)[e], block, best))
-             for number in range(1, args.maps)]
-    arms += [("contrans", best, f"pairs {n}", Transplant.of(pair.mapped(i, pairs=n)[e], block, best))
-             for n in pair_counts(args)]
-    said, preferred = score_labels(pair.model, prompts(data, data[emotion]["test"], args, shots=True), args.labels,
-                                   [arm[-1] for arm in arms], label=f"{emotion} under {len(arms)} transplants")
-    return [{"emotion": emotion, "wanted": e, "method": method, "alpha": alpha, "detail": detail, "said": said[t].tolist(),
-             "preferred": preferred[t].tolist()} for t, (method, alpha, detail, _) in enumerate(arms)]
-
-
-def fits(pair: Pair, args, data: dict, chosen: dict, folder: Path) -> dict:
-    """How well the maps predict held-out states, and how large everything is; saves the transplanted vectors."""
-    i, vectors, bridge = chosen["i"], pair.mapped(chosen["i"]), pair.bridge
-    rows = bridge.sample(0)
-    maps, shuffled = [bridge.affine(i, number=number) for number in range(args.maps)], bridge.affine(i, shuffled=True)
-    for emotion, vector in zip(args.concepts, vectors):
-        save_concept(folder / f"v_{emotion}_{Path(pair.model.name).name}.safetensors", vector, concept=emotion,
-                     source=args.src, target=pair.model.name, fingerprint=pair.model.fingerprint,
-                     layer=chosen["target_block"], source_layer=chosen["source_block"], method=args.refine,
-                     pairs=min(args.pairs, len(data[emotion]["positive"]), len(data[emotion]["negative"])),
-                     first_prompt=prompts(data, data[emotion]["positive"], args, shots=False)[0],
-                     fitted_on=maps[0].n, r2=maps[0].r2, cosine=maps[0].cosine)
-    return {"closed form": [{"r2": fitted.r2, "cosine": fitted.cosine} for fitted in maps],
-            "shuffled": {"r2": shuffled.r2, "cosine": shuffled.cosine}, "fitted on": maps[0].n,
-            "gradient descent": fit_by_gradient_descent(bridge.x[rows, i], bridge.y[rows, i], args.seed),
-            "source stream": bridge.x[:, i].norm(dim=1).mean().item(),
-            "|v|": pair.v[args.pairs][:, i].norm(dim=1).mean().item(),
-            "target stream": bridge.y[:, i].norm(dim=1).mean().item(), "|v^|": vectors.norm(dim=1).mean().item(),
-            "|own v|": pair.own[:, i].norm(dim=1).mean().item(),
-            "cosine to own": torch.cosine_similarity(vectors, pair.own[:, i]).mean().item()}
-
-
-def side_effects(pair: Pair, args, chosen: dict) -> list[dict]:
-    """Perplexity of plain sentences under each emotion's transplant, and under three random directions of its norm."""
-    i, block = chosen["i"], chosen["target_block"]
-    arms = [("", "base", 0.0, BASE)]
-    for e, (emotion, v) in enumerate(zip(args.concepts, pair.mapped(i))):
-        arms += [(emotion, "contrans", alpha, Transplant.of(v, block, alpha)) for alpha in args.alpha]
-        arms += [(emotion, "random", chosen["alpha"], Transplant.of(direction, block, chosen["alpha"]))
-                 for direction in random_directions(v, 3, args.seed * 6 + e)]
-    values, tokens = perplexity(pair.model, pair.prose, [arm[-1] for arm in arms])
-    return [{"emotion": emotion, "method": method, "alpha": alpha, "perplexity": value, "tokens": tokens}
-            for (emotion, method, alpha, _), value in zip(arms, values.tolist())]
-
-
-def look(pair: Pair, args, data: dict, chosen: dict) -> dict:
-    """What Figure 2b and Tables 5 and 8 show: the last block's states before and after a vector, texts, token changes."""
-    from sklearn.decomposition import PCA
-    i, block, alpha = chosen["i"], chosen["target_block"], chosen["alpha"]
-    moves = [Transplant.of(vector, block, alpha) for vector in pair.mapped(i)]
-    texts, last = own_scenarios(args, data, 20), [len(pair.model.layers) - 1]
-    asked = prompts(data, [text for _, text in texts], args, shots=True)
-    before = hidden_states(pair.model, asked, last)[:, 0]
-    after = hidden_states(pair.model, asked, last, moves[args.concepts.index(pictured(args))])[:, 0]
-    pca = PCA(2).fit(torch.cat([before, after]).numpy())
-
-    examples, tokens = [], {}
-    for e, emotion in enumerate(args.concepts):
-        test = data[emotion]["test"]
-        asked, shown = prompts(data, test, args, shots=True), e % len(test)
-        room = context_length(pair.model.config) - max(map(len, pair.model.tokenizer(asked).input_ids))
-        for method, transplant in (("base", BASE), ("contrans", moves[e])):
-            text = generate(pair.model, asked[shown:shown + 1], transplant, max_new_tokens=min(24, room))[0]
-            examples.append({"emotion": emotion, "method": method, "scenario": test[shown], "text": text})
-        plain, moved = logit_lens(pair.model, asked, block, [BASE, moves[e]])
-        tokens[emotion] = {sign: [(pair.model.tokenizer.decode([token]), count) for token, count in
-                                  Counter(change.topk(10).indices.flatten().tolist()).most_common(10)]
-                           for sign, change in (("up", moved - plain), ("down", plain - moved))}
-    return {"labels": [emotion for emotion, _ in texts], "before": pca.transform(before.numpy()).tolist(),
-            "after": pca.transform(after.numpy()).tolist(), "examples": examples, "tokens": tokens}
-
-
-def pictured(args) -> str:
-    """The emotion whose vector Figure 2b shows."""
-    return "fear" if "fear" in args.concepts else args.concepts[0]
-
-
-def own_scenarios(args, data: dict, each: int) -> list[tuple[str, str]]:
-    """(emotion, scenario) of so many scenarios of every emotion's own list, to look at, not to test on."""
-    return [(emotion, text) for emotion in args.concepts for text in data[emotion]["positive"][-each:]]
-
-
-def source_map(model, args, data: dict, block: int) -> dict:
-    """t-SNE of the source's states, Figure 7."""
-    from sklearn.manifold import TSNE
-    texts = own_scenarios(args, data, 60)
-    states = hidden_states(model, prompts(data, [text for _, text in texts], args, shots=False), [block])[:, 0]
-    points = TSNE(2, perplexity=min(30, len(texts) // 4), init="pca", random_state=args.seed).fit_transform(states.numpy())
-    return {"labels": [emotion for emotion, _ in texts], "points": points.tolist()}
-
-
-# ---------------------------------------------------------------- records and tables
-
-
-def pooled(arms: list[dict], key: str = "said", **match) -> tuple[float, float, float, int]:
-    """(rate, low, high, n): share of test scenarios on which the target emotion won, over all arms that match."""
-    arms = [arm for arm in arms if all(arm[name] == value for name, value in match.items())]
-    hits = sum(answer == arm["wanted"] for arm in arms for answer in arm[key])
-    n = sum(len(arm[key]) for arm in arms)
-    return hits / n, *wilson(hits, n), n
-
-
-def make_records(args, target: str, role: str | None, validation: dict, arms: list[dict], fitted: dict,
-                 side: list[dict] = ()) -> list[dict]:
-    def blocks(row):
-        return f"{row['source_block']}->{row['target_block']}"
-
-    about = {"experiment": "emotion", "source": args.src, "target": target, "layer": blocks(validation["chosen"])}
-    records = []
-
-    def add(rate, **fields):
-        records.append(record(**about | dict(zip(("value", "low", "high", "n"), rate)) | fields))
-
-    for row in validation["grid"]:
-        add((row["hits"] / row["n"], *wilson(row["hits"], row["n"]), row["n"]), concept=f"mean of {named(args).count}",
-            method="contrans", split="validation", metric="token_acc", alpha=row["alpha"], layer=blocks(row))
+def arm_records(lab: Lab, arms: list[dict]) -> list[dict]:
+    """Token Acc and Logit Acc of each emotion and of all six, under every transplant."""
+    item = ITEMS.get(PAPER_NAMES.get(lab.target), "Figure 2a")
+    records, pooled = [], {}
     for arm in arms:
-        drawn = arm["method"] in ("base", "contrans") and not arm["detail"]
-        item = ITEM.get(role, "") if drawn else "Figure 5" if arm["detail"].startswith("pairs") else ""
-        paper = PAPER.get(role, {}).get(arm["alpha"]) if drawn else None
-        what = {"concept": arm["emotion"], "method": arm["method"], "alpha": arm["alpha"], "item": item,
-                "split": f"test {arm['detail']}".strip()}
-        add(pooled([arm]), metric="token_acc", paper=paper and paper[arm["wanted"]], **what)
-        add(pooled([arm], "preferred"), metric="logit_acc", **what)
-    for arm in side:
-        add((arm["perplexity"], None, None, arm["tokens"]), concept=arm["emotion"], method=arm["method"],
-            alpha=arm["alpha"], metric="perplexity", split="plain sentences")
-    for method, qualities in (("contrans", fitted["closed form"]), ("gradient-descent", [fitted["gradient descent"]]),
-                              ("shuffled-map", [fitted["shuffled"]])):
-        for number, quality in enumerate(qualities):
-            for metric in ("r2", "cosine"):
-                add((quality[metric], None, None, fitted["fitted on"]), concept="map", method=method, metric=metric,
-                    split=f"held-out map {number}")
-    return records
+        wanted = EMOTIONS.index(arm["emotion"])
+        variant = arm["variant"] or ""
+        for metric in ("token_acc", "logit_acc"):
+            hits = [answer == wanted for answer in arm[metric]]
+            what = {name: arm[name] for name in ("method", "variant", "alpha")}
+            what |= {"metric": metric, "part": "test", "item": item}
+            if variant.startswith("pairs"):
+                what["item"] = "Figure 5"
+            records.append(lab.record(hits, concept=arm["emotion"], **what))
+            if variant.startswith("other"):
+                what["variant"] = "other emotions"
+            pooled.setdefault(tuple(what.items()), []).extend(hits)
+    means = [lab.record(hits, concept="mean", **dict(what)) for what, hits in pooled.items()]
+    for metric in ("token_acc", "logit_acc"):
+        mine = select(means, metric=metric, method="contrans")
+        maps = [each for each in mine if (each["variant"] or "map").startswith("map")]
+        maps = select(maps, alpha=lab.point.alpha)
+        means.append(spread(maps, "maps"))
+        means.append(spread(random_controls(mine), "random"))
+    return records + means
 
 
-def cell(arms: list[dict], **match) -> str:
-    """Token Acc [95 % interval] / Logit Acc, in %."""
-    (value, low, high, _), (logit, *_) = pooled(arms, **match), pooled(arms, "preferred", **match)
-    return f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * logit:.1f}"
+def random_controls(records: list[dict]) -> list[dict]:
+    return [each for each in records if (each["variant"] or "").startswith("random ")]
 
 
-def accuracy_table(args, target: str, role: str | None, chosen: dict, arms: list[dict]) -> str:
-    """Figures 2a and 6 in numbers, the paper's beside ours."""
-    paper = PAPER.get(role, {})
-    rows = []
-    for e, emotion in enumerate([*args.concepts, "mean"]):
-        row = [emotion]
-        for alpha in [0, *args.alpha]:
-            match = {"method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
-            match |= {"emotion": emotion} if emotion != "mean" else {}
-            published = f" ({100 * [*paper[alpha], np.mean(paper[alpha])][e]:.0f})" if alpha in paper else ""
-            row.append(cell(arms, **match) + published)
-        rows.append(row)
-    n = pooled(arms, method="base", emotion=args.concepts[0])[3]
-    place = f" (in the place of the paper's {role})" if role and args.family == "toy" else ""
-    return (f"## {ITEM.get(role, named(args).title)}: {Path(args.src).name} -> {Path(target).name}{place}\n\n"
-            f"Token Acc [95 % interval] / Logit Acc{' (the paper’s Token Acc)' if paper else ''}, in %, on scenarios of the "
-            f"{named(args).others}, n = {n} each;\n"
-            f"block {chosen['source_block']} -> {chosen['target_block']}, protocol {args.protocol}\n\n"
-            + markdown([named(args).one, "base", *(f"α = {alpha:g}" for alpha in args.alpha)], rows))
+# ---------------------------------------------------------------- tables
+
+ITEMS = {"LLaMA-13B": "Figure 2a", "LLaMA-65B": "Figure 6"}
+LABELS = {
+    ("base", None): "base",
+    ("contrans", None): "ConTrans",
+    ("contrans", "maps"): "ConTrans, maps of different sentences [range]",
+    ("contrans", "random"): "random directions, mean [range]",
+    ("contrans", "other emotions"): "the other five emotions' vectors",
+    ("contrans", "shuffled map"): "map of shuffled sentences",
+    ("self-align", None): "Self-Align, the target's own vector",
+}
 
 
-def control_table(args, chosen: dict, arms: list[dict], side: list[dict]) -> str:
-    """The effect beside its controls and its price in perplexity, at the strength that validation chose."""
-    best = chosen["alpha"]
-
-    def price(method, alpha):
-        return f"{np.mean([arm['perplexity'] for arm in side if (arm['method'], arm['alpha']) == (method, alpha)]):.1f}"
-
-    directions = [pooled(arms, method="random", detail=f"direction {r}")[0] for r in range(args.random)]
-    maps = [pooled(arms, method="contrans", alpha=best, detail=f"map {k}" if k else "")[0] for k in range(args.maps)]
-    rows = [["base", "0", cell(arms, method="base"), price("base", 0), "false positives"],
-            ["ConTrans", f"{best:g}", cell(arms, method="contrans", alpha=best, detail=""), price("contrans", best),
-             f"percentile {percentile(maps[0], directions):.0f} of the random directions"],
-            ["", "", f"{100 * min(maps):.1f} to {100 * max(maps):.1f}", "", f"{args.maps} maps fitted on different sentences"],
-            ["random", f"{best:g}", cell(arms, method="random"), price("random", best),
-             f"{args.random} directions: {100 * min(directions):.1f} to {100 * max(directions):.1f}"],
-            ["other-concept", f"{best:g}", cell(arms, method="other-concept"), "", f"the vectors of the {named(args).others}"],
-            ["shuffled-map", f"{best:g}", cell(arms, method="shuffled-map"), "", "map fitted on shuffled sentences"]]
-    rows += [["Self-Align", f"{alpha:g}", cell(arms, method="self-align", alpha=alpha), "", "the target's own vector"]
-             for alpha in args.alpha]
-    choice = "was chosen on validation" if chosen["hits"] else "is the smallest: none had any effect on validation"
-    return (f"Mean of the {named(args).all}, n = {pooled(arms, method='base')[3]} a direction; α = {best:g} {choice}; "
-            "controls have the norm of v^\n\n"
-            + markdown(["method", "α", "Token Acc / Logit Acc", "perplexity of prose", "note"], rows))
+def label(each: dict) -> str:
+    return LABELS[each["method"], each["variant"]]
 
 
-def grid_table(args, grid: list[dict]) -> str:
-    """Token Acc of the whole validation grid, where --layer auto tried more than one pair of blocks."""
-    rows = [[f"{first['source_block']} -> {first['target_block']}",
-             *(f"{100 * row['hits'] / row['n']:.1f}" for row in grid if row["i"] == first["i"])]
-            for first in grid[::len(args.alpha)]]
-    header = ["blocks", *(f"α = {alpha:g}" for alpha in args.alpha)]
-    return f"Validation, mean Token Acc [%], n = {grid[0]['n']}\n\n" + markdown(header, rows) if len(rows) > 1 else ""
+def strength(each: dict) -> str:
+    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
-def map_text(fitted: dict) -> str:
-    quality = {name: f"R² {fit['r2']:.3f}, cosine {fit['cosine']:.3f}" for name, fit in
-               {**fitted, "closed form": fitted["closed form"][0]}.items() if isinstance(fit, dict)}
-    return (f"Affine map on {fitted['fitted on']} sentences, held out: closed form {quality['closed form']}; "
-            f"gradient descent (App. A) {quality['gradient descent']};\nshuffled sentences {quality['shuffled']}. "
-            f"Mean |v| {fitted['|v|']:.2f} in a stream of norm {fitted['source stream']:.1f}; "
-            f"|v^| {fitted['|v^|']:.2f} in {fitted['target stream']:.1f};\n"
-            f"the target's own |v| {fitted['|own v|']:.2f}, cosine of v^ with it {fitted['cosine to own']:.2f}.")
+def beside_controls(records: list[dict], alpha: float) -> list[dict]:
+    """The mean of six emotions at one alpha, in the order of LABELS."""
+    shown = []
+    for method, variant in LABELS:
+        match = {"method": method, "variant": variant, "alpha": 0 if method == "base" else alpha}
+        shown += select(records, concept="mean", part="test", **match)
+    return shown
 
 
-def text_tables(args, seen: dict, chosen: dict) -> str:
-    """Tables 5 and 8."""
-    examples = [[example["emotion"], example["method"], example["scenario"], " ".join(example["text"].split())[:60]]
-                for example in seen["examples"]]
-    tokens = [[emotion, *(", ".join(f"({token.strip() or repr(token)}, {count})" for token, count in change[sign][:6])
-                          for sign in ("up", "down"))] for emotion, change in seen["tokens"].items()]
-    return (f"Table 5: continuations without and with v^ at α = {chosen['alpha']:g}\n\n"
-            + markdown([f"target {named(args).one}", "method", "scenario", "continuation"], examples)
-            + "\n\nTable 8: tokens among the ten that change most, and on how many test scenarios (logit lens after block "
-            + f"{chosen['target_block']})\n\n" + markdown([named(args).one, "increased", "decreased"], tokens))
+def accuracy_table(lab: Lab, records: list[dict]) -> str:
+    """Figures 2a and 6 in numbers, the paper's in brackets."""
+    curve = [each for each in select(records, part="test", variant=None)]
+    curve = [each for each in curve if each["method"] != "self-align"]
+    shown = select(curve, metric="token_acc") + select(curve, metric="logit_acc", concept="mean")
+    paper = PAPER_NAMES.get(lab.target)
+    title = f"## {Path(lab.args.src).name} -> {Path(lab.target).name}"
+    text = (
+        f"How often the target emotion is named on scenarios of the other five, in % (n = "
+        f"{shown[0]['n']} each), [95 % interval]{f', ({paper} in the paper)' if paper else ''}; "
+        f"block {lab.point.source_block} -> {lab.point.block}, protocol {lab.args.protocol}"
+    )
+
+    def row(each):
+        return each["concept"] if each["metric"] == "token_acc" else "mean, Logit Acc"
+
+    return "\n\n".join([title, text, pivot(shown, row, strength)])
 
 
-def summary(args, results: list[dict]) -> str:
+def control_table(lab: Lab, records: list[dict]) -> str:
+    """The effect beside its controls, and its cost in perplexity, at the chosen alpha."""
+    shown = beside_controls(records, lab.point.alpha)
+    costs = select(records, metric="perplexity")
+    for key in (("base", None), ("contrans", None), ("contrans", "random")):
+        match = [each for each in costs if (each["method"], each["variant"]) == key]
+        match = [each for each in match if each["alpha"] in (0, lab.point.alpha)]
+        shown.append(spread(match, key[1]) | {"low": None})
+    tested = select(records, concept="mean", metric="token_acc", part="test")
+    directions = [each["value"] for each in random_controls(tested)]
+    [ours] = select(tested, variant=None, method="contrans", alpha=lab.point.alpha)
+    rank = percentile(ours["value"], directions)
+    text = (
+        f"Mean of six emotions at α = {lab.point.alpha:g}, chosen on validation. Controls have the norm "
+        f"of v_hat; ConTrans is at percentile {rank:.0f} of {len(directions)} random directions."
+    )
+    return text + "\n\n" + pivot(shown, label, "metric")
+
+
+def grid_table(grid: list[dict]) -> str:
+    """The validation grid, if --layer auto tried several pairs of blocks."""
+    if len({each["block"] for each in grid}) < 2:
+        return ""
+
+    def row(each):
+        return f"block {each['source_block']} -> {each['block']}"
+
+    return f"Validation, mean Token Acc in % (n = {grid[0]['n']})\n\n" + pivot(grid, row, strength)
+
+
+def map_table(records: list[dict]) -> str:
+    """Quality of the affine map, and how large everything is."""
+    names = {
+        ("contrans", None): "closed form (Eq. 2)",
+        ("gradient-descent", None): "gradient descent (App. A)",
+        ("contrans", "shuffled map"): "closed form, shuffled sentences",
+    }
+    fits = select(records, part="held-out")
+    shown = [each for each in fits if (each["method"], each["variant"]) in names]
+    table = pivot(shown, lambda each: names[each["method"], each["variant"]], "metric")
+    norms = {each["metric"]: each["value"] for each in records}
+    text = (
+        "Mean |v| {norm_v:.2f} in a stream of norm {stream_source:.1f}; |v_hat| {norm_v_hat:.2f} in "
+        "{stream_target:.1f}; the target's own |v| {norm_own:.2f}, its cosine with v_hat "
+        "{cosine_to_own:.2f}."
+    )
+    title = f"Affine map, fitted on {fits[0]['n']} sentences, on held-out sentences"
+    return "\n\n".join([title, table, text.format(**norms)])
+
+
+def summary(args, records: list[dict]) -> str:
     """One line a target, the last thing that is printed."""
-    rows = []
-    for result in results:
-        arms, best = result["arms"], result["chosen"]["alpha"]
-        rows.append([Path(result["target"]).name, f"{best:g}", cell(arms, method="base"),
-                     cell(arms, method="contrans", alpha=best, detail=""), cell(arms, method="random"),
-                     cell(arms, method="self-align", alpha=best)])
-    return (f"## Summary: v of {Path(args.src).name}, Token Acc [95 % interval] / Logit Acc, "
-            f"mean of {named(args).all}\n\n"
-            + markdown(["target", "α", "base", "ConTrans", f"{args.random} random directions", "Self-Align"], rows))
+    shown = []
+    for chosen in select(records, concept="mean", metric="token_acc", variant="random"):
+        mine = select(records, target=chosen["target"], metric="token_acc")
+        shown += beside_controls(mine, chosen["alpha"])
+    title = f"## Summary: v of {Path(args.src).name}, Token Acc in %, mean of six emotions\n\n"
+    return title + pivot(shown, label, lambda each: Path(each["target"]).name)
 
 
 # ---------------------------------------------------------------- figures
 
-
-COLOURS = ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]
-SHADES = ["#d9d9d9", "#b9d1ea", "#6fa3d6", "#2f6db2", "#163f75", "#0b2547"]
+COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
 
 
-def new_figure(**size):
+def values(records: list[dict], field: str = "value") -> np.ndarray:
+    return np.array([each[field] for each in records])
+
+
+def draw_accuracy(lab: Lab, records: list[dict]):
+    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc, the range of random directions."""
     import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-    return plt.subplots(**size)
 
-
-def draw_accuracy(args, target: str, arms: list[dict], best: float):
-    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc line, the range of the random controls as a band."""
-    figure, axis = new_figure(figsize=(5.5 + len(args.concepts) / 2, 3.4), layout="constrained")
-    strengths = [0, *args.alpha]
+    figure, axis = new_figure(figsize=(8.5, 3.4))
+    strengths = [0, *lab.args.alpha]
     width = 0.8 / len(strengths)
-    for e, emotion in enumerate(args.concepts):
-        match = [{"emotion": emotion, "method": "contrans" if alpha else "base", "alpha": alpha, "detail": ""}
-                 for alpha in strengths]
-        value, low, high, _ = np.array([pooled(arms, **m) for m in match]).T
-        x = e + (np.arange(len(strengths)) - (len(strengths) - 1) / 2) * width
-        axis.bar(x, value, width * 0.92, color=SHADES[:len(strengths)], yerr=np.clip([value - low, high - value], 0, 1),
-                 error_kw={"lw": 0.8, "ecolor": "#444"})
-        axis.plot(x, [pooled(arms, "preferred", **m)[0] for m in match], "o--", color="#c8352b", ms=3, lw=1,
-                  label="Logit Acc" if e == 0 else None)
-        controls = [pooled([arm])[0] for arm in arms if (arm["emotion"], arm["method"]) == (emotion, "random")]
-        axis.fill_between([e - 0.42, e + 0.42], min(controls), max(controls), color="#555", alpha=0.35, lw=0,
-                          label=f"random directions at α = {best:g}, range" if e == 0 else None)
-    for shade, alpha in zip(SHADES, strengths):
-        axis.bar(0, 0, color=shade, label=f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base")
-    axis.set(xticks=range(len(args.concepts)), xticklabels=args.concepts, ylim=(0, 1.05),
-             ylabel="accuracy on negative scenarios",
-             title=f"{Path(args.src).name} → {Path(target).name}: how often the target {named(args).one} is named "
-                   "(95 % interval)")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    centres = np.arange(len(EMOTIONS))
+    tested = [each for each in select(records, part="test") if each["concept"] != "mean"]
+    for s, alpha in enumerate(strengths):
+        method = "contrans" if alpha else "base"
+        mine = select(tested, variant=None, method=method, alpha=alpha)
+        said, preferred = select(mine, metric="token_acc"), select(mine, metric="logit_acc")
+        x = centres + (s - (len(strengths) - 1) / 2) * width
+        below = values(said) - values(said, "low")
+        above = values(said, "high") - values(said)
+        axis.bar(
+            x,
+            values(said),
+            width * 0.92,
+            color=matplotlib.colormaps["Blues"](0.2 + 0.8 * s / len(strengths)),
+            yerr=np.clip([below, above], 0, 1),
+            error_kw={"lw": 0.8, "ecolor": "#444"},
+            label=f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base",
+        )
+        dots = {"color": "#c8352b", "ms": 3, "label": None if s else "Logit Acc"}
+        axis.plot(x, values(preferred), "o", **dots)
+    controls = select(random_controls(tested), metric="token_acc")
+    controls = [values(select(controls, concept=emotion)) for emotion in EMOTIONS]
+    low, high = np.array([(found.min(), found.max()) for found in controls]).T
+    outline = {"fill": False, "edgecolor": "#333", "lw": 1, "ls": ":"}
+    label = f"random directions, α = {lab.point.alpha:g}"
+    axis.bar(centres, high - low, 0.84, bottom=low, label=label, **outline)
+    axis.set(xticks=centres, xticklabels=EMOTIONS, ylim=(0, 1.05))
+    axis.set_ylabel("accuracy on negative scenarios")
+    axis.set_title(f"{Path(lab.args.src).name} → {Path(lab.target).name} (95 % interval)")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
-def draw_pca(seen: dict, args, target: str, alpha: float):
-    """Figure 2b: states of the last block before (pale) and after (dark) one vector; an arrow joins the centres."""
-    figure, axis = new_figure(figsize=(5.4, 4.4), layout="constrained")
-    before, after, labels = np.array(seen["before"]), np.array(seen["after"]), np.array(seen["labels"])
-    for emotion, colour in zip(args.concepts, COLOURS):
-        mine = labels == emotion
-        axis.scatter(*before[mine].T, s=14, color=colour, alpha=0.35, lw=0)
-        axis.scatter(*after[mine].T, s=14, color=colour, marker="^", lw=0, label=emotion)
-        axis.annotate("", after[mine].mean(0), before[mine].mean(0),
-                      arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.8})
-    axis.set(xlabel="first principal component", ylabel="second principal component",
-             title=f"{Path(target).name} before (dots) and after (triangles)\n"
-                   f"{alpha:g} · v̂ of {pictured(args)} from {Path(args.src).name}")
+def scatter(axis, points, labels: list[str], **style) -> dict:
+    """Points in the colours of their emotions; returns the centre of each emotion."""
+    points, labels = np.array(points), np.array(labels)
+    centres = {}
+    for emotion, colour in COLOURS.items():
+        mine = points[labels == emotion]
+        axis.scatter(*mine.T, s=14, color=colour, lw=0, label=emotion, **style)
+        centres[emotion] = mine.mean(0)
+    return centres
+
+
+def draw_pca(lab: Lab, pca: dict):
+    """Figure 2b: states before (dots) and after (triangles) one vector; arrows join the centres."""
+    figure, axis = new_figure(figsize=(5.4, 4.4))
+    after = scatter(axis, pca["after"], pca["labels"], marker="^")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    before = scatter(axis, pca["before"], pca["labels"], alpha=0.35)
+    for emotion, colour in COLOURS.items():
+        arrow = {"arrowstyle": "->", "color": colour, "lw": 1.8}
+        axis.annotate("", after[emotion], before[emotion], arrowprops=arrow)
+    axis.set(xlabel="first principal component", ylabel="second principal component")
+    vector = f"{lab.point.alpha:g} · v̂ of fear from {Path(lab.args.src).name}"
+    axis.set_title(f"{Path(lab.target).name} before (dots) and after (triangles)\n{vector}")
     return figure
 
 
-def draw_pairs(args, results: list[dict]):
+def draw_pairs(args, records: list[dict]):
     """Figure 5: mean Token Acc against the number of example pairs."""
-    figure, axis = new_figure(figsize=(4.8, 3.2), layout="constrained")
-    counts = pair_counts(args)
-    for colour, result in zip(["#2f6db2", "#e07b39", "#4f9d69", "#8a5a9e"], results):
-        points = np.array([pooled(result["arms"], detail=f"pairs {n}") for n in counts])
-        axis.fill_between(counts, points[:, 1], points[:, 2], color=colour, alpha=0.15, lw=0)
-        axis.plot(counts, points[:, 0], "o-", color=colour, ms=4,
-                  label=f"{Path(result['target']).name}, α = {result['chosen']['alpha']:g}")
-    axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05),
-             title="Effect of the number of pairs (95 % interval)" + (f"\n{named(args).title}" if args.pair_file else ""))
+    figure, axis = new_figure(figsize=(4.8, 3.2))
+    for target in args.tgt:
+        mine = select(records, target=target, item="Figure 5", concept="mean", metric="token_acc")
+        counts = [int(each["variant"].split()[1]) for each in mine]
+        label = f"{Path(target).name}, α = {mine[0]['alpha']:g}"
+        [line] = axis.plot(counts, values(mine), "o-", ms=4, label=label)
+        interval = values(mine, "low"), values(mine, "high")
+        axis.fill_between(counts, *interval, color=line.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05))
+    axis.set_title("Effect of the number of pairs (95 % interval)")
     axis.legend(frameon=False, loc="lower right")
     return figure
 
 
-def draw_tsne(args, points: dict, block: int):
+def draw_tsne(args, tsne: dict, block: int):
     """Figure 7: t-SNE of the source's states."""
-    figure, axis = new_figure(figsize=(5, 4.2), layout="constrained")
-    xy, labels = np.array(points["points"]), np.array(points["labels"])
-    for emotion, colour in zip(args.concepts, COLOURS):
-        axis.scatter(*xy[labels == emotion].T, s=14, color=colour, lw=0, label=emotion)
-    axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}, block {block}, last token")
+    figure, axis = new_figure(figsize=(5, 4.2))
+    scatter(axis, tsne["points"], tsne["labels"])
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}, block {block}")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-# ---------------------------------------------------------------- from the arguments to the figures
+# ---------------------------------------------------------------- main
 
 
 def main(argv=None):
     args = options(argv)
-    if args.pair_file:
-        pairs = load_pairs(args.pair_file)
-        data, digest = split_pairs(pairs, args), hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-        args.pairs = len(data[args.concepts[0]]["positive"])
-    else:
-        data, digest = split(load_scenarios(args.data), args), fingerprint(str(args.data / "emotions"))
-    check_prompts(data, args.src, args, shots=False)
+    models = Models(**model_options(args))
+    data = load_data(args)
     for name in args.tgt:
-        check_prompts(data, name, args, shots=True)
-    for target in args.tgt:
-        block_grid(args, target)                # an impossible --layer ends here, before any weights are loaded
-    sentences = plain_sentences(args, [args.src_base, *args.tgt])
-    names = [args.src, args.src_base, *args.tgt]
-    run = Run("exp_emotion", args, {name: fingerprint(name) for name in names} | {
-        "emotions": digest,
-        "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
-        "first refinement prompt": prompts(data, data[args.concepts[0]]["positive"], args, shots=False)[0],
-        "first test prompt": prompts(data, data[args.concepts[0]]["test"], args, shots=True)[0]})
-    load = loader(args)
+        check_prompts(args, data, models, name)
+    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
+    models.require_fit(args.src, first_prompts)
+    path = args.data / "wikisplit" / "validation.tsv"
+    sentences = plain_sentences(path, models, [args.src_base, *args.tgt], args.sentences)
+    labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
+    block, _ = [lab.pairs_of_blocks for lab in labs][0][0]  # --layer is checked for all targets
+    names = dict.fromkeys([args.src, args.src_base, *args.tgt])
+    inputs = {
+        "models": {name: models.fingerprint(name) for name in names},
+        "data": [data, sentences],
+        "first prompts": first_prompts,
+        "first test prompt": prompts(args, data, data.emotions["happiness"].test[:1], shots=True),
+    }
+    run = Run(__file__, args, inputs)
 
-    results, records, examples, texts = [], [], [], []
-    for number, target in enumerate(args.tgt):
-        role = None if args.pair_file else ROLE.get(target)         # whose numbers in the paper stand beside ours
-        pair = functools.cache(lambda target=target: Pair(args, data, sentences, target, load))
-        validation = run.step(f"{number} validation", lambda: validate(pair(), args, data))
-        chosen = validation["chosen"]
-        arms = []
-        for emotion in args.concepts:
-            arms += run.step(f"{number} {emotion}", lambda: score(pair(), args, data, emotion, chosen))
-        fitted = run.step(f"{number} fits", lambda: fits(pair(), args, data, chosen, run.folder))
-        side = run.step(f"{number} perplexity", lambda: side_effects(pair(), args, chosen))
-        seen = run.step(f"{number} look", lambda: look(pair(), args, data, chosen))
-        results.append({"target": target, "chosen": chosen, "arms": arms})
-        records += make_records(args, target, role, validation, arms, fitted, side)
-        examples += [{"target": target, **{name: arm[name] for name in ("emotion", "method", "alpha", "detail")},
-                      "scenario": text, "said": said, "preferred": preferred} for arm in arms
-                     for text, said, preferred in zip(data[arm["emotion"]]["test"], arm["said"], arm["preferred"])]
-        texts += [accuracy_table(args, target, role, chosen, arms), control_table(args, chosen, arms, side),
-                  grid_table(args, validation["grid"]), map_text(fitted), text_tables(args, seen, chosen)]
-        run.figure(draw_accuracy(args, target, arms, chosen["alpha"]), f"accuracy_{Path(target).name}")
-        run.figure(draw_pca(seen, args, target, chosen["alpha"]), f"pca_{Path(target).name}")
-    block = results[0]["chosen"]["source_block"]
-    points = run.step("source", lambda: source_map(load(args.src), args, data, block))
-    run.figure(draw_tsne(args, points, block), "tsne_source")
-    run.figure(draw_pairs(args, results), "pairs")
-    texts.append(summary(args, results))
-    run.save(records, examples, "\n\n".join(filter(None, texts)))
+    records, examples, report = [], [], []
+    for lab in labs:
+        results = one_target(args, run, lab)
+        records += results[0]
+        examples += results[1]
+        report.append(results[2])
+    tsne = run.step("t-SNE", labs[0].tsne, block)
+    run.figure(draw_tsne(args, tsne, block), "tsne_source")
+    run.figure(draw_pairs(args, records), "pairs")
+    report.append(summary(args, records))
+    run.save(records, examples, "\n\n".join(report))
 
 
 if __name__ == "__main__":

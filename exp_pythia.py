@@ -1,345 +1,490 @@
-"""Which sizes can give a concept, and which can take it? Five models of one family, Sec. 6.3, Figures 4 and 8.
+"""Which sizes can give a concept, and which can take it? One family, Sec. 6.3, Figures 4 and 8.
 
-    python exp_pythia.py                                      a ladder of five sizes in the toy zoo, on 2 CPU cores
-    python exp_pythia.py --family pythia --data data/paper    Pythia 14m, 70m, 410m, 1.4b, 6.9b, as in the paper
-    python exp_pythia.py --models Qwen/Qwen3-0.6B-Base Qwen/Qwen3-1.7B-Base Qwen/Qwen3-4B-Base --data data/paper
+    python exp_pythia.py                                      toy zoo, 25 seconds on 2 CPU cores
+    python exp_pythia.py --family pythia --data data/paper    Pythia 14m to 6.9b, as in the paper
+    python exp_pythia.py --models Qwen/Qwen3-0.6B-Base Qwen/Qwen3-1.7B-Base --data data/paper
 
-The emotion vectors of every model are mapped into every model and added there: every source times every target. On
-scenarios of the *other* five emotions, how often is the target emotion then the likeliest next word (Token Acc), against
-without? Figure 4: improvement ratio and absolute improvement as heat maps. Figure 8: t-SNE of three sizes' states.
+The emotion vectors of every model are mapped into every model and added there. On scenarios of the
+*other* five emotions, how often is the target emotion then the most likely next word (Token Acc),
+and how often without? Figure 4: improvement ratio and absolute improvement, every source times every
+target. Figure 8: t-SNE of three sizes' states.
 
-The scenarios that make a vector, the few-shot examples and the scenarios that test it are disjoint; alpha is chosen for each
-pair on a validation part. Each model is loaded once and stays (--one-at-a-time: only one is in memory, and all but the last are
-loaded twice).
+alpha is chosen for each pair of models on a validation part. Each model is loaded once and kept
+(--one-at-a-time: one is in memory, and all but the last are loaded twice).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from common import (BASE, Bridge, Run, Transplant, block_index, concept_vector, context_length, fail, fingerprint,
-                    hidden_states, loader, markdown, mcnemar, model_config, option_parser, parse_options, percentile,
-                    plain_sentences, random_directions, read_texts, record, run_script, score_labels, torch, wilson)
+from common import (
+    BASE,
+    AffineMaps,
+    Models,
+    Transplant,
+    concept_vector,
+    hidden_states,
+    plain_sentences,
+    random_directions,
+    score_labels,
+)
+from harness import (
+    TOY,
+    Run,
+    at_least,
+    fail,
+    map_options,
+    mcnemar,
+    model_options,
+    new_figure,
+    option_parser,
+    parse_options,
+    percentile,
+    pivot,
+    read_texts,
+    record,
+    run_script,
+    select,
+    spread,
+)
 
-EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
-COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
-
-ZOO = os.path.relpath(Path(__file__).parent / "data" / "toy" / "models")
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
+PYTHIA = [f"EleutherAI/pythia-{size}" for size in ("14m", "70m", "410m", "1.4b", "6.9b")]
 FAMILIES = {
-    "toy": SETTINGS | {"tgt": [f"{ZOO}/pythia-{k}" for k in range(1, 6)], "limit": 50},
-    "pythia": SETTINGS | {"tgt": [f"EleutherAI/pythia-{size}" for size in ("14m", "70m", "410m", "1.4b", "6.9b")]},
+    "toy": SETTINGS | {"models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)], "limit": 50},
+    "pythia": SETTINGS | {"models": PYTHIA},
     "custom": SETTINGS,
 }
-
-TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
-SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
 
 
 # ---------------------------------------------------------------- options
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES)
+    parser = option_parser(__doc__, FAMILIES, models=())
+    emotion_options(parser)
     add = parser.add_argument
-    add("--models", nargs="+", metavar="MODEL", help="models from small to large; each is source and target")
-    add("--one-at-a-time", action="store_true", help="hold one model in memory; all but the last are then loaded twice")
-    add("--shots", type=int, default=6, help="few-shot examples before each test prompt (paper: 6)")
-    add("--pairs", type=int, default=200, help="example pairs of one vector (paper: 200)")
-    add("--random", type=int, default=20, help="random control directions of each target")
-
-    def complete(args):
-        if args.src or args.tgt:
-            fail("every model is source and target here: name them with --models")
-        args.tgt = args.models or FAMILIES[args.family or "toy"].get("tgt")
-        args.family = args.family or ("custom" if args.models else "toy")
-        if not args.tgt:
-            fail(f"--family {args.family} has no models: name them with --models")
-        args.src = args.tgt[0]
+    add("--models", nargs="+", metavar="MODEL", help="from small to large")
+    add("--one-at-a-time", action="store_true", help="hold one model in memory")
     args = parse_options(parser, FAMILIES, argv, complete)
-    args.alpha = [alpha for alpha in dict.fromkeys(args.alpha) if alpha]    # α = 0 is the baseline, which is always there
-    if not args.alpha:
-        fail("--alpha needs a strength other than 0, which is the baseline and always there")
-    if args.tgt_chat or args.src_base != args.src:
-        fail("these are base models: --src-base and --tgt-chat have no use here")
+    check_emotion_options(args)
     if args.layer == "auto" or "," in args.layer:
         fail("--layer takes one index or fraction here: all models are read and edited there")
-    if args.shots < 0 or args.pairs < 1 or args.random < 1:
-        fail("--shots must be 0 or more, --pairs and --random at least 1")
-    if len(args.tgt) < 2 or len({Path(name).name for name in args.tgt}) < len(args.tgt):
-        fail("--models needs two models or more, each with a name of its own")
     return args
 
 
-# ---------------------------------------------------------------- data
+def complete(args) -> None:
+    """Every model is source and target."""
+    if len(args.models or []) < 2:
+        fail("--models needs two models or more")
+    args.src, args.tgt = args.models[0], args.models
 
 
-def load_scenarios(folder: Path) -> dict[str, list[str]]:
-    return {emotion: read_texts(folder / "emotions" / f"{emotion}.json") for emotion in EMOTIONS}
+# ---------------------------------------------------------------- the emotion task
+# This section is the same, to the letter, in exp_emotion.py, exp_pretraining.py and exp_pythia.py.
+
+EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
+TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
+SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
+# The few-shot examples as released: label, true class, scenario. All six labels are wrong.
+PAPER_SHOTS = [
+    ("anger", "fear", "You're told you need to undergo an emergency medical procedure."),
+    ("disgust", "surprise", "You encounter a new type of crosswalk signal in your city."),
+    ("fear", "disgust", "You hear someone hocking up phlegm and spitting in a public trash can."),
+    ("happiness", "fear", "You notice your personal information has been leaked online."),
+    ("sadness", "disgust", "You find a dirty diaper abandoned on a beach."),
+    ("surprise", "fear", "You're on public transit and someone starts acting erratically."),
+]
 
 
-def split(scenarios: dict[str, list[str]], args) -> dict:
-    """{"shots": [(label, scenario)], emotion: {"positive", "negative", "validation", "test"}}, lists of scenarios.
+def emotion_options(parser) -> None:
+    add = parser.add_argument
+    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
+    add(
+        "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
+    )
+    add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
+    add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for the six emotions")
 
-    As the clean protocol of exp_emotion.py: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the
-    other emotions' vectors, 10 to their validation and the rest to their test. A vector's positives are its own emotion's
-    list, which its test never sees."""
-    each = -(-args.shots // 6)
-    if (shortest := min(map(len, scenarios.values()))) < each + 60:
-        fail(f"the shortest list has {shortest} scenarios; shots, refinement, validation and test need {each + 60}")
-    shuffled = {e: random.Random(f"{args.seed} {e}").sample(texts, len(texts)) for e, texts in scenarios.items()}
-    shots = [(emotion, shuffled[emotion][i]) for i in range(each) for emotion in EMOTIONS]
-    data = {"shots": random.Random(args.seed).sample(shots, len(shots))[:args.shots]}
+
+def check_emotion_options(args) -> None:
+    if "{scenario}" not in args.template:
+        fail("--template needs {scenario} in it")
+    if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
+        fail(f"--labels must be six different words, for {', '.join(EMOTIONS)}")
+
+
+class Scenarios(NamedTuple):
+    """The scenarios of one emotion."""
+
+    positive: list[str]  # of its own list, for the vector
+    negative: list[str]  # of the other lists, for the vector
+    validation: list[str]  # of the other lists
+    test: list[str]  # of the other lists
+
+
+class Data(NamedTuple):
+    shots: list[tuple[str, str]]  # (label, scenario) of the few-shot examples
+    emotions: dict[str, Scenarios]
+
+
+def load_data(args) -> Data:
+    """Scenarios, split into parts.
+
+    clean: each list gives some scenarios to the few-shot prompt, 40 to the negatives of the other
+    emotions' vectors, 10 to their validation and the rest to their test."""
+    folder = args.data / "emotions"
+    lists = {emotion: read_texts(folder / f"{emotion}.json") for emotion in EMOTIONS}
+    shuffled = {}
+    for emotion, texts in lists.items():
+        shuffled[emotion] = random.Random(f"{args.seed} {emotion}").sample(texts, len(texts))
+    limit = args.limit if args.limit > 0 else None
+    if args.protocol == "paper":
+        return paper_split(args, lists, shuffled, limit)
+
+    shots_each = -(-args.shots // len(EMOTIONS))  # rounded up
+    shortest = min(map(len, lists.values()))
+    if shortest < shots_each + 60:
+        fail(f"{folder}: the shortest list has {shortest} scenarios; {shots_each + 60} are needed")
+    shots = [(emotion, shuffled[emotion][i]) for i in range(shots_each) for emotion in EMOTIONS]
+    shots = random.Random(args.seed).sample(shots, len(shots))[: args.shots]
+    emotions = {}
     for emotion in EMOTIONS:
-        others = [shuffled[other][each:] for other in EMOTIONS if other != emotion]
-        negative, validation, test = ([text for texts in zip(*(other[part] for other in others)) for text in texts]
-                                      for part in (slice(0, 40), slice(40, 50), slice(50, None)))
+        others = [shuffled[other][shots_each:] for other in EMOTIONS if other != emotion]
+        negative = take_turns([texts[:40] for texts in others])
         negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
-        data[emotion] = {"positive": shuffled[emotion][each:][:args.pairs], "negative": negative[:args.pairs],
-                         "validation": validation, "test": test[:args.limit if args.limit > 0 else None]}
-    return data
+        emotions[emotion] = Scenarios(
+            positive=shuffled[emotion][shots_each:][: args.pairs],
+            negative=negative[: args.pairs],
+            validation=take_turns([texts[40:50] for texts in others]),
+            test=take_turns([texts[50:] for texts in others])[:limit],
+        )
+    return Data(shots, emotions)
 
 
-def prompts(data: dict, texts: list[str], shots: bool) -> list[str]:
-    """The prompts of scenarios: bare for refinement, after the few-shot examples for evaluation."""
-    choices = ", ".join(f'"{emotion}"' for emotion in EMOTIONS)
-    examples = [SHOT.format(scenario=text, choices=choices, label=label) for label, text in data["shots"]] if shots else []
-    return ["\n".join([*examples, TEMPLATE.format(scenario=text)]) for text in texts]
-
-
-def check_prompts(data: dict, name: str) -> None:
-    """Refuse, before any weights are loaded, prompts that do not fit the context."""
-    config, tokenizer = model_config(name)
-    texts = [text for emotion in EMOTIONS for part in data[emotion].values() for text in part]
-    longest = max(map(len, tokenizer(prompts(data, texts, shots=True), verbose=False).input_ids))
-    if longest + 8 > context_length(config):
-        fail(f"a prompt of {longest} tokens and the answer do not fit the context of {name} ({context_length(config)} tokens); "
-             "try fewer --shots")
-
-
-def block(args, name: str) -> int:
-    return block_index(args.layer, model_config(name)[0].num_hidden_layers)
-
-
-# ---------------------------------------------------------------- refine, reformulate, transplant
-
-
-def collect(model, data: dict, sentences: list[str], args) -> dict[str, torch.Tensor]:
-    """What a model gives to the others: v of each emotion [6, d], states of the plain sentences [n, d], and states of 20
-    scenarios of each emotion to look at [120, d]."""
-    layer, v = block(args, model.name), []
+def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
+    """As released: the negatives of a vector are its validation and its test, too."""
+    shots = []
+    for label, true_class, text in PAPER_SHOTS[: args.shots]:
+        known = text in lists[true_class]
+        shots.append((label, text if known else lists[true_class][0]))
+    emotions = {}
     for emotion in EMOTIONS:
-        n = min(len(data[emotion]["positive"]), len(data[emotion]["negative"]))
-        pairs = [prompts(data, data[emotion][side][:n], shots=False) for side in ("positive", "negative")]
-        v.append(concept_vector(model, *pairs, [layer], args.refine, label=emotion)[0])
-    shown = prompts(data, [text for emotion in EMOTIONS for text in data[emotion]["positive"][-20:]], shots=False)
-    return {"v": torch.stack(v), "plain": hidden_states(model, sentences, [layer], label="plain sentences")[:, 0],
-            "shown": hidden_states(model, shown, [layer], label="scenarios")[:, 0]}
+        others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
+        count = min(args.pairs, len(others))
+        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, count)
+        test = negative[:limit]
+        emotions[emotion] = Scenarios(shuffled[emotion][: args.pairs], negative, test, test)
+    return Data(shots, emotions)
 
 
-def answers(model, data: dict, part: str, emotion: str, moves: list[Transplant]) -> torch.Tensor:
-    """The emotion that the model names after each scenario of a part, under each transplant [moves, scenarios]."""
-    asked = prompts(data, data[emotion][part], shots=True)
-    return score_labels(model, asked, EMOTIONS, moves, label=f"{emotion}, {part}")[0]
+def take_turns(lists: list[list[str]]) -> list[str]:
+    """One text of each list in turn, equally many of each."""
+    return [text for texts in zip(*lists) for text in texts]
 
 
-def measure(model, states: dict, data: dict, args) -> dict:
-    """One target: hits on the negatives of each emotion without a vector, with every source's v^, with random directions."""
-    layer, own = block(args, model.name), states[model.name]
-    moved, fits = {}, {}
-    for source in args.tgt:
-        bridge = Bridge(states[source]["plain"][:, None], own["plain"][:, None], args)
-        moved[source] = own["v"] if source == model.name else bridge.carry(states[source]["v"], 0)   # its own needs no map
-        fits[source] = {"r2": bridge.affine(0).r2, "cosine": bridge.affine(0).cosine, "fitted on": bridge.affine(0).n}
-    grid = [(source, alpha) for source in args.tgt for alpha in args.alpha]
-    hits = sum((answers(model, data, "validation", emotion, [Transplant.of(moved[source][e], layer, alpha)
-                                                             for source, alpha in grid]) == e).sum(1)
-               for e, emotion in enumerate(EMOTIONS)).tolist()
-    validation = {source: {alpha: count for (name, alpha), count in zip(grid, hits) if name == source} for source in args.tgt}
-    chosen = {source: max(counts, key=lambda alpha: (counts[alpha], -abs(alpha))) for source, counts in validation.items()}
-    # the control is as strong as the strongest
-    largest = max(args.tgt, key=lambda source: moved[source].norm() * abs(chosen[source]))
-    result = {"base": [], "with": {source: [] for source in args.tgt}, "random": [[] for _ in range(args.random)]}
-    for e, emotion in enumerate(EMOTIONS):
-        moves = [BASE, *(Transplant.of(moved[source][e], layer, chosen[source]) for source in args.tgt),
-                 *(Transplant.of(direction, layer, chosen[largest])
-                   for direction in random_directions(moved[largest][e], args.random, args.seed * 6 + e))]
-        base, *rest = (answers(model, data, "test", emotion, moves) == e).int().tolist()
-        result["base"] += base
-        for source, found in zip(args.tgt, rest):
-            result["with"][source] += found
-        for found, direction in zip(rest[len(args.tgt):], result["random"]):
-            direction += found
-    return result | {"alpha": chosen, "fits": fits, "block": layer, "|v^|": {source: moved[source].norm(dim=1).mean().item()
-                                                                           for source in args.tgt},
-                     "stream": own["plain"].norm(dim=1).mean().item()}
+def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
+    """The prompts of scenarios: bare for the vector, after the few-shot examples for the test."""
+    words = dict(zip(EMOTIONS, args.labels))
+    shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
+    shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
+    examples = []
+    for label, text in data.shots if shots else []:
+        examples.append(shot.replace("{label}", words[label]).replace("{scenario}", text))
+    return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 
-def scatter(states: torch.Tensor, seed: int) -> list:
-    """t-SNE of a model's states."""
-    from sklearn.manifold import TSNE
-    return TSNE(2, perplexity=min(30, len(states) // 4), init="pca", random_state=seed).fit_transform(states.numpy()).tolist()
+def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
+    """Positive and negative prompts of an emotion's vector, equally many."""
+    positive, negative, *_ = data.emotions[emotion]
+    n = min(len(positive), len(negative))
+    both = [prompts(args, data, texts[:n], shots=False) for texts in (positive, negative)]
+    return both[0], both[1]
 
 
-# ---------------------------------------------------------------- records, tables, figures
+def check_prompts(args, data: Data, models: Models, name: str) -> None:
+    """Refuse, before any weights are loaded, prompts that are too long and labels that look alike."""
+    texts = [text for parts in data.emotions.values() for part in parts for text in part]
+    asked = prompts(args, data, list(dict.fromkeys(texts)), shots=True)
+    models.require_fit(name, asked, new_tokens=8, advice="; try fewer --shots")
+    models.require_labels(name, asked[0], args.labels)
 
 
-def rate(hits: list[int]) -> tuple[float, float, float, int]:
-    return sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits)
+def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
+    """(said, preferred): the label that the model names after each scenario of a part, per transplant."""
+    texts = getattr(data.emotions[emotion], part)
+    asked = prompts(args, data, texts, shots=True)
+    return score_labels(model, asked, args.labels, transplants)
 
 
-def ratio(with_v: list[int], base: list[int]) -> str:
-    """Improvement ratio; over a baseline of 0 there is none, and the counts are shown instead."""
-    return f"{sum(with_v) / sum(base):.1f}" if sum(base) else f"{sum(with_v)} / 0"
+# ---------------------------------------------------------------- refine, map
 
 
-def tables(args, results: dict) -> str:
-    short = [Path(name).name for name in args.tgt]
-    rows = []
-    for target, name in zip(args.tgt, short):
-        result = results[target]
-        base, (value, low, high, _) = result["base"], rate(result["base"])
-        directions = [rate(hits)[0] for hits in result["random"]]
-        cells = []
-        for source in args.tgt:
-            (ours, ours_low, ours_high, _), p = rate(result["with"][source]), mcnemar(base, result["with"][source])
-            cells.append(f"{100 * ours:.0f} [{100 * ours_low:.0f}, {100 * ours_high:.0f}]{'*' if p < 0.001 else ''} "
-                         f"({percentile(ours, directions):.0f})")
-        rows.append([name, f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]",
-                     f"{100 * np.mean(directions):.1f} (to {100 * max(directions):.1f})", *cells])
-    ratios = [[name, *(ratio(results[target]["with"][source], results[target]["base"]) for source in args.tgt)]
-              for target, name in zip(args.tgt, short)]
-    n = len(results[args.tgt[0]]["base"])
-    return (f"## Figure 4: v_emotion of every model in every model\n\n"
-            f"Token Acc [95 % interval] in %, mean of six emotions, scenarios of the other five, n = {n}; rows are targets, "
-            f"columns sources; block {args.layer}, α chosen on validation for each pair.\n"
-            f"*: p < 0.001 against no vector (McNemar); in brackets the percentile among {args.random} random directions as "
-            "strong as the strongest v^ of the row\n\n"
-            + markdown(["target", "no vector", "random", *(f"v of {name}" for name in short)], rows)
-            + "\n\nImprovement ratio (over a baseline of 0 the counts: hits with / without)\n\n"
-            + markdown(["target", *short], ratios))
+class Lab:
+    """What every step needs. Its methods are the steps."""
+
+    def __init__(self, args, data: Data, sentences: list[str], models: Models):
+        self.args, self.data, self.sentences, self.models = args, data, sentences, models
+        self.states: dict[str, dict[str, torch.Tensor]] = {}  # of each model, see collect
+
+    def block(self, name: str) -> int:
+        """The block that is read and edited."""
+        return self.models.block(name, self.args.layer)
+
+    def load(self, name: str):
+        return self.models.load(name, keep=() if self.args.one_at_a_time else self.args.models)
+
+    def collect(self, name: str) -> dict[str, torch.Tensor]:
+        """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the plain
+        sentences [n, d], and those of 20 scenarios of each emotion [120, d] for Figure 8."""
+        model, block, v = self.load(name), self.block(name), []
+        for emotion in EMOTIONS:
+            both = pairs(self.args, self.data, emotion)
+            v.append(concept_vector(model, *both, [block], self.args.refine)[0])
+        texts = [text for each in self.data.emotions.values() for text in each.positive[-20:]]
+        shown = prompts(self.args, self.data, texts, shots=False)
+        return {
+            "v": torch.stack(v),
+            "plain": hidden_states(model, self.sentences, [block])[:, 0],
+            "shown": hidden_states(model, shown, [block])[:, 0],
+        }
+
+    def vector(self, source: str, target: str) -> tuple[torch.Tensor, dict]:
+        """v_hat of each emotion [6, d_target] (Eq. 2), and what the map is worth."""
+        ours, theirs = self.states[source], self.states[target]
+        source_block, block = self.block(source), self.block(target)
+        x, y = {source_block: ours["plain"]}, {block: theirs["plain"]}
+        maps = AffineMaps(x, y, **map_options(self.args))
+        fitted = maps.fit(source_block, block)
+        quality = {"r2": fitted.r2, "cosine": fitted.cosine, "n": fitted.n}
+        if source == target:  # its own needs no map
+            return ours["v"], quality
+        return maps.vector(ours["v"], source_block, block), quality
+
+    # ------------------------------------------------------------ transplant, score: the steps
+
+    def measure(self, target: str) -> dict:
+        """Hits of one target on the negatives of each emotion: without a vector, with every source's
+        v_hat, and with random directions as strong as the strongest of these."""
+        args, block = self.args, self.block(target)
+        v_hat, quality = {}, {}
+        for source in args.models:
+            v_hat[source], quality[source] = self.vector(source, target)
+        alpha = {source: self.choose_alpha(target, v_hat[source]) for source in args.models}
+        strongest = max(args.models, key=lambda name: v_hat[name].norm() * abs(alpha[name]))
+        hits: dict[str, list] = {}
+        for e, emotion in enumerate(EMOTIONS):
+            moves = {"base": BASE}
+            for source in args.models:
+                moves[source] = Transplant.of(v_hat[source][e], block, alpha[source])
+            seed = args.seed * 6 + e
+            for r, direction in enumerate(
+                random_directions(v_hat[strongest][e], args.random, seed)
+            ):
+                moves[f"random {r}"] = Transplant.of(direction, block, alpha[strongest])
+            said = self.named(target, "test", emotion, list(moves.values()))
+            for name, answers in zip(moves, said):
+                hits.setdefault(name, []).extend((answers == e).tolist())
+        return {"hits": hits, "alpha": alpha, "quality": quality, "strongest": strongest}
+
+    def choose_alpha(self, target: str, v_hat: torch.Tensor) -> float:
+        """The strength with the most hits on the validation scenarios; the smaller of equals."""
+        hits = np.zeros(len(self.args.alpha))
+        for e, emotion in enumerate(EMOTIONS):
+            moves = [Transplant.of(v_hat[e], self.block(target), each) for each in self.args.alpha]
+            hits += (self.named(target, "validation", emotion, moves) == e).sum(1).numpy()
+        return max(zip(hits, self.args.alpha), key=lambda pair: (pair[0], -abs(pair[1])))[1]
+
+    def named(self, name: str, part: str, emotion: str, moves: list[Transplant]) -> torch.Tensor:
+        return named(self.load(name), self.args, self.data, part, emotion, moves)[0]
+
+    def tsne(self, name: str) -> list:
+        """t-SNE of a model's states [120, 2]."""
+        from sklearn.manifold import TSNE
+
+        states = self.states[name]["shown"].numpy()
+        neighbours = min(30, len(states) // 4)
+        tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
+        return tsne.fit_transform(states).tolist()
 
 
-def make_records(args, results: dict) -> list[dict]:
-    records = []
-    for target, result in results.items():
-        about = {"experiment": "pythia", "item": "Figure 4", "target": target, "concept": "mean of six", "split": "test",
-                 "n": len(result["base"])}
-
-        def add(hits, **fields):
-            value, low, high, _ = rate(hits)
-            records.append(record(**about | {"metric": "token_acc", "value": value, "low": low, "high": high} | fields))
-        add(result["base"], method="base", alpha=0)
-        for number, hits in enumerate(result["random"]):
-            add(hits, method="random", split=f"test direction {number}")
-        for source in args.tgt:
-            where = {"source": source, "method": "self-align" if source == target else "contrans",
-                     "alpha": result["alpha"][source],
-                     "layer": f"{block(args, source)} -> {result['block']}"}
-            add(result["with"][source], **where)
-            gain = sum(result["with"][source]) - sum(result["base"])
-            records.append(record(**about, metric="absolute improvement", value=gain / about["n"], **where))
-            if sum(result["base"]):             # over a baseline of 0 there is no ratio
-                records.append(record(**about, metric="improvement ratio",
-                                      value=sum(result["with"][source]) / sum(result["base"]), **where))
-            for metric in ("r2", "cosine"):
-                records.append(record(experiment="pythia", target=target, concept="map", metric=metric, split="held-out",
-                                      value=result["fits"][source][metric], n=result["fits"][source]["fitted on"],
-                                      **where | {"alpha": None}))
-    return records
+# ---------------------------------------------------------------- one target
 
 
-def new_figure(**size):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-    return plt.subplots(**size)
+def one_target(args, run: Run, lab: Lab, target: str) -> tuple[list[dict], list[dict], dict]:
+    """(records, examples, p of every source) of one target."""
+    result = run.step(f"target {target}", lab.measure, target)
+    hits, alpha = result["hits"], result["alpha"]
+    about = {"item": "Figure 4", "target": target, "block": lab.block(target), "concept": "mean"}
+    tested = about | {"metric": "token_acc", "part": "test"}
+    base = record(hits["base"], method="base", alpha=0, **tested)
+    records, p = [base], {}
+    for source in args.models:
+        method = "self-align" if source == target else "contrans"
+        where = {"source": source, "source_block": lab.block(source), "method": method}
+        ours = record(hits[source], **tested, **where, alpha=alpha[source])
+        records.append(ours)
+        p[source] = mcnemar(hits["base"], hits[source])
+        gain = ours["value"] - base["value"]
+        about |= {"part": "test", "n": ours["n"]}
+        records.append(record(value=gain, **about, **where, metric="absolute_improvement"))
+        if base["value"]:  # over a baseline of 0 there is no ratio
+            ratio = ours["value"] / base["value"]
+            records.append(record(value=ratio, **about, **where, metric="improvement_ratio"))
+        quality = result["quality"][source]
+        fit = about | {"concept": "map", "part": "held-out", "n": quality["n"]}
+        for metric in ("r2", "cosine"):
+            records.append(record(value=quality[metric], metric=metric, **fit, **where))
+    strong = {"method": "contrans", "alpha": alpha[result["strongest"]]}
+    directions = []
+    for r in range(args.random):
+        variant = f"random {r}"
+        directions.append(record(hits[variant], variant=variant, **strong, **tested))
+    records += [*directions, spread(directions, "random")]
+    examples = []
+    texts = [(emotion, text) for emotion in EMOTIONS for text in lab.data.emotions[emotion].test]
+    for source in ["base", *args.models]:
+        for (emotion, text), hit in zip(texts, hits[source]):
+            each = {"target": target, "source": source, "emotion": emotion}
+            examples.append(each | {"scenario": text, "named": hit})
+    return records, examples, p
 
 
-def draw_heat(args, results: dict):
-    """Figure 4: improvement ratio and absolute improvement; rows are targets, columns sources, small to large."""
-    short, size = [Path(name).name for name in args.tgt], len(args.tgt)
-    figure, axes = new_figure(ncols=2, figsize=(3.4 + 1.5 * size, 1.6 + 0.6 * size), layout="constrained")
-    hits = np.array([[sum(results[target]["with"][source]) for source in args.tgt] for target in args.tgt])
-    base = np.array([sum(results[target]["base"]) for target in args.tgt])[:, None]
-    n = len(results[args.tgt[0]]["base"])
-    absolute = 100 * (hits - base) / n
-    ratios = np.where(base > 0, hits / np.maximum(base, 1), np.nan)
-    words = [[ratio(results[target]["with"][source], results[target]["base"]) for source in args.tgt] for target in args.tgt]
-    for axis, values, text, title in [          # blue: more with v^, red: less; the ratio is coloured by its logarithm
-            (axes[0], np.log(np.where(hits > 0, ratios, np.nan)), words, "improvement ratio\n(grey: a count of 0, hits with / without)"),
-            (axes[1], absolute, [[f"{value:+.0f}" for value in row] for row in absolute], "absolute improvement [points]")]:
+# ---------------------------------------------------------------- tables
+
+
+def short(each: dict) -> str:
+    return Path(each["target"]).name
+
+
+def column(each: dict) -> str:
+    if each["method"] == "base":
+        return "no vector"
+    return f"v of {Path(each['source']).name}" if each["source"] else "random, mean [range]"
+
+
+def tables(args, records: list[dict], p: dict) -> str:
+    tested = select(records, metric="token_acc")
+    shown = [each for each in tested if each["variant"] in (None, "random")]
+    notes = {}
+    for target in args.models:
+        mine = select(tested, target=target)
+        directions = [each["value"] for each in mine if (each["variant"] or "")[:7] == "random "]
+        significant = [Path(name).name for name in args.models if p[target][name] < 0.001]
+        above = []
+        for each in mine:
+            if each["source"] and percentile(each["value"], directions) == 100:
+                above.append(Path(each["source"]).name)
+        notes[Path(target).name] = (
+            f"p < 0.001: {', '.join(significant) or 'none'}; above all random directions: "
+            f"{', '.join(above) or 'none'}"
+        )
+    ratios = select(records, metric="improvement_ratio")
+    return "\n\n".join(
+        [
+            "## Figure 4: v_emotion of every model in every model",
+            "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
+            f"(n = {shown[0]['n']}); rows are targets, columns sources; block {args.layer}, α chosen "
+            f"on validation for each pair. p against no vector (McNemar); the {args.random} random "
+            "directions are as strong as the strongest v_hat of the row.",
+            pivot(shown, short, column, notes=notes),
+            "Improvement ratio (none over a baseline of 0)",
+            pivot(ratios, short, column) if ratios else "none",
+        ]
+    )
+
+
+# ---------------------------------------------------------------- figures
+
+COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
+
+
+def draw_heat(args, records: list[dict]):
+    """Figure 4: improvement ratio and absolute improvement; rows are targets, columns sources."""
+    names = [Path(name).name for name in args.models]
+    size = len(names)
+    figure, axes = new_figure(ncols=2, figsize=(3.4 + 1.5 * size, 1.6 + 0.6 * size))
+    panels = [
+        ("improvement_ratio", "improvement ratio (grey: without a vector 0)", 1, np.log),
+        ("absolute_improvement", "absolute improvement [points]", 100, lambda gain: gain),
+    ]
+    for axis, (metric, title, scale, colour_of) in zip(axes, panels):
+        table = np.full((size, size), np.nan)
+        for each in select(records, metric=metric):
+            cell = args.models.index(each["target"]), args.models.index(each["source"])
+            table[cell] = scale * each["value"]
+        colours = colour_of(np.where(table == 0, np.nan, table))
+        top = max(np.nanmax(np.abs(colours), initial=0), 1e-9)
         axis.set_facecolor("#ddd")
-        top = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1
-        axis.imshow(values, cmap="RdBu", vmin=-max(top, 1e-9), vmax=max(top, 1e-9))
-        for (y, x), value in np.ndenumerate(values):
-            axis.text(x, y, text[y][x], ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * top else "black")
-        axis.set(xticks=range(size), xticklabels=short, yticks=range(size), yticklabels=short, xlabel="source", title=title)
+        axis.imshow(colours, cmap="RdBu", vmin=-top, vmax=top)  # blue: more with v_hat
+        for (y, x), value in np.ndenumerate(table):
+            text = "" if np.isnan(value) else f"{value:.1f}" if scale == 1 else f"{value:+.0f}"
+            dark = abs(colours[y, x]) > 0.6 * top
+            style = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
+            axis.text(x, y, text, fontsize=8, **style)
+        ticks = {"xticks": range(size), "yticks": range(size)}
+        axis.set(**ticks, xticklabels=names, yticklabels=names, xlabel="source", title=title)
         axis.tick_params(axis="x", rotation=30)
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("target")
-    figure.suptitle(f"Token Acc on negative scenarios, mean of six emotions, n = {n}", fontsize=10)
+    figure.suptitle("Token Acc on negative scenarios, mean of six emotions", fontsize=10)
     return figure
 
 
-def draw_scatter(points: dict[str, list]):
+def draw_tsne(points: dict[str, list]):
     """Figure 8: t-SNE of the states of three sizes."""
-    figure, axes = new_figure(ncols=len(points), figsize=(3.2 * len(points) + 1, 3.2), layout="constrained")
-    for axis, (name, xy) in zip(np.atleast_1d(axes), points.items()):
-        for part, emotion in zip(np.split(np.array(xy), len(EMOTIONS)), EMOTIONS):
+    size = (3.2 * len(points) + 1, 3.2)
+    figure, axes = new_figure(ncols=len(points), figsize=size, squeeze=False)
+    for axis, (name, states) in zip(axes[0], points.items()):
+        for part, emotion in zip(np.split(np.array(states), len(EMOTIONS)), EMOTIONS):
             axis.scatter(*part.T, s=12, lw=0, color=COLOURS[emotion], label=emotion)
         axis.set(xticks=[], yticks=[], title=Path(name).name)
-    np.atleast_1d(axes)[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    each = min(map(len, points.values())) // len(EMOTIONS)
-    figure.suptitle(f"t-SNE of last-token states, {each} scenarios of each emotion", fontsize=10)
+    style = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes[0, -1].legend(**style)
+    figure.suptitle("t-SNE of last-token states, 20 scenarios of each emotion", fontsize=10)
     return figure
 
 
-# ---------------------------------------------------------------- from the arguments to the figures
+# ---------------------------------------------------------------- main
 
 
 def main(argv=None):
     args = options(argv)
-    data = split(load_scenarios(args.data), args)
-    for name in args.tgt:
-        block(args, name)                       # an impossible --layer ends here, before any weights are loaded
-        check_prompts(data, name)
-    sentences = plain_sentences(args, args.tgt)
-    run = Run("exp_pythia", args, {name: fingerprint(name) for name in args.tgt} | {
-        "emotions": fingerprint(str(args.data / "emotions")),
-        "sentences": hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16],
-        "first refinement prompt": prompts(data, data["happiness"]["positive"], shots=False)[0],
-        "first test prompt": prompts(data, data["happiness"]["test"], shots=True)[0]},
-        aside=("one_at_a_time",))
-    load = loader(args)
+    models = Models(**model_options(args))
+    data = load_data(args)
+    lab = Lab(args, data, [], models)
+    for name in args.models:
+        lab.block(name)  # an impossible --layer ends here, before any weights are loaded
+        check_prompts(args, data, models, name)
+    path = args.data / "wikisplit" / "validation.tsv"
+    lab.sentences = plain_sentences(path, models, args.models, args.sentences)
+    inputs = {
+        "models": {name: models.fingerprint(name) for name in args.models},
+        "data": [data, lab.sentences],
+        "first prompts": [texts[0] for texts in pairs(args, data, "happiness")],
+        "first test prompt": prompts(args, data, data.emotions["happiness"].test[:1], shots=True),
+    }
+    run = Run(__file__, args, inputs, ignore=("one_at_a_time",))
 
-    loaded = []                                 # all of them stay, unless one at a time is to be held
-
-    def get(name: str):
-        if args.one_at_a_time:
-            return load(name)
-        loaded[:] = dict.fromkeys([*loaded, name])
-        return dict(zip(loaded, load(*loaded) if len(loaded) > 1 else [load(name)]))[name]
-    states = {name: run.tensors(f"states {name}", lambda: collect(get(name), data, sentences, args)) for name in args.tgt}
-    backwards = [run.step(f"target {name}", lambda: measure(get(name), states, data, args))
-                 for name in reversed(args.tgt)]                            # the last, and largest, is still in memory
-    results = dict(zip(args.tgt, reversed(backwards)))
-    three = dict.fromkeys([args.tgt[0], args.tgt[len(args.tgt) // 2], args.tgt[-1]])
-    points = {name: run.step(f"t-SNE {name}", lambda: scatter(states[name]["shown"], args.seed)) for name in three}
-
-    run.figure(draw_heat(args, results), "figure_4")
-    run.figure(draw_scatter(points), "figure_8")
-    asked = [(emotion, text) for emotion in EMOTIONS for text in data[emotion]["test"]]
-    examples = [{"target": target, "source": source, "emotion": emotion, "scenario": text, "named": bool(hit)}
-                for target, result in results.items() for source, hits in {"none": result["base"], **result["with"]}.items()
-                for (emotion, text), hit in zip(asked, hits)]
-    run.save(make_records(args, results), examples, tables(args, results))
+    for name in args.models:
+        lab.states[name] = run.tensors(f"states {name}", lab.collect, name)
+    results = {}
+    for name in reversed(args.models):  # the last, and largest, is still in memory
+        results[name] = one_target(args, run, lab, name)
+    records = [each for name in args.models for each in results[name][0]]
+    examples = [each for name in args.models for each in results[name][1]]
+    p = {name: results[name][2] for name in args.models}
+    three = dict.fromkeys([args.models[0], args.models[len(args.models) // 2], args.models[-1]])
+    points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in three}
+    run.figure(draw_heat(args, records), "figure_4")
+    run.figure(draw_tsne(points), "figure_8")
+    run.save(records, examples, tables(args, records, p))
 
 
 if __name__ == "__main__":

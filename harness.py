@@ -252,6 +252,12 @@ def model_options(args) -> dict:
     }
 
 
+def map_options(args) -> dict:
+    """What the command line says about affine maps, for common.AffineMaps."""
+    fitting = {"intercept": args.intercept, "rcond": args.rcond, "ridge": args.ridge}
+    return {"n_sentences": args.sentences, "norm": args.norm, **fitting}
+
+
 # ================================================================ 2  Files
 
 
@@ -299,7 +305,7 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
     try:
         rows = list(reader)
     except csv.Error as error:
-        fail(f"{path}, line {reader.line_num}: not CSV ({error})")
+        fail(f"{path}, line {reader.reader.line_num}: not CSV ({error})")
     if not set(columns) <= set(reader.fieldnames or []):
         fail(f"{path}, line 1: must have the columns {', '.join(columns)}")
     for index, row in enumerate(rows, 1):
@@ -675,7 +681,7 @@ def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
 
 def _same(ours, cell: str) -> bool:
     if isinstance(ours, (int, float)):
-        return float(cell) == ours
+        return cell != "-" and float(cell) == ours
     return cell == (ours or "-")
 
 
@@ -801,6 +807,8 @@ def export_concept(path: Path, model, vector, layer: int, alpha: float) -> None:
     PATH.pt: lm-evaluation-harness, `--model steered --model_args …,steer_path=PATH.pt`.
     PATH.gguf: llama.cpp, `--control-vector PATH.gguf`; it has no control vector after block 0."""
     vector = vector.float().cpu()
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(f"block {layer} does not exist in {model.name}")
     if path.suffix == ".pt":
         _export_steered(path, model.nn._module, model.nn.layers[layer]._module, vector, alpha)
     elif path.suffix == ".gguf":

@@ -1,18 +1,21 @@
 """What common.py costs beside two other ways of doing the same work, measured in one run.
 
-    python benchmarks/benchmark.py                              random Llama of 160 M parameters, 10 minutes on 2 CPU cores
-    python benchmarks/benchmark.py --data data/paper            with the real prompts
-    python benchmarks/benchmark.py --data data/paper --shape 7b --full          on a GPU, bfloat16
+    python benchmarks/benchmark.py                          random Llama of 160 M parameters, 10 min
+    python benchmarks/benchmark.py --data data/paper        with the real prompts
+    python benchmarks/benchmark.py --data data/paper --shape 7b             on a GPU, bfloat16
     python benchmarks/benchmark.py --shape toy --limit 4 --repeats 1 --only mc1 states
 
-    released    as the authors' released code does it: one prompt a forward, a hook that adds alpha v, nothing shared
-    plain       as a careful user of transformers does it: hooks, batches of like length, logits only where they are read
-    stopped     plain, and a hook that raises once the block is reached (hidden states only)
+    released    as the authors' released code does it: one prompt per forward pass, all hidden
+                states and all logits, nothing shared
+    plain       as a careful user of transformers does it: batches of like length, logits only
+                where they are read
+    stopped     plain, and the forward pass stops after the block (hidden states only)
     ours        common.py
 
-Five works: the emotion sweep (8 strengths, six shots), hidden states at 75 % depth, MC1 of TruthfulQA, the affine map,
-steered generation. Every way gets the same weights and texts, and all must come to the same result: exit code 1 if not.
-Tokens and logits are counted while they are computed, never derived from the inputs. benchmarks/README.md says how.
+Five tasks: the emotion sweep (8 strengths, six shots), hidden states at 75 % depth, MC1 of
+TruthfulQA, the affine map, steered generation. All ways get the same weights and texts and must
+agree in their results: exit code 1 if they do not. Tokens and logits are counted while they are
+computed. benchmarks/README.md explains the columns.
 """
 
 import argparse
@@ -21,602 +24,590 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")    # before transformers is imported: nothing here is on the hub
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import common
+import harness
 from common import Transplant
+from harness import at_least, read_json, read_text, read_texts
 
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 STRENGTHS = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5]
 NEW_TOKENS = 32
+PLAIN_BATCH_TOKENS = 2048
 VOCABULARY = 32000
-PIECES = 2000           # of the tokenizer: cuts the real six shots into 454 tokens and a scenario into 32, as LLaMA's own does
-SHAPES = {"toy": (128, 8), "150m": (768, 16), "7b": (4096, 32), "13b": (5120, 40)}          # width, blocks
-MAP = {"toy": (48, 64, 32)}             # d of the source, d of the target, sentences; all other shapes: the paper's
-PAPER_MAP = (4096, 5120, 1600)
-
-# How much slower than ours the other ways are to be, at least
-GOALS = {("emotion", "released"): 20, ("emotion", "plain"): 12, ("states", "released"): 2.5, ("states", "plain"): 1.2,
-         ("states", "stopped"): 0.97, ("mc1", "released"): 2, ("mc1", "plain"): 1.7, ("map", "released"): 5,
-         ("generate", "released"): 3, ("generate", "plain"): 0.9}
+PIECES = 2000  # of the tokenizer; six real shots are then 454 tokens, as with LLaMA's own
+MAP_SHAPE = (4096, 5120, 2000)  # d of source and target (7B, 13B), sentences
+COUNTS = {"emotion": 48, "states": 120, "mc1": 32}  # prompts, lines, questions
+SHAPES = {"toy": (128, 8), "150m": (768, 16), "7b": (4096, 32), "13b": (5120, 40)}  # width, blocks
 
 # ---------------------------------------------------------------- options
 
 
 def options(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--data", type=Path, default=ROOT / "data" / "toy", metavar="FOLDER", help="where the prompts come from")
-    add("--only", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=f"of {', '.join(WORKS)}")
-    add("--limit", type=int, help="so many items of each work instead of its default; -1: all")
-    add("--full", action="store_true", help="the slow ways do every item too, instead of a share that is scaled up")
-    add("--repeats", type=int, default=3, help="the ways take turns so many times")
+    gpu = torch.cuda.is_available()
+    add("--data", type=Path, default=harness.TOY, metavar="FOLDER", help="where the prompts are")
+    add("--only", nargs="+", choices=TASKS, default=list(TASKS), help="tasks (default: all)")
+    add("--limit", type=at_least(2), help="items of each task, instead of its default")
+    add("--repeats", type=at_least(1), default=3, help="the ways take turns so many times")
     add("--shape", choices=SHAPES, default="150m", help="of the random Llama")
-    add("--layers", type=int, help="blocks, instead of the shape's")
-    add("--width", type=int, help="hidden size, a multiple of 128, instead of the shape's")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: float32 on CPU, bfloat16 on GPU")
-    add("--batch-tokens", type=int, default=2048, help="tokens of one batch of the plain way; ours keeps its own default")
-    add("--seed", type=int, default=0, help="of the weights, the vector and the choice of items")
-    add("--out", type=Path, metavar="FILE", help="also write the report there (Markdown)")
+    add("--device", default="cuda" if gpu else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
     args = parser.parse_args(argv)
-    width, layers = SHAPES[args.shape]
-    args.width, args.layers = args.width or width, args.layers or layers
-    if args.dtype == "auto":
-        args.dtype = "float32" if args.device == "cpu" else "bfloat16"
-    if args.width % 128 or args.width < 1 or args.layers < 5:
-        parser.error("--width must be a multiple of 128, --layers at least 5 (so that 75 % depth is not the last block)")
-    if args.repeats < 1 or args.batch_tokens < 1 or (args.limit is not None and args.limit < 2 and args.limit != -1):
-        parser.error("--repeats and --batch-tokens must be at least 1, --limit at least 2 (or -1: all)")
+    args.width, args.n_layers = SHAPES[args.shape]
     return args
 
 
-# ---------------------------------------------------------------- data: the prompts of exp_emotion.py and exp_truthfulqa.py
+# ---------------------------------------------------------------- data
 
 
-def load_texts(folder: Path, seed: int) -> SimpleNamespace:
-    """prompts of the sweep (they begin with six shots), plain lines, (question, choices), and all of it as a corpus."""
-    try:
-        scenarios = {e: json.loads((folder / "emotions" / f"{e}.json").read_text(encoding="utf-8")) for e in EMOTIONS}
-        lines = (folder / "wikisplit" / "validation.tsv").read_text(encoding="utf-8").splitlines()
-        questions = json.loads((folder / "truthfulqa" / "mc_task.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        common.fail(f"no file {error.filename}; python data/prepare.py makes data/paper, data/toy comes with the repo")
-    lines = [" ".join(line.split("\t")[0].split()[:-2 - i % 3]) for i, line in enumerate(lines)]     # without the last words
-    lines = [line for line in lines if line]
-    choices = ", ".join(f'"{e}"' for e in EMOTIONS)
-    shots = [f"Scenario: {scenarios[e][0]}\nThe emotion ({choices}) of the above scenario is {e}." for e in EMOTIONS]
-    asked = [text for e in EMOTIONS for text in scenarios[e][1:]]
-    corpus = lines + asked + [text for q in questions for text in (q["question"], *q["mc1_targets"])]
-    shuffle = random.Random(seed)
-    return SimpleNamespace(
-        prompts=["\n".join([*shots, f"Scenario: {text}\nThe emotion of the above scenario is"])
-                 for text in shuffle.sample(asked, len(asked))],
-        lines=shuffle.sample(lines, len(lines))[:2000],
-        questions=[(f"[INST] {q['question']}[/INST]", list(q["mc1_targets"]))
-                   for q in shuffle.sample(questions, len(questions))],
-        corpus=corpus + [f"The emotion is {e}." for e in EMOTIONS] * 200)       # each label becomes one token, as in LLaMA
+def load_items(args) -> tuple[dict[str, list], list[str]]:
+    """The items of each task, and the corpus of the tokenizer."""
+    choices = ", ".join(f'"{emotion}"' for emotion in EMOTIONS)
+    shots, asked = [], []
+    for emotion in EMOTIONS:
+        shot, *others = read_texts(args.data / "emotions" / f"{emotion}.json")
+        shots.append(
+            f"Scenario: {shot}\nThe emotion ({choices}) of the above scenario is {emotion}."
+        )
+        asked += others
+    lines = []
+    for line in read_text(args.data / "wikisplit" / "validation.tsv").splitlines():
+        words = line.split("\t")[0].split()
+        lines.append(" ".join(words[: -2 - len(lines) % 3]))
+    questions = read_json(args.data / "truthfulqa" / "mc_task.json")
+
+    corpus = lines + asked
+    for each in questions:
+        corpus += [each["question"], *each["mc1_targets"]]
+    corpus += [f"The emotion is {emotion}." for emotion in EMOTIONS] * 200  # one token each
+
+    def some(task: str, texts: list) -> list:
+        count = args.limit or COUNTS[task]
+        return random.Random(0).sample(texts, len(texts))[:count]
+
+    prompts = []
+    for text in some("emotion", asked):
+        last = f"Scenario: {text}\nThe emotion of the above scenario is"
+        prompts.append("\n".join([*shots, last]))
+    contexts, pairs = [], []
+    for each in some("mc1", questions):
+        contexts.append(f"[INST] {each['question']}[/INST]")
+        pairs += [(contexts[-1], f" {choice}") for choice in each["mc1_targets"]]
+    vectors = torch.randn(6, MAP_SHAPE[0], generator=torch.Generator().manual_seed(0))
+    items = {
+        "emotion": prompts,
+        "states": some("states", lines),
+        "mc1": pairs,
+        "map": list(vectors),
+        "generate": contexts[:16],  # one batch
+    }
+    return items, corpus
 
 
-# ---------------------------------------------------------------- model: one folder, loaded twice
+# ---------------------------------------------------------------- model
 
 
-def make_model(folder: Path, args, corpus: list[str]) -> None:
-    """A random Llama with a byte-level BPE of the texts that it will read."""
+def make_tokenizer(corpus: list[str]):
+    """A byte-level BPE of the texts that the model will read."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=PIECES, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    # The rest of the vocabulary is never read, but a random model writes it: a text of its own for every id shows
-    # in the generated texts which ids were chosen.
-    tokenizer = json.loads(bpe.to_str())
-    pieces = tokenizer["model"]["vocab"]
-    pieces.update({f" unused{i}": i for i in range(len(pieces), VOCABULARY)})
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)), bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        padding_side="left", clean_up_tokenization_spaces=False).save_pretrained(folder)
+    trainer = trainers.BpeTrainer(
+        vocab_size=PIECES,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A",
+        special_tokens=[("<s>", 0)],
+    )
+    # A random model also generates the other ids: each needs a text, so that texts can be compared.
+    content = json.loads(bpe.to_str())
+    vocabulary = content["model"]["vocab"]
+    for i in range(len(vocabulary), VOCABULARY):
+        vocabulary[f" unused{i}"] = i
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
+
+def make_model(folder: str, args, corpus: list[str]) -> None:
+    """A random Llama with its tokenizer in `folder`."""
+    make_tokenizer(corpus).save_pretrained(folder)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=args.width, num_hidden_layers=args.layers,
+        vocab_size=VOCABULARY,
+        hidden_size=args.width,
+        num_hidden_layers=args.n_layers,
         num_attention_heads=args.width // (128 if args.width >= 2048 else 64),
-        intermediate_size=-(-args.width * 8 // (3 * 256)) * 256,                # LLaMA's rule: 8/3 of the width, in 256s
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=None, pad_token_id=2)    # every text is 32 tokens long
-    torch.manual_seed(args.seed)
-    with torch.device(args.device):             # billions of random numbers take a GPU seconds, a CPU minutes
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        intermediate_size=-(-args.width * 8 // (3 * 256)) * 256,  # LLaMA's rule
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=None,  # every continuation has all its tokens
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    with torch.device(args.device):  # billions of random numbers take minutes on a CPU
+        model = transformers.AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, args.dtype),
+        )
     model.save_pretrained(folder)
 
 
-def load_plain(folder: Path, args):
-    """The model as transformers gives it, with its tokenizer at hand."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    model.requires_grad_(False)
+def load_plain(folder: str, args):
+    """The model as transformers loads it, with its tokenizer as an attribute."""
+    dtype = getattr(torch, args.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(args.device).eval()
     model.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model.batch_tokens = args.batch_tokens
     return model
 
 
-# ---------------------------------------------------------------- what the released and the plain ways are built from
+# ---------------------------------------------------------------- the released and the plain way
 
 
 @contextmanager
-def added(model, block: int, shift: torch.Tensor):
-    """A forward hook that adds a vector to the output of a block, at every position."""
-    shift = shift.to(model.device, model.dtype)
-    handle = model.model.layers[block].register_forward_hook(lambda module, inputs, output: output + shift)
+def hooked(model, block: int, hook):
+    """model with a forward hook on a block."""
+    handle = model.model.layers[block].register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
 
 
-def one(model, text: str) -> dict:
-    """A text as the input of one forward."""
-    return model.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+def steered(model, given, strength=1.0):
+    """model with strength * vector added after the block, at every position."""
+    shift = (strength * given.vector).to(model.device, model.dtype)
+    return hooked(model, given.block, lambda module, inputs, output: output + shift)
 
 
-def batches(model, texts: list[str]):
-    """Yield (indices, inputs): texts of like length together, so many tokens a batch, padded on the left."""
-    ids = model.tokenizer(texts, return_token_type_ids=False).input_ids
+def batches(model, texts: list[str], way: str):
+    """Yield (indices, inputs of one forward pass).
+
+    released: one text, all hidden states, all logits. plain: texts of like length, padded on the
+    left, logits of the last position."""
+    ids = model.tokenizer(texts).input_ids
     order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
     while order:
-        rows = max(1, model.batch_tokens // len(ids[order[0]]))
+        rows = 1 if way == "released" else max(1, PLAIN_BATCH_TOKENS // len(ids[order[0]]))
         batch, order = order[:rows], order[rows:]
-        yield batch, model.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
+        inputs = model.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+        inputs = inputs.to(model.device)
+        if way == "released":
+            inputs["output_hidden_states"] = True
+        else:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            inputs["use_cache"] = False
+            inputs["logits_to_keep"] = 1
+        yield batch, inputs
 
 
-def positions(inputs) -> torch.Tensor:
-    """Positions that begin at 0 with the first token that is no padding."""
-    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+def label_logprobs(model, logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [..., 6] of the emotions' first tokens."""
+    words = model.tokenizer([f" {emotion}" for emotion in EMOTIONS], add_special_tokens=False)
+    first = [ids[0] for ids in words.input_ids]
+    return logits.float().log_softmax(-1)[..., first].cpu()
 
 
-def first_tokens(model) -> list[int]:
-    """The first token of each emotion's word, with the space before it."""
-    return [model.tokenizer(f" {e}", add_special_tokens=False).input_ids[0] for e in EMOTIONS]
+# ---------------------------------------------------------------- tasks
+#
+# Two functions for each: of theirs, which takes the way, and ours. Items are what it works through;
+# `given` is the same for all of them: block and vector, or the states of the map. Each returns
+# {name: one value per item}.
 
 
-def read_labels(logits: torch.Tensor, words: list[int]) -> torch.Tensor:
-    """Of next-token logits [..., V]: the words' log-probabilities, and the likeliest token in a seventh column [..., 7]."""
-    scores = logits.float().log_softmax(-1)
-    return torch.cat([scores[..., words], scores.argmax(-1, keepdim=True)], -1).cpu()
-
-
-def labels_of(read: torch.Tensor, words: list[int]) -> dict:
-    """From what read_labels read [n, strengths, 7]: log-probabilities, which label is said (-1: none), which preferred."""
-    hit = read[..., 6:] == torch.tensor(words)
-    return {"logprobs": read[..., :6], "said": torch.where(hit.any(-1), hit.int().argmax(-1), -1),
-            "preferred": read[..., :6].argmax(-1)}
-
-
-# Every way of every work is a function of (model, items, given) that returns {name: tensor or list}. Items are what it
-# works through; given is what stays the same for all of them: the block to read or steer, the vector, the states.
-
-# ---------------------------------------------------------------- work 1: emotion sweep, 8 strengths, six shots
-
-
-def emotion_released(model, prompts, given):
-    read, words = torch.empty(len(prompts), len(STRENGTHS), 7), first_tokens(model)
-    for s, strength in enumerate(STRENGTHS):
-        with added(model, given.block, strength * given.vector):
-            for i, prompt in enumerate(prompts):
-                output = model(**one(model, prompt), output_hidden_states=True)
-                read[i, s] = read_labels(output.logits[0, -1], words)
-    return labels_of(read, words)
-
-
-def emotion_plain(model, prompts, given):
-    read, words = torch.empty(len(prompts), len(STRENGTHS), 7), first_tokens(model)
-    for s, strength in enumerate(STRENGTHS):
-        with added(model, given.block, strength * given.vector):
-            for batch, inputs in batches(model, prompts):
-                output = model(**inputs, position_ids=positions(inputs), use_cache=False, logits_to_keep=1)
-                read[batch, s] = read_labels(output.logits[:, -1], words)
-    return labels_of(read, words)
-
-
-def emotion_ours(model, prompts, given):
-    said, preferred = common.score_labels(model, prompts, EMOTIONS, sweep(given))
-    return {"said": said.T, "preferred": preferred.T}
+def emotion(model, prompts, given, way):
+    logprobs = torch.empty(len(prompts), len(STRENGTHS), len(EMOTIONS))
+    for number, strength in enumerate(STRENGTHS):
+        with steered(model, given, strength):
+            for batch, inputs in batches(model, prompts, way):
+                logits = model(**inputs).logits[:, -1]
+                logprobs[batch, number] = label_logprobs(model, logits)
+    return {"logprobs": logprobs, "preferred": logprobs.argmax(-1)}
 
 
 def sweep(given) -> list[Transplant]:
     return [Transplant.of(given.vector, given.block, strength) for strength in STRENGTHS]
 
 
-def emotion_logprobs(model, prompts, given):
-    """score_labels keeps its log-probabilities to itself: next_token_logits shows them, outside the measured time."""
+def emotion_ours(model, prompts, given):
+    _, preferred = common.score_labels(model, prompts, EMOTIONS, sweep(given))
+    return {"preferred": preferred.T}
+
+
+def emotion_check(model, prompts, given):
+    """The log-probabilities, which score_labels does not return; not measured."""
     logits = common.next_token_logits(model, prompts, sweep(given))
-    return {"logprobs": read_labels(logits, first_tokens(model)).transpose(0, 1)[..., :6]}
-
-
-# ---------------------------------------------------------------- work 2: hidden states at 75 % depth, last token
-
-
-def states_released(model, lines, given):
-    rows = [model(**one(model, line), output_hidden_states=True).hidden_states[given.block + 1][0, -1] for line in lines]
-    return {"states": torch.stack(rows).float().cpu()}
-
-
-def states_plain(model, lines, given):
-    return {"states": block_output(model, lines, given.block, lambda: None)}
+    return {"logprobs": label_logprobs(model, logits).transpose(0, 1)}
 
 
 class Reached(Exception):
-    """The block is computed: what comes after it is not wanted."""
+    """The block is computed: nothing after it is needed."""
 
 
-def states_stopped(model, lines, given):
-    def stop():
-        raise Reached
-    return {"states": block_output(model, lines, given.block, stop)}
-
-
-def block_output(model, lines, block, then) -> torch.Tensor:
-    """[n, d] after the block at each line's last token, read by a hook that calls then() at its end."""
-    states = torch.empty(len(lines), model.config.hidden_size)
+def states(model, lines, given, way):
+    found = torch.empty(len(lines), model.config.hidden_size)
 
     def read(module, inputs, output):
-        states[batch] = output[:, -1].float().cpu()
-        then()
-    handle = model.model.layers[block].register_forward_hook(read)
-    try:
-        for batch, inputs in batches(model, lines):
+        found[batch] = output[:, -1].float().cpu()
+        if way == "stopped":
+            raise Reached
+
+    with hooked(model, given.block, read):
+        for batch, inputs in batches(model, lines, way):
             try:
-                model(**inputs, position_ids=positions(inputs), use_cache=False, logits_to_keep=1)
+                model(**inputs)
             except Reached:
                 pass
-    finally:
-        handle.remove()
-    return states
+    return {"states": found}
 
 
 def states_ours(model, lines, given):
     return {"states": common.hidden_states(model, lines, [given.block])[:, 0]}
 
 
-# ---------------------------------------------------------------- work 3: MC1 of TruthfulQA, one strength
-
-
-def mc1_released(model, pairs, given):
-    total = torch.empty(len(pairs))
-    with added(model, given.block, given.vector):
-        for i, (context, answer) in enumerate(pairs):
-            inputs, start = one(model, context + answer), len(model.tokenizer(context).input_ids)
-            scores = model(**inputs, output_hidden_states=True).logits[0, :-1].float().log_softmax(-1)
-            total[i] = scores.gather(1, inputs["input_ids"][0, 1:, None])[start - 1:].sum()
-    return {"logprobs": total}
-
-
-def mc1_plain(model, pairs, given):
-    total = torch.empty(len(pairs))
+def mc1(model, pairs, given, way):
+    sums = torch.empty(len(pairs))
     contexts = model.tokenizer([context for context, _ in pairs]).input_ids
-    with added(model, given.block, given.vector):
-        for batch, inputs in batches(model, [context + answer for context, answer in pairs]):
-            tails = [int(inputs["attention_mask"][row].sum()) - len(contexts[i]) for row, i in enumerate(batch)]
-            output = model(**inputs, position_ids=positions(inputs), use_cache=False, logits_to_keep=max(tails) + 1)
-            scores = output.logits[:, :-1].float().log_softmax(-1)
-            tokens = inputs["input_ids"][:, -max(tails):, None]
-            for i, tail, picked in zip(batch, tails, scores.gather(2, tokens)[..., 0].cpu()):
-                total[i] = picked[-tail:].sum()
-    return {"logprobs": total}
+    texts = [context + answer for context, answer in pairs]
+    with steered(model, given):
+        for batch, inputs in batches(model, texts, way):
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            tails = [length - len(contexts[i]) for i, length in zip(batch, lengths)]
+            longest = max(tails)
+            if way == "plain":
+                inputs["logits_to_keep"] = longest + 1
+            logprobs = model(**inputs).logits[:, :-1].float().log_softmax(-1)
+            tokens = inputs["input_ids"][:, -longest:, None]
+            logprobs = logprobs[:, -longest:].gather(2, tokens)[..., 0].cpu()
+            for i, tail, row in zip(batch, tails, logprobs):
+                sums[i] = row[-tail:].sum()
+    return {"logprobs": sums}
 
 
 def mc1_ours(model, pairs, given):
-    logprobs, _ = common.choice_logprobs(model, pairs, [Transplant.of(given.vector, given.block, 1)])
+    transplant = Transplant.of(given.vector, given.block, 1)
+    logprobs, _ = common.choice_logprobs(model, pairs, [transplant])
     return {"logprobs": logprobs[0]}
 
 
-# ---------------------------------------------------------------- work 4: six vectors through the affine map, on the CPU
-
-
-def map_released(model, vectors, given):
-    """F = V S^-1 U^T Y as Eq. 2 writes it, [d1, d2] in float32, then v F."""
+def affine_map(model, vectors, given, way):
+    """F = V S^-1 U^T Y as in Eq. 2, [d1, d2] in float32 on the CPU, then v F."""
     n = int(len(given.x) * 0.8)
     u, s, vt = torch.linalg.svd(given.x[:n], full_matrices=False)
     f = vt.T @ torch.diag(1 / s) @ u.T @ given.y[:n]
     return {"vectors": torch.stack([v @ f for v in vectors])}
 
 
-def map_ours(model, vectors, given):
-    affine = common.fit_affine(given.x, given.y)        # keeps a fifth of the rows out, and computes R² and cosine on them
-    return {"vectors": torch.stack([affine.vector(v) for v in vectors])}
+def affine_map_ours(model, vectors, given):
+    fitted = common.fit_affine(given.x, given.y)  # holds out a fifth of the rows for R² and cosine
+    return {"vectors": torch.stack([fitted.vector(v) for v in vectors])}
 
 
-# ---------------------------------------------------------------- work 5: steered generation, greedy, batch 16
-
-
-def generate_released(model, prompts, given):
+def generation(model, prompts, given, way):
     texts = []
-    with added(model, given.block, given.vector):
-        for prompt in prompts:
-            inputs = one(model, prompt)
+    groups = [[prompt] for prompt in prompts] if way == "released" else [prompts]
+    with steered(model, given):
+        for group in groups:
+            inputs = model.tokenizer(group, padding=True, return_tensors="pt").to(model.device)
             ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            texts.append(model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+            texts += model.tokenizer.batch_decode(ids[:, -NEW_TOKENS:], skip_special_tokens=True)
     return {"texts": texts}
 
 
-def generate_plain(model, prompts, given):
-    inputs = model.tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with added(model, given.block, given.vector):
-        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return {"texts": model.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)}
+def generation_ours(model, prompts, given):
+    transplant = Transplant.of(given.vector, given.block, 1)
+    return {"texts": common.generate(model, prompts, transplant, max_new_tokens=NEW_TOKENS)}
 
 
-def generate_ours(model, prompts, given):
-    return {"texts": common.generate(model, prompts, Transplant.of(given.vector, given.block, 1), max_new_tokens=NEW_TOKENS)}
+@dataclass
+class Task:
+    title: str
+    theirs: object  # function
+    ours: object  # function
+    ways: dict  # {way: items that it does, None for all}; the rest would take too long
 
 
-# ---------------------------------------------------------------- the works: title, ways, how many items by default
-#
-# The number beside a way is a share: the slow ways would take most of the time, so they do only so many of the items,
-# spread evenly over the items' lengths. They share nothing between items: twice as many take them twice as long.
-
-WORKS = {
-    "emotion": ("emotion sweep, 8 strengths, six shots", 48,
-                {"released": (emotion_released, 4), "plain": (emotion_plain, 4), "ours": (emotion_ours, None)}),
-    "states": ("hidden states to 75 % depth", 120,
-               {"released": (states_released, None), "plain": (states_plain, None), "stopped": (states_stopped, None),
-                "ours": (states_ours, None)}),
-    "mc1": ("MC1 of TruthfulQA, one strength (choices)", 32,
-            {"released": (mc1_released, None), "plain": (mc1_plain, None), "ours": (mc1_ours, None)}),
-    "map": ("six vectors through the map", 6, {"released": (map_released, None), "ours": (map_ours, None)}),
-    "generate": ("steered generation, 32 new tokens", 16,
-                 {"released": (generate_released, 4), "plain": (generate_plain, None), "ours": (generate_ours, None)}),
+TASKS = {
+    "emotion": Task(
+        "emotion sweep, 8 strengths, six shots",
+        emotion,
+        emotion_ours,
+        {"released": 4, "plain": 4},
+    ),
+    "states": Task(
+        "hidden states to 75 % depth",
+        states,
+        states_ours,
+        {"released": None, "plain": None, "stopped": None},
+    ),
+    "mc1": Task(
+        "MC1 of TruthfulQA, one strength (choices)",
+        mc1,
+        mc1_ours,
+        {"released": None, "plain": None},
+    ),
+    "map": Task("six vectors through the map", affine_map, affine_map_ours, {"released": None}),
+    "generate": Task(
+        "steered generation, 32 new tokens",
+        generation,
+        generation_ours,
+        {"released": 4, "plain": None},
+    ),
 }
 
 
-def items_of(work: str, texts, args) -> list:
-    count = WORKS[work][1] if args.limit is None else args.limit if args.limit > 0 else None
-    if work == "map":                           # always six vectors
-        d1 = MAP.get(args.shape, PAPER_MAP)[0]
-        return list(torch.randn(6, d1, generator=torch.Generator().manual_seed(args.seed)))
-    if work == "mc1":                           # the limit counts questions, the items are their choices
-        return [(context, f" {choice}") for context, choices in texts.questions[:count] for choice in choices]
-    if work == "generate":                      # one batch of 16, whatever the limit beyond
-        return [context for context, _ in texts.questions[:16][:count]]
-    return {"emotion": texts.prompts, "states": texts.lines}[work][:count]
-
-
-def share(items: list, count: int | None, full: bool) -> list[int]:
-    """Indices of `count` items whose lengths stand for all (None: every item)."""
-    if full or count is None or count >= len(items):
-        return list(range(len(items)))
+def share_of(items: list, count: int | None) -> list[int]:
+    """Indices of `count` items whose lengths represent all (None: every item)."""
     order = sorted(range(len(items)), key=lambda i: len(items[i]))
+    count = min(count or len(order), len(order))
     return sorted(order[(2 * j + 1) * len(order) // (2 * count)] for j in range(count))
 
 
-def reworded(item):
-    """An item that begins otherwise, so that the call before the first repeat leaves nothing of use to it."""
-    return f"Once. {item}" if isinstance(item, str) else (f"Once. {item[0]}", item[1]) if isinstance(item, tuple) else item
-
-
-def given_to(work: str, repeat: int, block: int, args) -> SimpleNamespace:
-    """The vector of this repeat, or the states of the map; new ones every time, so that nothing kept is of use."""
-    draw = torch.Generator().manual_seed(1000 * args.seed + repeat)
-    if work == "map":
-        d1, d2, n = MAP.get(args.shape, PAPER_MAP)
-        return SimpleNamespace(x=torch.randn(n * 5 // 4, d1, generator=draw), y=torch.randn(n * 5 // 4, d2, generator=draw))
-    return SimpleNamespace(block=block, vector=0.1 * torch.randn(args.width, generator=draw))
+def given_to(name: str, repeat: int, args) -> SimpleNamespace:
+    """What is the same for all items of this repeat; new in each, so that no cache helps."""
+    generator = torch.Generator().manual_seed(repeat)
+    if name == "map":
+        d1, d2, n = MAP_SHAPE
+        x, y = torch.randn(n, d1 + d2, generator=generator).split([d1, d2], 1)
+        return SimpleNamespace(x=x, y=y)
+    vector = 0.1 * torch.randn(args.width, generator=generator)
+    return SimpleNamespace(block=int(0.75 * args.n_layers), vector=vector)
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def resident() -> int:
-    """Memory of this process [bytes]; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+@dataclass
+class Cost:
+    seconds: float = 0.0
+    products: int = 0  # rows times weights, in the linear layers of the blocks
+    logits: int = 0  # rows that go through the unembedding
+    memory: int = 0  # peak above what was there before [bytes]
 
 
-def give_back_memory() -> None:
-    """Freed memory goes back to the system, so that one way's leavings do not hide what the next one takes."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+def clock(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-@contextmanager
-def measured(device: str):
-    """Seconds, linear layers and peak memory of the block of code under `with`.
+def peak_memory(device: str) -> int:
+    """Peak since reset_peak_memory [bytes]: what torch allocated on a GPU, the process on a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    Linear layers are counted where every one of them passes, in torch.nn.functional.linear: rows times weights, by
-    whether the weights are the unembedding's (they have the vocabulary's size) or a block's."""
-    cost = SimpleNamespace(seconds=0.0, blocks=0, logits=0, unembedding=0, memory=0)
+
+def reset_peak_memory(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(device: str, function, *args) -> tuple:
+    """(function(*args), its Cost). Every linear layer goes through torch.nn.functional.linear."""
+    cost = Cost()
     linear = torch.nn.functional.linear
 
     def counted(input, weight, bias=None):
         rows = input.numel() // input.shape[-1]
-        if weight.shape[0] == VOCABULARY:
+        if len(weight) == VOCABULARY:
             cost.logits += rows
-            cost.unembedding += rows * weight.numel()
         else:
-            cost.blocks += rows * weight.numel()
+            cost.products += rows * weight.numel()
         return linear(input, weight, bias)
 
-    on_gpu, done = device != "cpu", threading.Event()
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        give_back_memory()
-        before, peak = resident(), [0]
-
-        def watch():
-            while not done.wait(0.01):
-                peak[0] = max(peak[0], resident())
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
+    reset_peak_memory(device)
+    before = peak_memory(device)
     torch.nn.functional.linear = counted
-    start = time.perf_counter()
+    start = clock(device)
     try:
         with torch.no_grad():
-            yield cost
-        if on_gpu:
-            torch.cuda.synchronize()
-        cost.seconds = time.perf_counter() - start
+            result = function(*args)
+        cost.seconds = clock(device) - start
     finally:
         torch.nn.functional.linear = linear
-        done.set()
-    cost.memory = max(0, (torch.cuda.max_memory_allocated() if on_gpu else max(peak[0], resident())) - before)
+    cost.memory = peak_memory(device) - before
+    return result, cost
 
 
 def matrix_rate(args) -> float:
-    """Multiplications and additions a second [FLOP/s] of a large matrix product in the model's dtype: the best of three."""
-    size = 8192 if args.device != "cpu" else 2048
-    a, b = (torch.randn(size, size, device=args.device, dtype=getattr(torch, args.dtype)) for _ in range(2))
-    seconds = []
-    for _ in range(3):
-        with measured(args.device) as cost:
-            a @ b
-        seconds.append(cost.seconds)
+    """Rate [FLOP/s] of a large matrix product in the model's dtype: the best of three."""
+    size = 2048 if args.device == "cpu" else 8192
+    a = torch.randn(size, size, device=args.device, dtype=getattr(torch, args.dtype))
+    seconds = [measure(args.device, torch.matmul, a, a)[1].seconds for _ in range(3)]
     return 2 * size**3 / min(seconds)
 
 
-# ---------------------------------------------------------------- comparing
-
-
 def difference(theirs: dict, ours: dict, rows: list[int], exact: bool) -> tuple[float, float]:
-    """(largest difference of numbers, relative to the largest number; share of choices that differ) on these items.
+    """(largest difference of numbers relative to the largest, share of choices that differ).
 
-    Of generated texts only the first word counts where numbers are not exact: one near tie changes all that follows."""
-    numbers, choices = 0.0, []
-    for name in theirs.keys() & ours.keys():
-        a, b = theirs[name], ours[name]
-        if isinstance(b, list):                 # texts
-            pairs = [(x, b[i]) for x, i in zip(a, rows, strict=True)]
-            choices += [x != y if exact else x.split()[:1] != y.split()[:1] for x, y in pairs]
-            continue
-        b = b[rows]
-        assert a.shape == b.shape, (name, a.shape, b.shape)
-        if a.is_floating_point():
-            apart = ((a - b).abs().max() / b.abs().max()).item()
-            numbers = max(numbers, apart) if apart == apart else float("inf")           # NaN agrees with nothing
+    Where numbers are not exact, only the first word of a text counts: near ties change the rest."""
+    numbers = choices = 0.0
+    for name, their in theirs.items():
+        our = ours[name]
+        if isinstance(our, list):
+            words = None if exact else 1
+            pairs = [(text.split()[:words], our[i].split()[:words]) for text, i in zip(their, rows)]
+            choices = statistics.mean(one != other for one, other in pairs)
+        elif their.is_floating_point():
+            numbers = ((their - our[rows]).abs().max() / our[rows].abs().max()).item()
         else:
-            choices += (a != b).flatten().tolist()
-    return numbers, statistics.mean(map(float, choices)) if choices else 0.0
+            choices = (their != our[rows]).float().mean().item()
+    return numbers, choices
 
 
-def tolerated(args) -> tuple[float, float]:
-    """What may differ. bfloat16 has 8 bits: sums in another order differ in the third digit, and near ties fall anew."""
-    return (1e-4, 0.0) if args.dtype == "float32" else (5e-2, 0.5)
+# ---------------------------------------------------------------- one task
 
 
-# ---------------------------------------------------------------- from the options to the table
+def run_task(name: str, args, items: list, plain, ours) -> list[dict]:
+    """The rows of one task, one for each way."""
+    task = TASKS[name]
+    ways = task.ways | {"ours": None}
+    done = {way: share_of(items, count) for way, count in ways.items()}
+    costs = {way: [] for way in ways}
+    apart = {way: [] for way in ways}
 
+    def call(way: str, given, indices: list[int]):
+        mine = [items[i] for i in indices]
+        if way != "ours":
+            return measure(args.device, task.theirs, plain, mine, given, way)
+        with tempfile.TemporaryDirectory() as folder:  # an empty cache each time
+            harness.CACHE["folder"] = folder
+            return measure(args.device, task.ours, ours, mine, given)
 
-def run_work(work: str, args, texts, plain, ours, scratch: Path) -> tuple[list[dict], list[str]]:
-    """The rows of one work, and what is wrong with them."""
-    title, _, ways = WORKS[work]
-    items, block = items_of(work, texts, args), common.block_index("0.75", args.layers)
-    weights = sum(p.numel() for p in plain.model.layers.parameters() if p.dim() == 2)
-    rows_of = {way: share(items, count, args.full) for way, (_, count) in ways.items()}
-    costs, apart, wrong, exact = {way: [] for way in ways}, dict.fromkeys(ways, (0.0, 0.0)), [], args.dtype == "float32"
-
-    def call(way: str, items: list, given):
-        common.CACHE = Path(tempfile.mkdtemp(dir=scratch))          # states that were computed before are not read again
-        with measured(args.device) as cost:
-            result = ways[way][0](ours if way == "ours" else plain, items, given)
-        return result, cost
-
-    for way in ways:                            # once, unmeasured: first calls load libraries and compile
-        call(way, [reworded(item) for item in items[:2 if way == "ours" else 1]], given_to(work, -1, block, args))
-    for repeat in range(args.repeats):          # in turns, since a machine is faster at one time than at another
-        given, results = given_to(work, repeat, block, args), {}
+    for way in ways:  # not measured: first calls load and compile
+        call(way, given_to(name, args.repeats, args), done[way][:2])
+    for repeat in range(args.repeats):  # in turns: a machine is faster at one time than at another
+        given = given_to(name, repeat, args)
+        results = {}
         for way in ways:
-            results[way], cost = call(way, [items[i] for i in rows_of[way]], given)
+            results[way], cost = call(way, given, done[way])
             costs[way].append(cost)
-            print(f"{work:9} {way:9} {cost.seconds:7.2f} s", file=sys.stderr)
-        if work == "emotion" and repeat == 0:
-            results["ours"] |= emotion_logprobs(ours, items, given)
-        for way in ways.keys() - {"ours"}:
-            apart[way] = tuple(map(max, apart[way], difference(results[way], results["ours"], rows_of[way], exact)))
+            print(f"{name:9} {way:9} {cost.seconds:7.2f} s", file=sys.stderr)
+        if name == "emotion":
+            results["ours"] |= emotion_check(ours, items, given)
+        for way in ways:
+            found = difference(results[way], results["ours"], done[way], args.dtype == "float32")
+            apart[way].append(found)
 
+    weights = sum(each.numel() for each in plain.model.layers.parameters() if each.dim() == 2)
     rows = []
     for way, spent in costs.items():
-        if len({(cost.blocks, cost.logits) for cost in spent}) > 1:
-            wrong.append(f"{work}, {way}: computed {[cost.blocks // weights for cost in spent]} tokens in the repeats, which "
-                         "should be equal: something was kept from one to the next")
-        numbers, choices = apart[way]
-        if any(found > limit for found, limit in zip(apart[way], tolerated(args))):
-            wrong.append(f"{work}, {way}: differs from ours by {numbers:.1e} in numbers, {choices:.1%} in choices")
-        scale = len(items) / len(rows_of[way])
-        own = [cost.seconds / our.seconds * scale for cost, our in zip(spent, costs["ours"])]
+        scale = len(items) / len(done[way])
+        ratios = [cost.seconds / our.seconds for cost, our in zip(spent, costs["ours"])]
+        products = spent[0].products + spent[0].logits * VOCABULARY * args.width
         seconds = statistics.median(cost.seconds for cost in spent)
-        rows.append({"work": work, "title": title, "way": way, "items": len(items), "done": len(rows_of[way]),
-                     "seconds": seconds * scale, "tokens": spent[0].blocks / weights * scale,
-                     "logits": spent[0].logits * scale, "ratio": statistics.median(own),
-                     "rate": 2 * (spent[0].blocks + spent[0].unembedding) / seconds,
-                     "memory": max(cost.memory for cost in spent), "numbers": numbers, "choices": choices})
-    return rows, wrong
+        row = {
+            "task": name,
+            "way": way,
+            "items": len(items),
+            "done": len(done[way]),
+            "seconds": scale * seconds,
+            "tokens": scale * spent[0].products / weights,
+            "logits": scale * spent[0].logits,
+            "ratio": scale * statistics.median(ratios),
+            "rate": 2 * products / seconds,
+            "memory": max(cost.memory for cost in spent),
+            "numbers": max(numbers for numbers, _ in apart[way]),
+            "choices": max(choices for _, choices in apart[way]),
+        }
+        rows.append(row)
+    return rows
+
+
+def agrees(row: dict, args) -> bool:
+    """Whether a way gives our results (NaN agrees with nothing)."""
+    if args.dtype == "float32":
+        return row["numbers"] <= 1e-4 and row["choices"] == 0
+    # bfloat16 has 8 bits: sums in another order differ in the third digit, and near ties fall anew.
+    return row["numbers"] <= 5e-2 and row["choices"] <= 0.5
 
 
 def table(rows: list[dict], rate: float) -> str:
+    header = ["task", "way", "items", "seconds", "tokens", "logits", "× ours", "of matrix rate"]
     lines = []
     for row in rows:
-        computed, goal = row["tokens"] > 0, GOALS.get((row["work"], row["way"]))
-        apart = f"{row['numbers']:.0e}" + (f", {row['choices']:.0%} of choices" if row["choices"] else "")
-        lines.append([
-            row["title"] if row["way"] == next(iter(WORKS[row["work"]][2])) else "", row["way"],
-            f"{row['items']}" if row["done"] == row["items"] else f"{row['items']} ({row['done']} done, scaled)",
+        is_share = row["done"] < row["items"]
+        line = [
+            TASKS[row["task"]].title if row["way"] == "released" else "",
+            row["way"],
+            f"{row['items']} ({row['done']} done, scaled)" if is_share else row["items"],
             f"{row['seconds']:.2f}",
-            f"{row['tokens']:,.0f}" if computed else "–", f"{row['logits']:,.0f}" if computed else "–",
-            f"{row['ratio']:.2f}", f"≥ {goal:g}" if goal else "", f"{row['rate'] / rate:.0%}" if computed else "–",
-            f"{row['memory'] / 2**20:,.0f}", "" if row["way"] == "ours" else apart])
-    return common.markdown(["work", "way", "items", "seconds", "tokens", "logits", "× ours", "goal", "of matrix rate", "MiB",
-                            "differs by"], lines)
+            f"{row['tokens']:,.0f}",
+            f"{row['logits']:,.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['rate'] / rate:.0%}",
+            f"{row['memory'] / 2**20:,.0f}",
+            f"{row['numbers']:.0e}, {row['choices']:.0%}",
+        ]
+        lines.append(line)
+    return harness.markdown([*header, "MiB", "differs by (numbers, choices)"], lines)
 
 
 def main(argv=None) -> None:
     args = options(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    texts = load_texts(args.data, args.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        make_model(Path(scratch) / "model", args, texts.corpus)
-        plain, ours = load_plain(Path(scratch) / "model", args), common.load_model(
-            str(Path(scratch) / "model"), args.dtype, args.device)
-        rates, rows, wrong = [matrix_rate(args)], [], []
-        for work in args.only:
-            more, faults = run_work(work, args, texts, plain, ours, Path(scratch))
-            rows, wrong, rates = rows + more, wrong + faults, rates + [matrix_rate(args)]
-        rate, parameters = statistics.median(rates), sum(p.numel() for p in plain.parameters())
+    items, corpus = load_items(args)
+    rows, rates = [], [matrix_rate(args)]
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder, args, corpus)
+        plain = load_plain(folder, args)
+        ours = common.load_model(folder, dtype=args.dtype, device=args.device)
+    for name in args.only:
+        rows += run_task(name, args, items[name], plain, ours)
+        rates.append(matrix_rate(args))
 
-    commit, *dirty = common.environment()["commit"].split("-")
-    hardware = (torch.cuda.get_device_name(args.device) if args.device != "cpu" else
-                f"{platform.machine()}, {torch.get_num_threads()} threads")
-    report = "\n\n".join([
-        f"{hardware}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in a matrix product (measured {min(rates) / 1e9:,.0f} to "
-        f"{max(rates) / 1e9:,.0f}); random Llama of {parameters / 1e6:,.1f} M parameters, {args.width} × {args.layers}; "
-        f"texts of {args.data.name}; {args.repeats} repeats; commit {'-'.join([commit[:12], *dirty])}; "
-        f"Python {platform.python_version()}, " + ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "transformers", "nnsight", "numpy")),
-        table(rows, rate),
-        *(f"WRONG: {fault}" for fault in wrong)])
-    print(report)
-    if args.out:
-        args.out.write_text(report + "\n", encoding="utf-8")
+    rate = statistics.median(rates)
+    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if args.device != "cpu":
+        hardware = torch.cuda.get_device_name(args.device)
+    print(
+        f"{hardware}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in a matrix product",
+        f"random Llama of {plain.num_parameters() / 1e6:,.1f} M parameters",
+        f"texts of {args.data}; {args.repeats} repeats; Python {platform.python_version()}",
+        *(f"{name} {version(name)}" for name in ("torch", "transformers", "nnsight", "numpy")),
+        sep="; ",
+    )
+    print(f"\n{table(rows, rate)}")
+    wrong = [f"{row['task']} {row['way']}" for row in rows if not agrees(row, args)]
     if wrong:
+        print(f"\nWRONG: {', '.join(wrong)} do not give our results")
         raise SystemExit(1)
 
 

@@ -55,15 +55,27 @@ def fetch(path: str, to: Path, source: Path | None) -> None:
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        pooch.retrieve(origin, PINS[path], target.name, target.parent, downloader=copy if source else None)
+        pooch.retrieve(
+            origin, PINS[path], target.name, target.parent, downloader=copy if source else None
+        )
         target.chmod(0o644)  # the temporary file was readable by its owner only
     except requests.RequestException as error:
-        reason = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
-        raise Problem(f"cannot download {origin} ({reason}): check the network and run again, "
-                      "or copy from a folder with --from FOLDER") from error
+        reason = (
+            type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
+        )
+        raise Problem(
+            f"cannot download {origin} ({reason}): check the network and run again, "
+            "or copy from a folder with --from FOLDER"
+        ) from error
     except ValueError as error:  # pooch's word for a wrong checksum
-        todo = "give --from a good copy" if source else "run again, or copy a good one with --from FOLDER"
-        raise Problem(f"wrong sha256, not kept: {origin} is cut short or not the pinned version: {todo}") from error
+        todo = (
+            "give --from a good copy"
+            if source
+            else "run again, or copy a good one with --from FOLDER"
+        )
+        raise Problem(
+            f"wrong sha256, not kept: {origin} is cut short or not the pinned version: {todo}"
+        ) from error
 
 
 def prepare(names: list[str], to: Path, source: Path | None) -> list[str]:
@@ -87,12 +99,18 @@ def prepare(names: list[str], to: Path, source: Path | None) -> list[str]:
                 fetch(path, to, source)
                 fetched += 1
             elif public:
-                raise Problem(f"no such file: {source / path}: add it, or name the data sets you want with --only")
+                raise Problem(
+                    f"no such file: {source / path}: add it, or name the data sets you want with --only"
+                )
             elif target.is_file():
-                left.append(f"not the pinned sample, left as it is: {target}: perplexities will differ")
+                left.append(
+                    f"not the pinned sample, left as it is: {target}: perplexities will differ"
+                )
             else:
-                left.append(f"not fetched: {path}: no public address of this sample is known: copy it with --from, or "
-                            f"write sentences of OpenWebText (Skylion007/openwebtext), one a line, to {target}")
+                left.append(
+                    f"not fetched: {path}: no public address of this sample is known: copy it with --from, or "
+                    f"write sentences of OpenWebText (Skylion007/openwebtext), one a line, to {target}"
+                )
     print(f"{fetched} files fetched, {kept} already there")
     return left
 
@@ -108,11 +126,32 @@ def table(names: list[str], to: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
-    option("--from", dest="source", type=Path, metavar="FOLDER", help="copy from this folder, do not download")
-    option("--to", type=Path, metavar="FOLDER", default=Path(__file__).parent / "paper", help="default: %(default)s")
-    option("--only", nargs="+", metavar="NAME", choices=SOURCES, default=SOURCES, help=f"some of {', '.join(SOURCES)}")
+    option(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FOLDER",
+        help="copy from this folder, do not download",
+    )
+    option(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        default=Path(__file__).parent / "paper",
+        help="default: %(default)s",
+    )
+    option(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        choices=SOURCES,
+        default=SOURCES,
+        help=f"some of {', '.join(SOURCES)}",
+    )
     args = parser.parse_args()
     names = [name for name in SOURCES if name in args.only]
     try:
@@ -122,21 +161,30 @@ def main() -> int:
         return 2
     except OSError as error:  # a folder that is read-only, a full disk, …
         what = f"{error.filename or args.to}: {error.strerror or 'permission denied'}"  # pooch's own says neither
-        print(f"prepare.py: cannot read or write {what}: choose another folder with --to", file=sys.stderr)
+        print(
+            f"prepare.py: cannot read or write {what}: choose another folder with --to",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("prepare.py: stopped: run it again to go on from here", file=sys.stderr)
         return 130
     print(table(names, args.to))
     if "toxigen" in names:
-        print("Warning: toxigen/ is hateful text about real groups of people; keep it to research on toxicity.")
+        print(
+            "Warning: toxigen/ is hateful text about real groups of people; keep it to research on toxicity."
+        )
     for line in left:
         print(line)
     return 0
 
 
 # sha256 of every file, by its path below data/paper/ (and below the folder of --from).
-PINS = {path: sha256 for sha256, path in (line.split() for line in """
+PINS = {
+    path: sha256
+    for sha256, path in (
+        line.split()
+        for line in """
 4577af8b0c62b18e3f06fb96883e95ed7b776f0809f605bfe792e438fe1832df  emotions/anger.json
 3532b5d3c3701ad23c799dd436a86db81b716ecd41b35e890e2fb2ae4a80dfff  emotions/disgust.json
 cf791978f94f62ec617480a646f3a16d38aaf594a385c698bec08bf32747ee2b  emotions/fear.json
@@ -178,7 +226,9 @@ dfad74fee637cd35415fc9b3a0b8d27d799e5613da5d9be0fdf93774fe813208  toxigen/neutra
 63931ff45b7d95d60480bdcd466d69894fc02a0ec975cab8d0955e9b8cceb922  wikisplit/validation.tsv
 151b6163289460eb8b37f7c6a1998e23aed8e05b5e557bf1a2297079bf0e5af9  world_facts/facts_true_false.csv
 de4f185e7a6e158f6de3c8f775dbdd991d3106b862645d329b6b394d3daf2f58  text/owt_sentences_lowtox.txt
-""".strip().splitlines())}
+""".strip().splitlines()
+    )
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,11 +6,10 @@ Everything is made here: no test needs a file from outside or a network.
 import json
 import os
 import sys
-import weakref
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # before huggingface_hub is imported: a test that asks the hub is a wrong test
-os.environ["OMP_NUM_THREADS"] = "1"     # before torch is: the models are tiny, and two workers share the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may ask the hub
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is: two workers share the cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
@@ -19,28 +18,44 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import common
+import harness
 
 MAIN = ["llama", "gpt_neox", "gpt2", "gpt_neo"]
 OTHERS = ["mistral", "gemma", "qwen2", "opt"]
-SENTENCES = ["Tom found a red ball in the park. Tom felt very happy.", "Lily lost her old cat. Lily felt very sad.",
-             "The happy dog ran to the big house and the sad dog sat down.", "Scenario: you see a spider in the house.",
-             "The emotion of the above scenario is fear.", "The capital of the old town is a big red house."]
-SHAPE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=128,
-             initializer_range=0.2)     # weights so large that the output really depends on the input
-MLP = dict(intermediate_size=64)
-GROUPED = dict(num_key_value_heads=2, **MLP)
+SENTENCES = [
+    "Tom found a red ball in the park. Tom felt very happy.",
+    "Lily lost her old cat. Lily felt very sad.",
+    "The happy dog ran to the big house and the sad dog sat down.",
+    "Scenario: you see a spider in the house.",
+    "The emotion of the above scenario is fear.",
+    "The capital of the old town is a big red house.",
+]
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large, so that the output really depends on the input
+}
+MLP = {"intermediate_size": 64}
+GROUPED = {"num_key_value_heads": 2, **MLP}
+UNTIED = {"tie_word_embeddings": False}
+LOCAL = {"attention_types": [[["global", "local"], 2]], "window_size": 8, "num_layers": 4}
+LLAMA_PATHS = ("model.layers", "model.norm")
+GPT_PATHS = ("transformer.h", "transformer.ln_f")
+NEOX_PATHS = ("gpt_neox.layers", "gpt_neox.final_layer_norm")
+OPT_PATHS = ("model.decoder.layers", "model.decoder.final_layer_norm")
+WINDOW = {"sliding_window": 16}
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
 CONFIGS = {  # class, what differs from SHAPE, path of the blocks, path of the final norm
-    "llama": (transformers.LlamaConfig, dict(GROUPED), "model.layers", "model.norm"),
-    "gpt_neox": (transformers.GPTNeoXConfig, dict(MLP), "gpt_neox.layers", "gpt_neox.final_layer_norm"),
-    "gpt2": (transformers.GPT2Config, dict(n_inner=64, tie_word_embeddings=False), "transformer.h", "transformer.ln_f"),
-    "gpt_neo": (transformers.GPTNeoConfig, dict(MLP, num_layers=4, attention_types=[[["global", "local"], 2]],
-                                                window_size=8, tie_word_embeddings=False), "transformer.h",
-                "transformer.ln_f"),
-    "mistral": (transformers.MistralConfig, dict(GROUPED, sliding_window=16), "model.layers", "model.norm"),
-    "gemma": (transformers.GemmaConfig, dict(GROUPED, head_dim=8), "model.layers", "model.norm"),
-    "qwen2": (transformers.Qwen2Config, dict(GROUPED), "model.layers", "model.norm"),
-    "opt": (transformers.OPTConfig, dict(ffn_dim=64, word_embed_proj_dim=32), "model.decoder.layers",
-            "model.decoder.final_layer_norm"),
+    "llama": (transformers.LlamaConfig, GROUPED, *LLAMA_PATHS),
+    "gpt_neox": (transformers.GPTNeoXConfig, MLP, *NEOX_PATHS),
+    "gpt2": (transformers.GPT2Config, UNTIED | {"n_inner": 64}, *GPT_PATHS),
+    "gpt_neo": (transformers.GPTNeoConfig, MLP | UNTIED | LOCAL, *GPT_PATHS),
+    "mistral": (transformers.MistralConfig, GROUPED | WINDOW, *LLAMA_PATHS),
+    "gemma": (transformers.GemmaConfig, GROUPED | {"head_dim": 8}, *LLAMA_PATHS),
+    "qwen2": (transformers.Qwen2Config, GROUPED, *LLAMA_PATHS),
+    "opt": (transformers.OPTConfig, OPT, *OPT_PATHS),
 }
 
 
@@ -51,22 +66,27 @@ def pytest_configure():
 def make_tokenizer():
     """Byte-level BPE of some 200 tokens that puts <s> first, as many a tokenizer of the hub does.
 
-    Its alphabet is printable ASCII alone, so that no two tokens decode to the same text."""
+    Its alphabet is printable ASCII, so that no two tokens decode to the same text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
-        vocab_size=250, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
-        initial_alphabet=["Ġ", "Ċ", *map(chr, range(33, 127))]))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",
-                                                pad_token="<pad>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=250,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
+        initial_alphabet=["Ġ", "Ċ", *map(chr, range(33, 127))],
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    first = {"single": "<s> $A", "special_tokens": [("<s>", 0)]}
+    bpe.post_processor = processors.TemplateProcessing(**first)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
-def save_model(folder: Path, config_class, seed: int = 0, **settings) -> Path:
-    """A random model with its tokenizer in `folder`. Biases and norms are random too: zeros would hide mistakes."""
-    tokenizer = make_tokenizer()
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}   # not all are in this vocabulary by default
+def save_model(folder: Path, config_class, seed: int = 0, tokenizer=None, **settings) -> Path:
+    """A random model with its tokenizer in `folder`. Biases and norms are random too."""
+    tokenizer = tokenizer or make_tokenizer()
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = config_class(**{**SHAPE, **special, "vocab_size": len(tokenizer), **settings})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -79,16 +99,18 @@ def save_model(folder: Path, config_class, seed: int = 0, **settings) -> Path:
 
 
 class Reference:
-    """The plain way: transformers with forward hooks, one prompt at a time, nothing padded, nothing cached."""
+    """Plain transformers with forward hooks: one prompt at a time, no padding, no cache."""
 
     def __init__(self, folder: Path, blocks: str, norm: str, dtype=torch.float32):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-        self.blocks, self.norm = self.model.get_submodule(blocks), self.model.get_submodule(norm)
-        self.head = self.model.get_output_embeddings()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = model.eval().requires_grad_(False)
+        self.blocks = model.get_submodule(blocks)
+        self.norm = model.get_submodule(norm)
+        self.head = model.get_output_embeddings()
 
-    def _hooked(self, steer: dict, call):
-        """call() with steer[k] added to the output of block k; also what each block gave out, forward pass by pass."""
+    def hooked(self, steer: dict, call):
+        """call() with steer[k] added to the output of block k, and what each block gave out."""
         seen = [[] for _ in self.blocks]
 
         def hook(k):
@@ -98,8 +120,12 @@ class Reference:
                     stream = stream + steer[k].to(stream.dtype)
                 seen[k].append(stream)
                 return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
             return act
-        handles = [block.register_forward_hook(hook(k)) for k, block in enumerate(self.blocks)]
+
+        handles = []
+        for k, block in enumerate(self.blocks):
+            handles.append(block.register_forward_hook(hook(k)))
         try:
             with torch.no_grad():
                 return call(), seen
@@ -110,15 +136,19 @@ class Reference:
     def ids(self, text: str) -> torch.Tensor:
         return self.tokenizer(text, return_tensors="pt").input_ids
 
-    def states(self, text: str, steer: dict = {}) -> torch.Tensor:
-        """[blocks, d] at the last token."""
-        _, seen = self._hooked(steer, lambda: self.model(self.ids(text)))
-        return torch.stack([passes[0][0, -1] for passes in seen])
+    def states(self, texts: list[str], steer: dict = {}) -> torch.Tensor:
+        """[texts, blocks, d] at the last token of each."""
+        rows = []
+        for text in texts:
+            _, seen = self.hooked(steer, lambda: self.model(self.ids(text)))
+            rows.append(torch.stack([passes[0][0, -1] for passes in seen]))
+        return torch.stack(rows)
 
     def logits(self, text: str | list[int], steer: dict = {}) -> torch.Tensor:
         """[positions, vocabulary] of a text or of token ids."""
         ids = self.ids(text) if isinstance(text, str) else torch.tensor([text])
-        return self._hooked(steer, lambda: self.model(ids))[0].logits[0]
+        output, _ = self.hooked(steer, lambda: self.model(ids))
+        return output.logits[0]
 
     def next_logits(self, texts: list[str], steer: dict = {}) -> torch.Tensor:
         """[texts, vocabulary] after the last token of each."""
@@ -126,17 +156,38 @@ class Reference:
 
     def logprobs(self, ids: list[int], start: int, steer: dict = {}) -> torch.Tensor:
         """Log-probability of each token of ids[start:], given all before it."""
-        scores = self.logits(ids, steer)[start - 1:-1].log_softmax(-1)
+        scores = self.logits(ids, steer)[start - 1 : -1].log_softmax(-1)
         return scores.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
 
-    def generate(self, text: str, steer: dict = {}, new: int = 8, eos: int = 1) -> tuple[str, list[int]]:
-        """The greedy continuation: its text and its tokens."""
+    def new_tokens(self, text: str, steer: dict = {}, eos: int = 1) -> list[int]:
+        """The greedy continuation of at most 8 tokens."""
         ids = self.ids(text)
-        out, _ = self._hooked(steer, lambda: self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=eos,
-            pad_token_id=2))
-        new_ids = out[0, ids.shape[1]:].tolist()
-        return self.tokenizer.decode(new_ids, skip_special_tokens=True), new_ids
+        options = {
+            "max_new_tokens": 8,
+            "eos_token_id": eos,
+            "pad_token_id": 2,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(ids),
+        }
+        output, _ = self.hooked(steer, lambda: self.model.generate(ids, **options))
+        return output[0, ids.shape[1] :].tolist()
+
+    def generate(self, texts: list[str], steer: dict = {}, eos: int = 1) -> list[str]:
+        rows = [self.new_tokens(text, steer, eos) for text in texts]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def close(got, wanted, tolerance: float = 1e-5):
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+
+
+def vectors(count: int, width: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_module(part) -> torch.nn.Module:
+    """The torch module of a model, or of what nnsight calls one of its parts."""
+    return getattr(part, "nn", part)._module
 
 
 def surroundings(cache: Path) -> dict:
@@ -144,31 +195,31 @@ def surroundings(cache: Path) -> dict:
     return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
-class Loads:
-    """Stands in for common.load_model: which models were loaded, and how many were alive at once."""
-
-    def __init__(self):
-        self.names, self.alive, self.most = [], [], 0
-        self.load = getattr(common.load_model, "load", common.load_model)
-
-    def __call__(self, name, *options):
-        self.alive = [reference for reference in self.alive if reference() is not None]
-        model = self.load(name, *options)
-        self.names.append(name)
-        self.alive.append(weakref.ref(model._module))
-        self.most = max(self.most, len(self.alive))
-        return model
-
-
 def json_rows(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def one_line(capsys):
+    """one_line(call, word, …) -> the line in which call() ends the program, exit code 2."""
+
+    def check(call, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        assert all(word in said for word in words), said
+        return said
+
+    return check
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """Hidden states of the tests go to a folder of their own."""
-    common.CACHE = tmp_path_factory.mktemp("cache")
-    return common.CACHE
+    harness.CACHE["folder"] = tmp_path_factory.mktemp("cache")
+    return harness.CACHE["folder"]
 
 
 @pytest.fixture(scope="session")
@@ -180,8 +231,10 @@ def zoo(tmp_path_factory):
         if family not in made:
             config_class, settings, *paths = CONFIGS[family]
             folder = save_model(tmp_path_factory.mktemp("zoo") / family, config_class, **settings)
-            made[family] = common.load_model(str(folder), device="cpu"), Reference(folder, *paths)
+            model = common.load_model(str(folder), device="cpu")
+            made[family] = model, Reference(folder, *paths)
         return made[family]
+
     return get
 
 
@@ -201,3 +254,8 @@ def any_pair(request, zoo):
 def llama(zoo):
     """(model, Reference) of one family, where the family does not matter."""
     return zoo("llama")
+
+
+@pytest.fixture
+def model(llama):
+    return llama[0]

@@ -1,8 +1,8 @@
 """A Hugging Face hub on loopback, enough for from_pretrained and snapshot_download: folders served as revisions.
 
-    with Hub({"some/model": {"early": folder, "late": folder}}) as hub:
-        subprocess.run(…, env=hub.surroundings(tmp_path))
-        assert hub.loaded == [("some/model", "early", "model.safetensors")]
+with Hub({"some/model": {"early": folder, "late": folder}}) as hub:
+    subprocess.run(…, env=hub.surroundings(tmp_path))
+    assert hub.loaded == [("some/model", "early", "model.safetensors")]
 """
 
 import hashlib
@@ -17,7 +17,11 @@ class Hub:
     """Serves repos {repo: {revision: folder}} while it is entered; `loaded` says which weights were asked for."""
 
     def __init__(self, repos: dict[str, dict[str, Path | str]]):
-        self.folders = {(repo, revision): Path(folder) for repo, own in repos.items() for revision, folder in own.items()}
+        self.folders = {
+            (repo, revision): Path(folder)
+            for repo, own in repos.items()
+            for revision, folder in own.items()
+        }
         self.loaded = []
 
     def __enter__(self):
@@ -26,7 +30,7 @@ class Hub:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *_):          # not on the tests' stderr
+            def log_message(self, *_):  # not on the tests' stderr
                 pass
 
             def do_GET(self):
@@ -37,7 +41,9 @@ class Hub:
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(body)
+
             do_HEAD = do_GET
+
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
@@ -59,20 +65,48 @@ class Hub:
                     body = file.read_bytes()
                     if command == "GET" and file.suffix in (".safetensors", ".bin"):
                         self.loaded.append((repo, revision, file.name))
-                    return 200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
+                    return (
+                        200,
+                        body,
+                        {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit},
+                    )
                 if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/{name}"):
                     files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-                    return 200, json.dumps({"_id": "0", "id": repo, "sha": commit, "siblings": files}).encode(), {}
+                    return (
+                        200,
+                        json.dumps(
+                            {"_id": "0", "id": repo, "sha": commit, "siblings": files}
+                        ).encode(),
+                        {},
+                    )
                 if path == f"/api/models/{repo}/tree/{name}":
-                    files = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
-                             for file in sorted(folder.iterdir())]
+                    files = [
+                        {
+                            "type": "file",
+                            "path": file.name,
+                            "size": file.stat().st_size,
+                            "oid": "0" * 40,
+                        }
+                        for file in sorted(folder.iterdir())
+                    ]
                     return 200, json.dumps(files).encode(), {}
-        known = any(path.startswith((f"/{repo}/", f"/api/models/{repo}")) for repo, _ in self.folders)
+        known = any(
+            path.startswith((f"/{repo}/", f"/api/models/{repo}")) for repo, _ in self.folders
+        )
         return 404, b"{}", {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}
 
     def surroundings(self, home: Path) -> dict[str, str]:
         """The environment of a process that asks this hub and keeps what it gets in a folder of its own."""
         address = f"http://127.0.0.1:{self.server.server_port}"
-        return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))} | {
-            "HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "CONTRANS_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1",
-            "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGINGFACE_"))
+        } | {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(home / "hf"),
+            "CONTRANS_CACHE": str(home / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "no_proxy": "127.0.0.1",
+        }

@@ -1,0 +1,596 @@
+"""harness.py: options, files, runs, records, and vectors on disk."""
+
+import csv
+import errno
+import json
+import math
+import resource
+from itertools import product
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import close, json_rows, vectors
+from safetensors.torch import save_file
+
+import harness
+from common import Transplant, next_token_logits
+from harness import (
+    Run,
+    export_concept,
+    fail,
+    load_concept,
+    markdown,
+    mcnemar,
+    model_options,
+    option_parser,
+    parse_options,
+    percentile,
+    pivot,
+    read_json,
+    read_table,
+    read_text,
+    read_texts,
+    record,
+    run_script,
+    save_concept,
+    select,
+    spread,
+)
+
+# ================================================================ 1  Options
+
+FAMILIES = {
+    "toy": {
+        "src": "toy/a",
+        "src_base": "toy/a-base",
+        "tgt": ["toy/b"],
+        "tgt_chat": ["toy/b-chat"],
+        "layer": "0.75",
+        "alpha": [1.0, 2.0],
+        "limit": 50,
+        "sentences": 100,
+    },
+    "custom": {
+        "layer": "0.5",
+        "alpha": [1.0],
+        "limit": -1,
+        "sentences": 2000,
+    },
+}
+
+
+def parse(folder: Path, words: str = "", *more: str):
+    parser = option_parser("A script.", FAMILIES)
+    return parse_options(parser, FAMILIES, [*words.split(), "--data", str(folder), *more])
+
+
+def test_fail_is_one_line(one_line):
+    assert one_line(lambda: fail("two\n  lines")) == "error: two lines\n"
+
+
+def test_a_script_ends_with_one_line(one_line, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def overflow():
+        raise FloatingPointError("NaN in x")
+
+    one_line(lambda: run_script(overflow), "NaN in x")
+    with pytest.raises(SystemExit) as stopped:
+        run_script(interrupted)
+    assert stopped.value.code == 130
+    assert "continue" in capsys.readouterr().err
+
+
+BAD_OPTIONS = """
+--src a
+--tgt a
+--src a --tgt b --tgt-chat c d
+--src a --tgt x/b y/b
+--tgt-chat none none
+--family no-such
+--family custom
+--no-such-option
+--src
+stray
+--alpha x
+--alpha nan
+--alpha 1 inf
+--alpha 1 0
+--alpha
+--norm no-such
+--refine median
+--sentences 0
+--sentences many
+--random 0
+--limit 0
+--limit -2
+--limit 1.5
+--batch-tokens 0
+--rcond -0.1
+--rcond 1
+--rcond nan
+--ridge -1
+--ridge nan
+--ridge inf
+--layer x
+--layer 1,2,3
+--layer -1
+--layer 1,
+--layer 1.2.3
+--layer .
+--layer auto,3
+--dtype int3
+--seed x
+--seed -1
+--seed 4294967296
+--remote someone
+--data no/such/folder
+"""
+
+
+@pytest.mark.parametrize("line", BAD_OPTIONS.strip().splitlines())
+def test_bad_options_end_in_one_line(line, tmp_path, one_line):
+    argv = ["--data", str(tmp_path), *line.split()]
+    parser = option_parser("A script.", FAMILIES)
+    one_line(lambda: parse_options(parser, FAMILIES, argv))
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ("", "toy/a toy/a-base ['toy/b'] ['toy/b-chat'] 0.75"),
+        ("--src a --tgt b c", "a a ['b', 'c'] [None, None] 0.5"),
+        ("--src a --tgt b c --tgt-chat none d", "a a ['b', 'c'] [None, 'd'] 0.5"),
+        ("--family toy --src a", "a a ['toy/b'] ['toy/b-chat'] 0.75"),
+        ("--family toy --src a --src-base c", "a c ['toy/b'] ['toy/b-chat'] 0.75"),
+        ("--src-base c", "toy/a c ['toy/b'] ['toy/b-chat'] 0.75"),
+        ("--family toy --tgt b", "toy/a toy/a-base ['b'] [None] 0.75"),
+        ("--tgt-chat d --layer 2,3", "toy/a toy/a-base ['toy/b'] ['d'] 2,3"),
+    ],
+)
+def test_own_models_do_not_take_partners_from_the_family(words, wanted, tmp_path):
+    args = parse(tmp_path, words)
+    assert f"{args.src} {args.src_base} {args.tgt} {args.tgt_chat} {args.layer}" == wanted
+
+
+def test_an_option_goes_before_the_family(tmp_path):
+    args = parse(tmp_path, "--alpha 0.5 -3 0.5 --limit -1 --sentences 7")
+    assert args.alpha == [0.5, -3.0]
+    assert (args.limit, args.sentences, args.family) == (-1, 7, "toy")
+    assert parse(tmp_path).alpha == [1.0, 2.0]
+    options = model_options(parse(tmp_path, "--batch-tokens 9 --allow-pickle --dtype float16"))
+    assert options["remote"] == []
+    assert (options["batch_tokens"], options["dtype"]) == (9, "float16")
+    assert options["allow_pickle"]
+    assert not options["trust_remote_code"]
+
+
+def test_no_cache_is_an_option(tmp_path, cache_folder):
+    parse(tmp_path)
+    assert harness.CACHE["folder"] == cache_folder
+    parse(tmp_path, "--no-cache")
+    assert harness.CACHE["folder"] is None
+    harness.CACHE["folder"] = cache_folder
+
+
+# ================================================================ 2  Files
+
+
+BAD_FILES = [
+    (read_text, None, "no file"),
+    (read_text, b"a\nb\n\xff", "line 3: not UTF-8"),
+    (read_json, b'{"a": 1,\n "b" 2}', "line 2: not JSON"),
+    (read_json, b'["\\ud800"]', "unusable"),
+    (read_json, b"[" * 100_000, "unusable"),
+    (read_texts, b'{"a": 1}', "list of texts"),
+    (read_texts, b"[]", "not empty"),
+    (read_texts, b'["a", " "]', "text 1"),
+    (read_texts, b'["a", "b", 3]', "text 2"),
+    (read_table, b'a,b\n1,"2', "line 2: not CSV"),
+    (read_table, b"a,c\n1,2\n", "line 1: must have the columns a, b"),
+    (read_table, b"", "line 1"),
+    (read_table, b"a,b\n1,2\n3\n", "row 2"),
+    (read_table, b"a,b\n1,2,3\n", "row 1"),
+]
+
+
+@pytest.mark.parametrize("read, content, word", BAD_FILES)
+def test_a_reader_names_the_file_and_the_line(read, content, word, tmp_path, one_line):
+    path = tmp_path / "a-file"
+    if content is not None:
+        path.write_bytes(content)
+    columns = ["a", "b"] if read is read_table else []
+    one_line(lambda: read(path, *columns), "a-file", word)
+
+
+def test_readers_take_a_byte_order_mark_and_any_line_ends(tmp_path):
+    path = tmp_path / "a-file"
+    path.write_bytes(b'\xef\xbb\xbf["a ",\r\n "b", "a"]')
+    assert read_texts(path) == ["a", "b"]
+    path.write_bytes(b'\xef\xbb\xbfa,b,note\r\n1,"x\r\ny",\r\n')
+    assert read_table(path, "a", "b") == [{"a": "1", "b": "x\r\ny", "note": ""}]
+
+
+class Figure:
+    """What Run.figure saves: writes half of itself, then fails if it has an error."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def savefig(self, file, **_):
+        file.write(b"half")
+        if self.error:
+            raise self.error
+        file.write(b" whole")
+
+
+def test_a_file_appears_whole_or_not_at_all(start, one_line, monkeypatch):
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
+    run = start()
+    before = sorted(run.folder.iterdir())
+    for number in (errno.ENOSPC, errno.EFBIG):
+        error = OSError(number, "the disk is full")
+        one_line(lambda: run.figure(Figure(error), "figure_1"), "no space left", "figure_1.png")
+    one_line(lambda: run.figure(Figure(OSError(errno.EROFS, "read-only")), "f"), "read-only")
+    assert sorted(run.folder.iterdir()) == before
+    run.figure(Figure(), "figure_1")
+    with pytest.raises(KeyboardInterrupt):
+        run.figure(Figure(KeyboardInterrupt()), "figure_1")
+    new = sorted(set(run.folder.iterdir()) - set(before))
+    assert [path.name for path in new] == ["figure_1.pdf", "figure_1.png"]
+    assert new[0].read_text() == new[1].read_text() == "half whole"
+
+
+def test_a_real_limit_on_file_sizes_is_one_line(tmp_path, one_line):
+    """The kernel says so in the middle of a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        one_line(lambda: save_concept(tmp_path / "v", torch.ones(999), **ABOUT), "no space left")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+# ================================================================ 4  Runs
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(words, inputs) -> the Run of a script in tmp_path with these options and inputs."""
+    script = tmp_path / "exp_test.py"
+    script.write_text("# a script")
+
+    def begin(words="", inputs={"models": ("m", 1)}):
+        args = parse(tmp_path, words, "--out", str(tmp_path / "out"))
+        return Run(script, args, inputs)
+
+    return begin
+
+
+VALUE = {"α": [1.5, None, True], "text": "ü\n", "n": 3}
+
+
+def test_a_step_is_computed_once_and_read_back_by_the_same_command(start):
+    calls = []
+
+    def compute(*args, **options):
+        calls.append((args, options))
+        return VALUE
+
+    for _ in range(2):
+        run = start()
+        for _ in range(2):
+            assert run.step("steer α 2 / x", compute, 1, more=2) == VALUE
+    assert calls == [((1,), {"more": 2})]
+    assert (run.reused, run.computed) == (2, 0)
+    assert run.done("steer α 2 / x")
+    assert not run.done("steer α 3 / x")
+    assert run.step("pair", lambda: (1, {2: 3})) == [1, {"2": 3}]  # as it will be read back
+    for _ in range(2):
+        found = start().tensors("v", lambda: {"v": torch.ones(2, 3).T})
+        assert torch.equal(found["v"], torch.ones(3, 2))
+
+
+def test_steps_of_like_or_long_names_are_kept_apart(start):
+    names = [
+        "a b",
+        "a-b",
+        "a/b",
+        "a +1",
+        "a -1",
+        "α",
+        "β",
+        "a b ",
+        "x" * 499 + "a",
+        "x" * 499 + "b",
+    ]
+    for run in (start(), start()):
+        assert [run.step(name, str, name) for name in names] == names
+    assert len(list(run.steps.iterdir())) == len(names)
+
+
+def test_a_step_that_fails_leaves_nothing(start):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    run = start()
+    with pytest.raises(KeyboardInterrupt):
+        run.step("a", interrupted)
+    with pytest.raises(TypeError):
+        run.step("a", object)
+    assert not list(run.steps.iterdir())
+    assert start().step("a", int, 2) == 2
+
+
+def test_what_changes_results_starts_another_folder(start, tmp_path):
+    folder = start().folder
+    assert folder.parent.name == "exp_test"
+    assert folder.name.startswith("a--b--")
+    for words in ("--family toy", "--no-cache", "--batch-tokens 9", "--fresh"):
+        assert start(words).folder == folder
+    for words in ("--alpha 3", "--seed 1", "--intercept", "--src c --tgt b"):
+        assert start(words).folder != folder
+    assert start(inputs={"models": ("m", 2)}).folder != folder
+    (tmp_path / "exp_test.py").write_text("# another script")
+    assert start().folder != folder
+
+
+def test_fresh_starts_over(start):
+    start().step("a", int, 1)
+    assert start("--fresh").step("a", int, 2) == 2
+    assert start().step("a", int, 3) == 2
+
+
+@pytest.mark.parametrize("content", ["", '{"a": '])
+def test_a_damaged_step_is_named_and_not_computed_again(content, start, one_line):
+    run = start()
+    run.step("one", int, 1)
+    run.tensors("two", lambda: {"v": torch.ones(3)})
+    for path in run.steps.iterdir():
+        path.write_text(content)
+        read = run.step if path.suffix == ".json" else run.tensors
+        one_line(lambda: read(path.name[:3], dict), path.name, "damaged")
+
+
+def test_the_folder_says_what_was_run(start, monkeypatch):
+    run = start("--alpha 2 4")
+    about = json.loads((run.folder / "args.json").read_text())
+    assert about["inputs"] == {"models": ["m", 1]}
+    assert about["args"]["alpha"] == [2.0, 4.0]
+    assert about["command"][1:4] == ["--alpha", "2", "4"]
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    monkeypatch.setenv("PATH", "")  # no git
+    run = start("--fresh")
+    assert '"commit": "unknown"' in (run.folder / "environment.json").read_text()
+
+
+def test_saved_records_read_back(start, capsys):
+    run = start("--seed 3")
+    records = [
+        record(item="Table 1", alpha=2.0, value=1 / 3, n=10, concept='joy, "big"\nline'),
+        record(metric="token_acc", value=math.pi),
+    ]
+    examples = [{"prompt": "a\nb — ü", "said": None}]
+    run.save(records, examples, "| a |\n|---|\n| α |")
+    assert json_rows(run.folder, "examples.jsonl") == examples
+    rows = json_rows(run.folder, "records.jsonl")
+    for row, each in zip(rows, records, strict=True):
+        assert row | each == row
+        assert (row["run"], row["seed"], row["norm"]) == (run.id, 3, "as-is")
+    with open(run.folder / "records.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for cells, row in zip(table, rows, strict=True):
+        assert cells == {name: "" if value is None else str(value) for name, value in row.items()}
+    assert (run.folder / "report.md").read_text() == "| a |\n|---|\n| α |\n"
+    assert str(run.folder) in capsys.readouterr().out
+
+
+def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, one_line):
+    (tmp_path / "file").write_text("")
+    args = parse(tmp_path, "", "--out", str(tmp_path / "file"))
+    one_line(lambda: Run(__file__, args, {}), "cannot write")
+
+
+# ================================================================ 5  Records
+
+
+WILSON = [
+    (0, 10, 0.0, 0.2775),
+    (10, 20, 0.2993, 0.7007),
+    (10, 10, 0.7225, 1.0),
+    (0, 90, 0.0, 0.0409),
+    (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I, method 3
+    (15, 148, 0.0624, 0.1605),
+    (1, 29, 0.0061, 0.1718),
+]
+
+
+@pytest.mark.parametrize("successes, n, low, high", WILSON)
+def test_a_rate_has_a_wilson_interval(successes, n, low, high):
+    hits = [1] * successes + [0] * (n - successes)
+    found = record(hits=np.array(hits), metric="mc1")
+    assert (found["value"], found["n"], found["metric"]) == (successes / n, n, "mc1")
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_a_mean_has_a_bootstrap_interval():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    found = record(values=values)
+    half = 1.959964 * values.std() / math.sqrt(400)
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["n"] == 400
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert record(values=values.tolist()) == found
+    found = record(values=[0.25] * 7)
+    assert found["low"] == found["value"] == found["high"] == 0.25
+
+
+def test_a_record_has_all_fields_and_no_others():
+    assert list(record(value=0.5)) == harness.RECORD
+    with pytest.raises(ValueError, match="valeu"):
+        record(valeu=0.5)
+
+
+def test_mcnemar_counts_the_outcomes_that_are_no_likelier():
+    def enumerated(gained, lost):
+        n = gained + lost
+        ways = [math.comb(n, k) for k in range(n + 1)]
+        return sum(count for count in ways if count <= ways[gained]) / 2**n
+
+    for gained, lost, both in product(range(5), range(7), (0, 3)):
+        before = [False] * gained + [True] * lost + [True, False] * both
+        after = [True] * gained + [False] * lost + [True, False] * both
+        assert mcnemar(before, after) == pytest.approx(enumerated(gained, lost))
+
+
+def test_percentiles_count_ties_half():
+    assert percentile(3, [1, 2, 3, 4]) == 62.5
+    assert percentile(2.5, (1, 2, 3, 4)) == 50
+    assert percentile(0, [1, 2]) == 0
+    assert percentile(9, iter([1, 2])) == 100
+
+
+def make_records() -> list[dict]:
+    return [
+        record(
+            item="Figure 2a",
+            source="our small",
+            target="our large",
+            concept=concept,
+            method="contrans" if alpha else "base",
+            alpha=alpha,
+            metric="token_acc",
+            hits=[1] * int(5 + alpha) + [0] * 5,
+        )
+        for concept in ("happiness", "joy")
+        for alpha in (0.0, 1.0, 2.0)
+    ]
+
+
+def test_records_are_selected_and_spread():
+    records = make_records()
+    joy = select(records, concept="joy", method="contrans")
+    assert joy == [records[4], records[5]]
+    joy[0]["paper"] = 0.3
+    mean = spread(joy, "random")
+    values = [each["value"] for each in joy]
+    assert (mean["low"], mean["high"], mean["n"]) == (min(values), max(values), 2)
+    assert mean["value"] == pytest.approx(np.mean(values))
+    assert (mean["variant"], mean["paper"], mean["concept"]) == ("random", None, "joy")
+
+
+def test_a_table_shows_every_record_once_and_why_rows_are_missing():
+    records = make_records()
+    records[1]["paper"] = 0.412
+    missing = {"fear": "too few scenarios", "anger": "no such label"}
+    lines = pivot(records, "concept", "alpha", missing, {"joy": "a note"}).splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert table[0] == ["", "0.0", "1.0", "2.0", ""]
+    for name, row, some in zip(("happiness", "joy"), table[2:4], (records[:3], records[3:])):
+        assert row[0] == name
+        for each, cell in zip(some, row[1:4], strict=True):
+            assert f"{100 * each['value']:.1f} [" in cell
+    assert table[2][2] == "54.5 [28, 79] (41.2)"
+    assert [row[-1] for row in table[2:]] == ["", "a note", "", ""]
+    assert [row[:2] for row in table[4:]] == [[name, reason] for name, reason in missing.items()]
+    only = pivot(records[:1], lambda each: each["method"], lambda each: each["metric"])
+    assert only.count("50.0 [") == 1
+    assert "too few" in pivot([], "concept", "alpha", missing)
+    other = pivot([record(metric="perplexity", value=12.345)], "metric", "item")
+    assert "12.35" in other or "12.34" in other
+    assert "|" in markdown(["a"], [[1]])
+
+
+def test_the_numbers_of_the_paper_are_joined_by_the_papers_names():
+    records = make_records()
+    harness.add_paper_numbers(records, {"our small": "LLaMA-7B", "our large": "LLaMA-13B"})
+    papers = {(each["concept"], each["alpha"]): each["paper"] for each in records}
+    assert papers["happiness", 1.0] == 0.41
+    assert papers["happiness", 2.0] == 0.92
+    assert papers["joy", 1.0] is None
+    base = make_records()[:1]
+    base[0]["source"] = None  # the paper's "-"
+    harness.add_paper_numbers(base, {"our large": "LLaMA-13B"})
+    assert base[0]["paper"] == 0.11
+    harness.add_paper_numbers(others := make_records(), {})
+    assert not any(each["paper"] for each in others)
+
+
+# ================================================================ 6  Vectors
+
+[A] = vectors(1)
+ABOUT = {
+    "concept": "happiness",
+    "source": "a",
+    "target": "b",
+    "fingerprint": "sha256:1",
+    "layer": 3,
+    "method": "mean",
+    "pairs": 60,
+    "first_prompt": "Tom felt\nvery — ünï",
+}
+
+
+def test_a_concept_vector_comes_back_with_what_it_is(tmp_path, llama, zoo):
+    path = tmp_path / "new" / "happiness.safetensors"
+    about = ABOUT | {"fingerprint": llama[0].fingerprint, "r2": 0.4}
+    save_concept(path, A.double(), **about)
+    vector, found = load_concept(path, llama[0])
+    assert torch.equal(vector, A)
+    assert found | about == found
+    assert found["sign"] == "positive minus negative"
+    with pytest.raises(ValueError, match="was made for b"):
+        load_concept(path, zoo("gpt2")[0])
+
+
+def test_a_vector_that_does_not_say_what_it_is_is_refused(tmp_path):
+    path = tmp_path / "v"
+    for missing in ABOUT:
+        about = {name: value for name, value in ABOUT.items() if name != missing}
+        with pytest.raises(ValueError, match=f"missing: {missing}"):
+            save_concept(path, A, **about)
+    assert not path.exists()
+    save_file({"vector": A}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="does not say what it is"):
+        load_concept(path)
+
+
+def test_gguf_s_own_reader_and_a_plain_hook_give_our_steered_logits(any_pair, tmp_path):
+    """llama.cpp adds direction.N to the output of block N, times --control-vector-scaled."""
+    model, reference = any_pair
+    path = tmp_path / "new" / "v.gguf"
+    export_concept(path, model, A.double(), 2, -1.5)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.model_hint"].contents() == model.config.model_type
+    [tensor] = reader.tensors
+    assert tensor.name == "direction.2"
+    shift = torch.tensor(tensor.data)
+    assert torch.equal(shift, -1.5 * A)
+    assert [file.name for file in path.parent.iterdir()] == ["v.gguf"]
+    for scale in (1.0, 0.5):
+        wanted = next_token_logits(model, ["Tom felt"], [Transplant.of(A, 2, -1.5 * scale)])
+        close(reference.next_logits(["Tom felt"], {2: scale * shift}), wanted[0], 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, layer, word",
+    [
+        ("v.gguf", 0, "block 0"),
+        ("v.gguf", 4, "block 4 does not exist"),
+        ("v.pt", 4, "block 4 does not exist"),
+        ("v.pt", -1, "block -1 does not exist"),
+        ("v.bin", 1, ".pt or .gguf"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(name, layer, word, llama, tmp_path):
+    with pytest.raises(ValueError, match=word):
+        export_concept(tmp_path / name, llama[0], A, layer, 1.0)
+    assert not list(tmp_path.iterdir())
