@@ -8,9 +8,9 @@
     6  Scoring         choices, labels, text and perplexity under a list of transplants
     7  Engine          what makes it fast: batches, and what is computed only once
 
-No plots, no options, no result files: those are in harness.py. Blocks are counted from 0, and "after
-block k" is the output of block k. Every function takes its settings as arguments, so all of this can
-be used from a notebook.
+No plots, no options, no result files: those are in harness.py. Blocks are counted from 0, and
+"after block k" is the output of block k. Every function takes its settings as arguments, so all of
+this can be used from a notebook.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,11 +102,11 @@ def load_model(
     """Load a causal LM.
 
     name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
-    bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over all
-    GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here then.
-    batch_tokens: tokens computed in one forward pass; lower it when memory runs out.
-    Raises ValueError for an unknown dtype, a GPU that is not there, and an architecture whose blocks
-    are not found (the message names its module lists)."""
+    bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
+    all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
+    then. batch_tokens: tokens computed in one forward pass; lower it when memory runs out. Raises
+    ValueError for an unknown dtype, a GPU that is not there, and an architecture whose blocks are
+    not found (the message names its module lists)."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
 
@@ -160,13 +160,14 @@ def _require_known_paths(name: str, nn) -> None:
     modules = nn._module.named_modules()
     lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
     raise ValueError(
-        f"{name}: no known path to blocks, final norm or unembedding of {type(nn._module).__name__}; "
-        f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS in common.py"
+        f"{name}: blocks, final norm or unembedding of {type(nn._module).__name__} are not found; its "
+        f"module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS in common.py"
     )
 
 
 class Models:
-    """The models of a run by name: config and tokenizer before any weights are loaded, then the weights.
+    """The models of a run by name: config and tokenizer before any weights are loaded, then the
+    weights.
 
     What cannot be read or loaded ends the program with one line."""
 
@@ -224,7 +225,8 @@ class Models:
     def block(self, name: str, layer: str, side: int = 0) -> int:
         """The 0-based block that --layer means in this model; side 0 is the source, 1 the target.
 
-        A number with a point is a fraction of the depth, rounded down: 0.75 of 40 blocks is block 30."""
+        A number with a point is a fraction of the depth, rounded down: 0.75 of 40 blocks is block
+        30."""
         n_layers = self.n_layers(name)
         value = layer.split(",")[min(side, layer.count(","))]
         block = int(float(value) * n_layers + 1e-9) if "." in value else int(value)
@@ -337,7 +339,8 @@ def _require_safetensors(name: str) -> None:
 
 
 def _fingerprint(name: str) -> str:
-    """What identifies the contents of a model: hub id and commit, or a hash of the folder's files."""
+    """What identifies the contents of a model: hub id and commit, or a hash of the folder's
+    files."""
     repo, revision = _split_revision(name)
     if not Path(repo).is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -376,11 +379,13 @@ def hidden_states(
     layers: list[int] | None = None,
     transplant: Transplant | None = None,
 ) -> torch.Tensor:
-    """The residual stream after each block in `layers` (default: all) at the last token of each text.
+    """The residual stream after each block in `layers` (default: all) at the last token of each
+    text.
 
-    Returns [n, len(layers), d], float32 on the CPU. The forward pass stops after the last block that is
-    needed. Without a transplant the states are cached on disk. Raises ValueError for a block that does
-    not exist and for a prompt that does not fit the context, FloatingPointError for NaN."""
+    Returns [n, len(layers), d], float32 on the CPU. The forward pass stops after the last block
+    that is needed. Without a transplant the states are cached on disk. Raises ValueError for a
+    block that does not exist and for a prompt that does not fit the context, FloatingPointError for
+    NaN."""
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     for layer in layers:
         _require_block(model, layer)
@@ -405,8 +410,9 @@ def _read_states(model: Model, texts, layers, transplant, lens: bool = False) ->
 
 
 def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = False):
-    """Make a function that reads the last token's states [B, layers, d] of one batch, in the model's
-    own dtype. lens: token probabilities [B, 1, vocabulary] read off the last of these blocks."""
+    """Make a function that reads the last token's states [B, layers, d] of one batch, in the
+    model's own dtype. lens: token probabilities [B, 1, vocabulary] read off the last of these
+    blocks."""
 
     def read(rows):
         inputs = _pad(rows, nn.tokenizer.pad_token_id)
@@ -440,11 +446,13 @@ def _residual(output):
 
 
 def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean") -> torch.Tensor:
-    """Concept vector of each layer from the states of pairs, [n, layers, d] each; returns [layers, d].
+    """Concept vector of each layer from the states of pairs, [n, layers, d] each; returns [layers,
+    d].
 
     mean: the paper's mean difference (Eq. 1). pca: first principal direction of the differences,
-    uncentred, pointing to the positives. probe: direction of a logistic regression. The last two are
-    scaled to the norm of the mean difference, so that one alpha means the same for all three."""
+    uncentred, pointing to the positives. probe: direction of a logistic regression. The last two
+    are scaled to the norm of the mean difference, so that one alpha means the same for all
+    three."""
     if positive.shape != negative.shape or positive.dim() != 3 or not len(positive):
         shapes = f"{tuple(positive.shape)} and {tuple(negative.shape)}"
         raise ValueError(f"positive and negative must be pairs [n, layers, d]; got {shapes}")
@@ -517,8 +525,8 @@ def _pair_refiner(nn, layers: list[int]):
 class AffineMap:
     """x -> (x - x_mean) F + y_mean with F = V S^-1 U^T Y (Eq. 2).
 
-    F [d1, d2] is never built: v F = (v X^+) Y is a weighted sum of the target's own hidden states. Both
-    means are zero unless the map was fitted with an intercept."""
+    F [d1, d2] is never built: v F = (v X^+) Y is a weighted sum of the target's own hidden states.
+    Both means are zero unless the map was fitted with an intercept."""
 
     x_inverse: tuple[torch.Tensor, torch.Tensor]  # factors [d1, r] and [r, n] of X^+, float64
     y: torch.Tensor  # [n, d2], float64
@@ -549,10 +557,11 @@ def fit_affine(
 ) -> AffineMap:
     """Least squares from source states x [n, d1] to target states y [n, d2] of the same sentences.
 
-    The defaults are the paper's (Eq. 2, App. A): no intercept, no ridge, no cut-off but for singular
-    values that float64 cannot tell from zero. ridge is in units of the mean squared singular value. The
-    last `held_out` share of the rows is kept for R² and cosine. All in float64.
-    Raises ValueError for shapes that do not match or fewer than 2 rows, FloatingPointError for NaN."""
+    The defaults are the paper's (Eq. 2, App. A): no intercept, no ridge, no cut-off but for
+    singular values that float64 cannot tell from zero. ridge is in units of the mean squared
+    singular value. The last `held_out` share of the rows is kept for R² and cosine. All in float64.
+    Raises ValueError for shapes that do not match or fewer than 2 rows, FloatingPointError for
+    NaN."""
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
@@ -608,7 +617,8 @@ def _gram_inverse(x: torch.Tensor, penalty: torch.Tensor) -> tuple | None:
 def fit_quality(
     predicted: torch.Tensor, y: torch.Tensor, mean: torch.Tensor
 ) -> tuple[float, float]:
-    """(R², cosine) of predicted states [n, d] against y, both about `mean` [d] of the training rows."""
+    """(R², cosine) of predicted states [n, d] against y, both about `mean` [d] of the training
+    rows."""
     predicted, y = predicted.double() - mean, y.double() - mean
     r2 = 1 - ((y - predicted) ** 2).sum() / (y**2).sum()
     cosine = torch.cosine_similarity(predicted, y, dim=1).mean()
@@ -618,9 +628,9 @@ def fit_quality(
 class AffineMaps:
     """Affine maps from the blocks of one base model to those of another.
 
-    x, y: {block: states [n, d] of the same plain sentences} of source and target. Map `sample` is fitted
-    on its own random sample of `n_sentences` of them, so that the luck of one sample can be seen.
-    norm "match" rescales v_hat to the source's ratio of |v| to the norm of the stream."""
+    x, y: {block: states [n, d] of the same plain sentences} of source and target. Map `sample` is
+    fitted on its own random sample of `n_sentences` of them, so that the luck of one sample can be
+    seen. norm "match" rescales v_hat to the source's ratio of |v| to the norm of the stream."""
 
     def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
         self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
@@ -674,13 +684,9 @@ def plain_sentences(path: Path, models: Models, names: list[str], n_sentences: i
     for name in set(names):
         keep &= models.fits(name, texts)
     if not keep.all():
-        print(
-            f"{(~keep).sum()} of {len(texts)} plain sentences do not fit a model's context: left out"
-        )
+        print(f"{(~keep).sum()} of {len(texts)} plain sentences exceed a context: left out")
     if keep.sum() < 10:
-        fail(
-            f"{path}: only {keep.sum()} sentences fit the models' contexts; an affine map needs more"
-        )
+        fail(f"{path}: only {keep.sum()} sentences fit the contexts; a map needs more")
     return [text for text, kept in zip(texts, keep) if kept]
 
 
@@ -713,7 +719,8 @@ BASE = Transplant()
 
 
 def add_shift(h: torch.Tensor, shift: torch.Tensor) -> None:
-    """Add alpha * v_hat to the residual stream h [rows, tokens, d], in place; shift is [rows or 1, d].
+    """Add alpha * v_hat to the residual stream h [rows, tokens, d], in place; shift is [rows or 1,
+    d].
 
     The only place that adds. Inside a trace of nnsight, this edits the model's forward pass."""
     h += shift[:, None].to(h)  # Eq. 3
@@ -735,7 +742,8 @@ def _shifts(model: Model, transplants: list[Transplant]) -> dict[int, torch.Tens
             shifts.setdefault(layer, torch.zeros(len(transplants), width))
             shifts[layer][row] += alpha * vector.float().cpu()
     for layer, shift in shifts.items():
-        # Norms square the stream. Where that overflows, RMSNorm returns zeros: wrong without any NaN.
+        # Norms square the stream. Where that overflows, RMSNorm returns zeros: wrong
+        # without any NaN.
         _require_finite(
             (shift**2).sum(1), f"alpha * v_hat after block {layer}: try a smaller alpha"
         )
@@ -785,6 +793,83 @@ def control_directions(
     return directions
 
 
+class Point(NamedTuple):
+    """Where a vector is read, where it is added, and how strongly."""
+
+    source_block: int
+    block: int
+    alpha: float
+
+
+class Vector(NamedTuple):
+    """A concept vector: of which concept, refined in which model, and that model's base model."""
+
+    concept: str
+    model: str
+    base: str
+
+
+class Vectors:
+    """Concept vectors of several models in the space of several targets; each model is read once.
+
+    pairs(concept, model): positive and negative prompts. blocks(model): where its states are
+    needed. sentences: the plain text that maps between base models are fitted on."""
+
+    def __init__(self, models, wanted, targets, pairs, blocks, sentences, refine="mean", **maps):
+        self.models, self.wanted, self.targets = models, list(wanted), list(targets)
+        self.pairs, self.blocks, self.sentences = pairs, blocks, sentences
+        self.refine, self.map_options = refine, maps
+        self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
+        self.plain: dict[str, dict[int, torch.Tensor]] = {}
+        self.known_maps: dict[tuple[str, str], AffineMaps] = {}
+
+    def at(self, vector: Vector, target: str, point: Point, **which) -> torch.Tensor:
+        """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
+        v = self.v(vector, point.source_block)
+        if vector.base == target:  # its own vector needs no map
+            return v
+        maps = self.maps(vector.base, target)
+        return maps.vector(v, point.source_block, point.block, **which)
+
+    def controls(self, vector: Vector, target: str, point: Point, others: list, **counts) -> dict:
+        """control_directions of a vector: {variant: direction [d]}; others: vectors to compare."""
+        return control_directions(
+            self.maps(vector.base, target),
+            self.v(vector, point.source_block),
+            {other.concept: self.v(other, point.source_block) for other in others},
+            point.source_block,
+            point.block,
+            **counts,
+        )
+
+    def v(self, vector: Vector, block: int) -> torch.Tensor:
+        """v [d] after a block of the model that it was refined in (Eq. 1)."""
+        self._read_models()
+        return self.refined[vector][block]
+
+    def maps(self, base: str, target: str) -> AffineMaps:
+        self._read_models()
+        if (base, target) not in self.known_maps:
+            maps = AffineMaps(self.plain[base], self.plain[target], **self.map_options)
+            self.known_maps[base, target] = maps
+        return self.known_maps[base, target]
+
+    def _read_models(self) -> None:
+        if self.refined:
+            return
+        mapped = {vector.base for vector in self.wanted} | set(self.targets)
+        for name in sorted(mapped | {vector.model for vector in self.wanted}):
+            model, blocks = self.models.load(name), self.blocks(name)
+            for vector in self.wanted:
+                if vector.model == name:
+                    pairs = self.pairs(vector.concept, name)
+                    v = concept_vector(model, *pairs, blocks, self.refine)
+                    self.refined[vector] = dict(zip(blocks, v))
+            if name in mapped:
+                states = hidden_states(model, self.sentences, blocks)
+                self.plain[name] = dict(zip(blocks, states.unbind(1)))
+
+
 # ================================================================ 6  Scoring
 
 
@@ -801,13 +886,14 @@ def choice_logprobs(
     transplants: list[Transplant] = (BASE,),
     eft: tuple[Model, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability [nats] of each continuation given its context, and whether it is the greedy one.
+    """Log-probability [nats] of each continuation given its context, and whether it is the greedy
+    one.
 
-    pairs: (context, continuation). Both are encoded together and split where the context's own tokens
-    end. eft: (small chat, small base) whose difference in logits is added at every token (emulated
-    fine-tuning, proxy-tuning); all three need one vocabulary.
-    Returns float32 sums and booleans, [transplants, pairs] each. Raises ValueError if a continuation
-    changes the tokens of its context, or if the vocabularies differ."""
+    pairs: (context, continuation). Both are encoded together and split where the context's own
+    tokens end. eft: (small chat, small base) whose difference in logits is added at every token
+    (emulated fine-tuning, proxy-tuning); all three need one vocabulary. Returns float32 sums and
+    booleans, [transplants, pairs] each. Raises ValueError if a continuation changes the tokens of
+    its context, or if the vocabularies differ."""
     contexts = _encode(model, [context for context, _ in pairs])
     rows = _encode(model, [context + text for context, text in pairs])
     for context, row, pair in zip(contexts, rows, pairs):
@@ -824,9 +910,10 @@ def score_labels(
     """Which label each prompt is continued with: two integer tensors [transplants, prompts].
 
     said: index of the label that the most likely next token begins, -1 for none (Token Acc).
-    preferred: index of the label whose first token has the highest logit among the labels (Logit Acc).
-    Where labels share their first token (a character-level tokenizer), as many tokens as tell them
-    apart take its place, scored by log-probability. Raises ValueError if no number of tokens does."""
+    preferred: index of the label whose first token has the highest logit among the labels (Logit
+    Acc). Where labels share their first token (a character-level tokenizer), as many tokens as tell
+    them apart take its place, scored by log-probability. Raises ValueError if no number of tokens
+    does."""
     words = _label_tokens(model.tokenizer, prompts[0], labels)
     rows = _encode(model, prompts)
     heads = [row for row in rows for _ in words]
@@ -863,7 +950,8 @@ def perplexity(
     transplants: list[Transplant] = (BASE,),
     window: int | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Perplexity of the texts under each transplant [transplants], and the number of tokens it is over.
+    """Perplexity of the texts under each transplant [transplants], and the number of tokens it is
+    over.
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
     overlap by half; each token but a text's first is counted once."""
@@ -891,9 +979,11 @@ def perplexity(
 def logit_lens(
     model: Model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,)
 ) -> torch.Tensor:
-    """Token probabilities [transplants, texts, vocabulary] read off the residual stream after `layer`.
+    """Token probabilities [transplants, texts, vocabulary] read off the residual stream after
+    `layer`.
 
-    Final norm and unembedding are applied to the last token there, the blocks above skipped (B.3)."""
+    Final norm and unembedding are applied to the last token there, the blocks above skipped
+    (B.3)."""
     _require_block(model, layer)
     lenses = [_read_states(model, texts, [layer], each, lens=True)[:, 0] for each in transplants]
     return torch.stack(lenses)
@@ -910,11 +1000,13 @@ def generate(
     seed: int = 0,
     eft: tuple[Model, ...] = (),
 ) -> list[str]:
-    """The continuation of each text (without the text), every token of prompt and continuation steered.
+    """The continuation of each text (without the text), every token of prompt and continuation
+    steered.
 
-    Greedy, or sampled with `seed`, which leaves torch's global random state alone (a sample depends on
-    how texts fall into batches). A row ends at the end-of-sequence token. eft: (small chat, small base)
-    as in choice_logprobs; if one of the three is on NDIF, it is asked for its logits token by token."""
+    Greedy, or sampled with `seed`, which leaves torch's global random state alone (a sample depends
+    on how texts fall into batches). A row ends at the end-of-sequence token. eft: (small chat,
+    small base) as in choice_logprobs; if one of the three is on NDIF, it is asked for its logits
+    token by token."""
     rows = _encode(model, texts)
     _require_eft_fits(model, eft, rows, max_new_tokens)
     _require_room(model, rows, max_new_tokens)
@@ -954,7 +1046,8 @@ def generate(
 
 
 def _writer(nn, shifts: dict, options: dict, seed: int, small: tuple):
-    """Make a function that continues one batch: new tokens [B, new], and whether logits were finite."""
+    """Make a function that continues one batch: new tokens [B, new], and whether logits were
+    finite."""
 
     def write(rows):
         inputs = _pad(rows, nn.tokenizer.pad_token_id)
@@ -982,21 +1075,27 @@ def _writer(nn, shifts: dict, options: dict, seed: int, small: tuple):
 
 # ================================================================ 7  Engine
 #
-# Everything above asks for one of two things: hidden states, or logits after given tokens. What makes
+# Everything above asks for one of two things: hidden states, or logits after given tokens. What
+# makes
 # it fast is computed once where it is the same:
 #
-#   blocks    Below the first steered block nothing depends on the transplant. Each prompt goes through
+# blocks    Below the first steered block nothing depends on the transplant. Each prompt goes
+# through
 #             those blocks once, and through the blocks above it once per transplant.
 #   prefix    Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
-#   branches  Continuations of one context (the choices of a question, the labels of a prompt) are one
+# branches  Continuations of one context (the choices of a question, the labels of a prompt) are
+# one
 #             row: the context, then each continuation, with a mask that hides them from each other.
 #
-# All of it is exact. Architectures differ in what they can do, so _sharing compares each of the three
+# All of it is exact. Architectures differ in what they can do, so _sharing compares each of the
+# three
 # with the plain way on a few tokens of every model, and what differs is not used.
 #
 # A prompt with its continuations is a tree: (head, tails), token ids of the context and of each
-# continuation. Its logits are read at its nodes: the last token of the head, then the tokens of each
-# tail but its last. Functions that run on NDIF (_state_reader, _scorer …) travel there as source text:
+# continuation. Its logits are read at its nodes: the last token of the head, then the tokens of
+# each
+# tail but its last. Functions that run on NDIF (_state_reader, _scorer …) travel there as source
+# text:
 # they take the nnsight model `nn`, tensors, numbers, lists and tuples, and use no class of ours.
 
 CACHED_PER_COMPUTED = 8  # a cached token costs memory, not time: this many count as a computed one
@@ -1033,7 +1132,8 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
 
 
 def _batches(model: Model, costs: list[float]):
-    """Yield lists of row indices, the largest rows first, so that rows of like length are together."""
+    """Yield lists of row indices, the largest rows first, so that rows of like length are
+    together."""
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     while order:
         size = max(1, int(model.batch_tokens // costs[order[0]]))  # may have shrunk meanwhile
@@ -1042,7 +1142,8 @@ def _batches(model: Model, costs: list[float]):
 
 
 def _halves(model: Model, job: list[list[int]], error: Exception) -> list:
-    """A job of several batches as two, a job of one batch as two smaller ones; the second half first."""
+    """A job of several batches as two, a job of one batch as two smaller ones; the second half
+    first."""
     middle = len(job) // 2
     if middle:
         return [job[middle:], job[:middle]]
@@ -1061,7 +1162,8 @@ def _rows_of(rows: list):
 
 
 def _encode(model: Model, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with the special tokens that the tokenizer adds (BOS, if it has one)."""
+    """Token ids of each text, with the special tokens that the tokenizer adds (BOS, if it has
+    one)."""
     if isinstance(texts, str):
         raise TypeError("texts must be a list of strings, not one string")
     rows = model.tokenizer(list(texts)).input_ids
@@ -1086,9 +1188,9 @@ def _pad(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 def _forward(nn, trees, shifts: dict, copies: int, shared: bool, prefix=(), keep_cache=False):
     """One forward pass of `trees` under each of `copies` transplants.
 
-    shifts: {block: [copies, d]}. shared: blocks up to the first steered one run once for all copies.
-    prefix: keys and values of each block for the tokens before all trees.
-    Returns logits [copies, nodes, vocabulary], and the cache of this pass if keep_cache."""
+    shifts: {block: [copies, d]}. shared: blocks up to the first steered one run once for all
+    copies. prefix: keys and values of each block for the tokens before all trees. Returns logits
+    [copies, nodes, vocabulary], and the cache of this pass if keep_cache."""
     parting = min(shifts) if shared and shifts and copies > 1 else None
     past = prefix[0][0].shape[2] if prefix else 0
     inputs, rows, columns = _pack_trees(trees, nn.tokenizer.pad_token_id, past, nn.dtype)
@@ -1170,7 +1272,8 @@ def _tree_mask(branches: torch.Tensor, past: int, dtype) -> torch.Tensor:
 
 
 def _repeat(value, copies: int):
-    """What a block is given beside the stream (mask, positions, rotary angles), its rows repeated."""
+    """What a block is given beside the stream (mask, positions, rotary angles), its rows
+    repeated."""
     if isinstance(value, torch.Tensor):
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 else value
     if isinstance(value, dict):
@@ -1181,7 +1284,8 @@ def _repeat(value, copies: int):
 
 
 def _prefix_cache(prefix):
-    """A KV cache that begins with the prefix in every row: keys and values [1 or copies, H, past, d]."""
+    """A KV cache that begins with the prefix in every row: keys and values [1 or copies, H, past,
+    d]."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     def continued(old, new):
@@ -1257,8 +1361,8 @@ def _try_sharing(nn, width: int, exact: bool):
 def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bool):
     """Yield (slice of transplants, indices of trees, scores).
 
-    scores are the logits [T, nodes, vocabulary] of these trees, or with `reduce` what _reduce makes of
-    them on the spot: full logits of a real vocabulary are 100 MB a batch."""
+    scores are the logits [T, nodes, vocabulary] of these trees, or with `reduce` what _reduce makes
+    of them on the spot: full logits of a real vocabulary are 100 MB a batch."""
     blocks, shares_prefix, _ = _sharing(model)
     heads = [head for head, _ in trees]
     past = _common_prefix(heads) if shares_prefix and _fits_window(model, trees) else 0
@@ -1299,7 +1403,8 @@ def _scorer(nn, prefix: list[int], shifts: dict, copies: int, shared: bool, redu
 
 
 def _reduce(logits: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each tail, and whether all its tokens are the likeliest: [T, tails] each."""
+    """Log-probability of each tail, and whether all its tokens are the likeliest: [T, tails]
+    each."""
     nodes, tokens, tail_of = [], [], []
     n_tails = start = 0
     for _, tails in trees:
@@ -1325,7 +1430,8 @@ def _reduce(logits: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
 def _logprobs(
     model: Model, heads, tails, transplants, eft=(), share_heads=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of tails[i] after heads[i], and whether it is greedy: [transplants, n] each."""
+    """Log-probability of tails[i] after heads[i], and whether it is greedy: [transplants, n]
+    each."""
     transplants = list(transplants)
     trees, members = _group_by_head([model, *eft], heads, tails, share_heads)
     sums = torch.empty(len(transplants), len(heads))
@@ -1342,7 +1448,8 @@ def _logprobs(
 
 
 def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tuple[list, list]:
-    """(trees, members): trees of the tails that continue the same head, and which tails they hold."""
+    """(trees, members): trees of the tails that continue the same head, and which tails they
+    hold."""
     alone = [(head, [tail]) for head, tail in zip(heads, tails)]
     # The mask of a batch of trees knows no window, so every row of it must fit the window.
     branching = all(_sharing(model)[2] and _fits_window(model, alone) for model in models)
@@ -1401,7 +1508,8 @@ def _common_prefix(rows: list[list[int]]) -> int:
 
 
 def _fits_window(model: Model, trees: list) -> bool:
-    """Whether no block looks back on fewer tokens than these trees have: padding would use them up."""
+    """Whether no block looks back on fewer tokens than these trees have: padding would use them
+    up."""
     names = ("sliding_window", "window_size", "attention_chunk_size")
     sizes = [getattr(model.config, name, None) for name in names]
     window = min([size for size in sizes if size], default=sys.maxsize)
@@ -1412,7 +1520,8 @@ def _fits_window(model: Model, trees: list) -> bool:
 
 
 class _EftProcessor:
-    """Adds logits(chat) - logits(base) of two small models to each step of a target's generation."""
+    """Adds logits(chat) - logits(base) of two small models to each step of a target's
+    generation."""
 
     def __init__(self, chat, base, mask: torch.Tensor):
         self.small = [(1, chat, {}), (-1, base, {})]  # each with its KV cache

@@ -1,7 +1,8 @@
 """Can a concept be moved from one model into another? Emotions, Sec. 4, App. A, B.2 and B.3.
 
     python exp_emotion.py                                     toy zoo, 40 seconds on 2 CPU cores
-    python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B, as in the paper
+    python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B, as in the
+    paper
     python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper
 
 Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the
@@ -9,18 +10,18 @@ Emotion vectors of a small model are mapped into larger ones and added there. On
     Token Acc    its most likely next token is the emotion's word
     Logit Acc    the emotion's word has the highest logit of the six words
 Figures 2a and 6 (both accuracies against alpha), 2b (PCA before and after), 5 (number of pairs),
-7 (t-SNE); Tables 5 (generations) and 8 (tokens that gain and lose). Every effect is shown with controls.
+7 (t-SNE); Tables 5 (generations) and 8 (tokens that gain and lose). Every effect is shown with
+controls.
 
---protocol clean (default): the scenarios that make a vector, the few-shot examples and the scenarios
-that test it are disjoint, and alpha and block are chosen on a validation part. --protocol paper: as
-released, tested on the scenarios that made the vector, with six wrong labels in the few-shot prompt.
-"""
+--protocol clean (default): the scenarios that make a vector, the few-shot examples and the
+scenarios that test it are disjoint, and alpha and block are chosen on a validation part. --protocol
+paper: as released, tested on the scenarios that made the vector, with six wrong labels in the few-
+shot prompt."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,12 @@ import torch
 
 from common import (
     BASE,
-    AffineMaps,
     Models,
+    Point,
     Transplant,
-    concept_vector,
+    Vector,
+    Vectors,
     context_length,
-    control_directions,
     fit_quality,
     generate,
     hidden_states,
@@ -42,7 +43,6 @@ from common import (
     perplexity,
     plain_sentences,
     random_directions,
-    refine,
     score_labels,
 )
 from harness import (
@@ -50,15 +50,18 @@ from harness import (
     Run,
     add_paper_numbers,
     at_least,
+    beside_controls,
+    effect_notes,
     fail,
+    label,
     map_options,
     markdown,
     model_options,
     new_figure,
     option_parser,
     parse_options,
-    percentile,
     pivot,
+    pool,
     read_texts,
     record,
     run_script,
@@ -223,38 +226,33 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 
-def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
-    """Positive and negative prompts of an emotion's vector, equally many."""
+def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
+    """Positive and negative prompts of an emotion's vector; "fear 50" is of 50 pairs."""
+    emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
-    n = min(len(positive), len(negative))
-    both = [prompts(args, data, texts[:n], shots=False) for texts in (positive, negative)]
-    return both[0], both[1]
+    n = min(len(positive), len(negative), int(count or args.pairs))
+    return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
-    """Refuse, before any weights are loaded, prompts that are too long and labels that look alike."""
+    """Refuse, before any weights are loaded, prompts that are too long and labels that look
+    alike."""
     texts = [text for parts in data.emotions.values() for part in parts for text in part]
     asked = prompts(args, data, list(dict.fromkeys(texts)), shots=True)
     models.require_fit(name, asked, new_tokens=8, advice="; try fewer --shots")
     models.require_labels(name, asked[0], args.labels)
 
 
-def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
-    """(said, preferred): the label that the model names after each scenario of a part, per transplant."""
-    texts = getattr(data.emotions[emotion], part)
-    asked = prompts(args, data, texts, shots=True)
-    return score_labels(model, asked, args.labels, transplants)
+def named(model, args, data: Data, part: str, emotion: str, transplants) -> list[dict]:
+    """What a model names after the scenarios of a part, under each transplant: hits of both
+    metrics."""
+    asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
+    answers = score_labels(model, asked, args.labels, transplants)
+    said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]
+    return [{"token_acc": one, "logit_acc": other} for one, other in zip(said, preferred)]
 
 
 # ---------------------------------------------------------------- refine, map
-
-
-class Point(NamedTuple):
-    """Where a vector is read, where it is added, and how strongly."""
-
-    source_block: int
-    block: int
-    alpha: float
 
 
 class Lab:
@@ -263,132 +261,107 @@ class Lab:
     def __init__(self, args, data: Data, sentences: list[str], models: Models, target: str):
         self.args, self.data, self.sentences = args, data, sentences
         self.models, self.target = models, target
+        depths = DEPTHS if args.layer == "auto" else [args.layer]
+        source_blocks = [models.block(args.src, depth, side=0) for depth in depths]
+        blocks = [models.block(target, depth, side=1) for depth in depths]
+        self.grid = list(dict.fromkeys(zip(source_blocks, blocks)))
+        counts = ["", *(f" {n}" for n in pair_counts(args))]
+        wanted = [self.source(emotion + count) for emotion in EMOTIONS for count in counts]
+        wanted += [Vector(emotion, target, target) for emotion in EMOTIONS]
+        self.vectors = Vectors(
+            models,
+            wanted,
+            [target],
+            pairs=lambda concept, name: pairs(args, data, concept),
+            blocks=lambda name: sorted(set(blocks if name == target else source_blocks)),
+            sentences=sentences,
+            refine=args.refine,
+            **map_options(args),
+        )
         self.point: Point | None = None  # chosen on the validation scenarios
+
+    def source(self, concept: str) -> Vector:
+        return Vector(concept, self.args.src, self.args.src_base)
 
     @property
     def model(self):
         return self.models.load(self.target)
 
-    @cached_property
-    def pairs_of_blocks(self) -> list[tuple[int, int]]:
-        """(source block, block) that --layer means; those to choose from if it is auto."""
-        depths = DEPTHS if self.args.layer == "auto" else [self.args.layer]
-        source = [self.models.block(self.args.src, depth, side=0) for depth in depths]
-        target = [self.models.block(self.target, depth, side=1) for depth in depths]
-        return list(dict.fromkeys(zip(source, target)))
-
-    @cached_property
-    def states(self) -> list[dict]:
-        """Of each emotion {block: (positive, negative)}: the source's states of its pairs, [n, d]."""
-        blocks = sorted({source_block for source_block, _ in self.pairs_of_blocks})
-        source = self.models.load(self.args.src)
-        states = []
-        for emotion in EMOTIONS:
-            both = pairs(self.args, self.data, emotion)
-            positive, negative = [hidden_states(source, texts, blocks) for texts in both]
-            states.append(dict(zip(blocks, zip(positive.unbind(1), negative.unbind(1)))))
-        return states
-
-    @cached_property
-    def maps(self) -> AffineMaps:
-        args = self.args
-        source_blocks = sorted({source_block for source_block, _ in self.pairs_of_blocks})
-        blocks = sorted({block for _, block in self.pairs_of_blocks})
-        x = hidden_states(self.models.load(args.src_base), self.sentences, source_blocks)
-        y = hidden_states(self.model, self.sentences, blocks)
-        return AffineMaps(
-            dict(zip(source_blocks, x.unbind(1))),
-            dict(zip(blocks, y.unbind(1))),
-            **map_options(args),
-        )
-
-    @cached_property
-    def own(self) -> dict[int, torch.Tensor]:
-        """{block: v of each emotion [6, d]} of the target itself, for Self-Align."""
-        blocks = sorted({block for _, block in self.pairs_of_blocks})
-        v = []
-        for emotion in EMOTIONS:
-            both = pairs(self.args, self.data, emotion)
-            v.append(concept_vector(self.model, *both, blocks, self.args.refine))
-        return dict(zip(blocks, torch.stack(v, 1)))
-
-    def v(self, source_block: int, n_pairs: int | None = None) -> torch.Tensor:
-        """v of each emotion [6, d], from so many pairs (Eq. 1)."""
-        vectors = []
-        for states in self.states:
-            positive, negative = [side[:n_pairs, None] for side in states[source_block]]
-            vectors.append(refine(positive, negative, self.args.refine)[0])
-        return torch.stack(vectors)
-
-    def v_hat(self, n_pairs: int | None = None) -> torch.Tensor:
-        """v_hat of each emotion [6, d_target] at the chosen point (Eq. 2)."""
-        source_block, block, _ = self.point
-        return self.maps.vector(self.v(source_block, n_pairs), source_block, block)
+    def v_hat(self, concept: str, point: Point | None = None) -> torch.Tensor:
+        """v_hat [d] of an emotion (Eq. 2)."""
+        return self.vectors.at(self.source(concept), self.target, point or self.point)
 
     def move(self, direction: torch.Tensor, alpha: float | None = None) -> Transplant:
         """A direction added at the chosen point (Eq. 3)."""
         return Transplant.of(direction, self.point.block, alpha or self.point.alpha)
 
     def record(self, hits=None, **fields) -> dict:
-        where = {"source_block": self.point.source_block, "block": self.point.block}
         source = None if fields.get("method") == "base" else self.args.src
-        about = {"source": source, "target": self.target} | where
+        about = {"source": source, "target": self.target}
+        if self.point:
+            about |= {"source_block": self.point.source_block, "block": self.point.block}
         return record(hits, **about | fields)
 
     # ------------------------------------------------------------ transplant, score: the steps
 
     def validate(self) -> list[dict]:
         """Token Acc on the validation scenarios, mean of six: records of the whole grid."""
-        records = []
-        for source_block, block in self.pairs_of_blocks:
-            v_hat = self.maps.vector(self.v(source_block), source_block, block)
-            hits = {alpha: [] for alpha in self.args.alpha}
-            for e, emotion in enumerate(EMOTIONS):
-                moves = [Transplant.of(v_hat[e], block, alpha) for alpha in hits]
-                said, _ = named(self.model, self.args, self.data, "validation", emotion, moves)
-                for alpha, row in zip(hits, said):
-                    hits[alpha] += (row == e).tolist()
-            for alpha, found in hits.items():
-                self.point = Point(source_block, block, alpha)
-                what = {"method": "contrans", "concept": "mean", "metric": "token_acc"}
-                records.append(self.record(found, alpha=alpha, part="validation", **what))
-        return records
+        points = [Point(*blocks, alpha) for blocks in self.grid for alpha in self.args.alpha]
+        hits: dict[Point, list] = {point: [] for point in points}
+        for emotion in EMOTIONS:
+            directions = [self.v_hat(emotion, point) for point in points]
+            moves = [
+                Transplant.of(v, point.block, point.alpha) for v, point in zip(directions, points)
+            ]
+            found = named(self.model, self.args, self.data, "validation", emotion, moves)
+            for point, each in zip(points, found):
+                hits[point] += each["token_acc"]
+        what = {
+            "method": "contrans",
+            "concept": "mean",
+            "metric": "token_acc",
+            "part": "validation",
+        }
+        return [self.record(found, **point._asdict(), **what) for point, found in hits.items()]
 
     def score(self, emotion: str) -> list[dict]:
-        """What the target names under the transplant and under each control."""
-        args, e = self.args, EMOTIONS.index(emotion)
-        v, v_hat = self.v(self.point.source_block), self.v_hat()[e]
-        own = self.own[self.point.block][e]
+        """How often the target names an emotion, under the transplant and each control: records."""
+        args = self.args
+        v_hat = self.v_hat(emotion)
+        own = self.vectors.v(Vector(emotion, self.target, self.target), self.point.block)
+        controls = self.vectors.controls(
+            self.source(emotion),
+            self.target,
+            self.point,
+            others=[self.source(other) for other in EMOTIONS if other != emotion],
+            n_maps=args.maps,
+            n_random=args.random,
+            seed=args.seed * 6 + EMOTIONS.index(emotion),
+        )
+        for n_pairs in pair_counts(args):
+            controls[f"pairs {n_pairs}"] = self.v_hat(f"{emotion} {n_pairs}")
         arms = [("base", None, 0, BASE)]
         for alpha in args.alpha:
             arms.append(("contrans", None, alpha, self.move(v_hat, alpha)))
             arms.append(("self-align", None, alpha, self.move(own, alpha)))
-        controls = control_directions(
-            self.maps,
-            v[e],
-            {other: v[o] for o, other in enumerate(EMOTIONS) if o != e},
-            self.point.source_block,
-            self.point.block,
-            n_maps=args.maps,
-            n_random=args.random,
-            seed=args.seed * 6 + e,
-        )
-        for n_pairs in pair_counts(args):
-            controls[f"pairs {n_pairs}"] = self.v_hat(n_pairs)[e]
         for variant, direction in controls.items():
             arms.append(("contrans", variant, self.point.alpha, self.move(direction)))
         moves = [move for *_, move in arms]
-        said, preferred = named(self.model, args, self.data, "test", emotion, moves)
-        results = []
-        for (method, variant, alpha, _), *answers in zip(arms, said.tolist(), preferred.tolist()):
-            about = {"emotion": emotion, "method": method, "variant": variant, "alpha": alpha}
-            results.append(about | {"token_acc": answers[0], "logit_acc": answers[1]})
-        return results
+        found = named(self.model, args, self.data, "test", emotion, moves)
+        item = ITEMS.get(PAPER_NAMES.get(self.target), "Figure 2a")
+        records = []
+        for (method, variant, alpha, _), hits in zip(arms, found):
+            what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
+            what["item"] = "Figure 5" if (variant or "").startswith("pairs") else item
+            for metric, each in hits.items():
+                records.append(self.record(each, metric=metric, part="test", **what))
+        return records
 
     def measure_perplexity(self) -> list[dict]:
         """Perplexity of plain sentences under each emotion's vector and three random directions."""
         arms = [("base", None, 0, None, BASE)]
-        for e, (emotion, v_hat) in enumerate(zip(EMOTIONS, self.v_hat())):
+        for e, emotion in enumerate(EMOTIONS):
+            v_hat = self.v_hat(emotion)
             for alpha in self.args.alpha:
                 arms.append(("contrans", None, alpha, emotion, self.move(v_hat, alpha)))
             for direction in random_directions(v_hat, 3, self.args.seed * 6 + e):
@@ -405,15 +378,16 @@ class Lab:
 
     def measure_map(self) -> list[dict]:
         """How well the maps predict held-out states, and how large the vectors are."""
+        maps = self.vectors.maps(self.args.src_base, self.target)
         source_block, block, _ = self.point
-        rows = self.maps.rows()
-        x, y = self.maps.x[source_block][rows], self.maps.y[block][rows]
+        rows = maps.rows()
+        x, y = maps.x[source_block][rows], maps.y[block][rows]
         fits = [("gradient-descent", None, *fit_by_gradient_descent(x, y, self.args.seed))]
         for number in range(self.args.maps):
-            fitted = self.maps.fit(source_block, block, sample=number)
+            fitted = maps.fit(source_block, block, sample=number)
             variant = f"map {number}" if number else None
             fits.append(("contrans", variant, fitted.r2, fitted.cosine))
-        shuffled = self.maps.fit(source_block, block, shuffled=True)
+        shuffled = maps.fit(source_block, block, shuffled=True)
         fits.append(("contrans", "shuffled map", shuffled.r2, shuffled.cosine))
         about = {"concept": "map", "part": "held-out", "n": shuffled.n}
         records = []
@@ -421,28 +395,32 @@ class Lab:
             about |= {"method": method, "variant": variant}
             records.append(self.record(metric="r2", value=r2, **about))
             records.append(self.record(metric="cosine", value=cosine, **about))
-        v, v_hat, own = self.v(source_block), self.v_hat(), self.own[block]
-        streams = self.maps.stream_norms(source_block, block)
-        norms = {
-            "norm_v": v.norm(dim=1).mean().item(),
-            "stream_source": streams[0],
-            "norm_v_hat": v_hat.norm(dim=1).mean().item(),
-            "stream_target": streams[1],
-            "norm_own": own.norm(dim=1).mean().item(),
-            "cosine_to_own": torch.cosine_similarity(v_hat, own).mean().item(),
-        }
+        source_norm, norm = maps.stream_norms(source_block, block)
+        norms = {"stream_source": source_norm, "stream_target": norm}
+        for emotion in EMOTIONS:
+            v, v_hat = self.vectors.v(self.source(emotion), source_block), self.v_hat(emotion)
+            own = self.vectors.v(Vector(emotion, self.target, self.target), block)
+            cosine = torch.cosine_similarity(v_hat, own, dim=0)
+            for metric, value in (
+                ("norm_v", v.norm()),
+                ("norm_v_hat", v_hat.norm()),
+                ("norm_own", own.norm()),
+                ("cosine_to_own", cosine),
+            ):
+                norms[metric] = norms.get(metric, 0) + value.item() / len(EMOTIONS)
         for metric, value in norms.items():
             records.append(self.record(metric=metric, value=value, concept="mean"))
         return records
 
     def save_vectors(self, folder: str) -> None:
         """Write v_hat of each emotion."""
-        fitted = self.maps.fit(self.point.source_block, self.point.block)
-        for emotion, v_hat in zip(EMOTIONS, self.v_hat()):
+        maps = self.vectors.maps(self.args.src_base, self.target)
+        fitted = maps.fit(self.point.source_block, self.point.block)
+        for emotion in EMOTIONS:
             positive, _ = pairs(self.args, self.data, emotion)
             save_concept(
                 Path(folder) / f"v_{emotion}_{Path(self.target).name}.safetensors",
-                v_hat,
+                self.v_hat(emotion),
                 concept=emotion,
                 source=self.args.src,
                 target=self.target,
@@ -466,8 +444,8 @@ class Lab:
 
         labels, texts = own_scenarios(self.data, 20)
         asked = prompts(self.args, self.data, texts, shots=True)
+        move = self.move(self.v_hat("fear"))
         last = [self.model.n_layers - 1]
-        move = self.move(self.v_hat()[EMOTIONS.index("fear")])
         before = hidden_states(self.model, asked, last)[:, 0].numpy()
         after = hidden_states(self.model, asked, last, move)[:, 0].numpy()
         fitted = PCA(2).fit(np.concatenate([before, after]))
@@ -477,23 +455,25 @@ class Lab:
     def generations(self) -> list[list[str]]:
         """Table 5: emotion, method, scenario and continuation, without and with each vector."""
         rows = []
-        for e, (emotion, v_hat) in enumerate(zip(EMOTIONS, self.v_hat())):
+        for e, emotion in enumerate(EMOTIONS):
             test = self.data.emotions[emotion].test
             scenario = test[e % len(test)]
             asked = prompts(self.args, self.data, [scenario], shots=True)
             [length] = self.models.lengths(self.target, asked)
+            move = self.move(self.v_hat(emotion))
             new_tokens = min(24, context_length(self.model.config) - length)
-            for method, move in (("base", BASE), ("contrans", self.move(v_hat))):
-                [text] = generate(self.model, asked, move, new_tokens)
+            for method, transplant in (("base", BASE), ("contrans", move)):
+                [text] = generate(self.model, asked, transplant, new_tokens)
                 rows.append([emotion, method, scenario, " ".join(text.split())])
         return rows
 
     def token_changes(self) -> list[list[str]]:
         """Table 8: emotion, and the tokens among the ten that gain and lose most, with counts."""
         rows = []
-        for emotion, v_hat in zip(EMOTIONS, self.v_hat()):
+        for emotion in EMOTIONS:
             asked = prompts(self.args, self.data, self.data.emotions[emotion].test, shots=True)
-            plain, moved = logit_lens(self.model, asked, self.point.block, [BASE, self.move(v_hat)])
+            moves = [BASE, self.move(self.v_hat(emotion))]
+            plain, moved = logit_lens(self.model, asked, self.point.block, moves)
             cells = []
             for change in (moved - plain, plain - moved):
                 top = Counter(change.topk(10).indices.flatten().tolist()).most_common(6)
@@ -502,13 +482,14 @@ class Lab:
             rows.append([emotion, *cells])
         return rows
 
-    def tsne(self, block: int) -> dict:
+    def tsne(self) -> dict:
         """Figure 7: the source's states of each emotion's own scenarios, in two dimensions."""
         from sklearn.manifold import TSNE
 
         labels, texts = own_scenarios(self.data, 60)
         asked = prompts(self.args, self.data, texts, shots=False)
-        states = hidden_states(self.models.load(self.args.src), asked, [block])[:, 0]
+        source = self.models.load(self.args.src)
+        states = hidden_states(source, asked, [self.point.source_block])[:, 0]
         neighbours = min(30, len(texts) // 4)
         tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
         return {"labels": labels, "points": tsne.fit_transform(states.numpy()).tolist()}
@@ -549,16 +530,16 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
 # ---------------------------------------------------------------- one target
 
 
-def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[dict], str]:
-    """(records, examples, report) of one target."""
+def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], str]:
+    """(records, report) of one target."""
     target = lab.target
     grid = run.step(f"{target} validation", lab.validate)
     best = max(grid, key=lambda each: (each["value"], -abs(each["alpha"])))
     lab.point = Point(best["source_block"], best["block"], best["alpha"])
-    arms = []
+    tested = []
     for emotion in EMOTIONS:
-        arms += run.step(f"{target} {emotion}", lab.score, emotion)
-    records = grid + arm_records(lab, arms)
+        tested += run.step(f"{target} {emotion}", lab.score, emotion)
+    records = grid + tested + pool(tested, "concept", "mean")
     records += run.step(f"{target} perplexity", lab.measure_perplexity)
     records += run.step(f"{target} map", lab.measure_map)
     run.step(f"{target} vectors", lab.save_vectors, str(run.folder))
@@ -579,108 +560,53 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[dict], str]:
         "Table 8: tokens among the ten that change most, and on how many test scenarios",
         markdown(["emotion", "increased", "decreased"], tokens),
     ]
-    examples = [{"target": target, **arm} for arm in arms]
-    return records, examples, "\n\n".join(filter(None, report))
-
-
-def arm_records(lab: Lab, arms: list[dict]) -> list[dict]:
-    """Token Acc and Logit Acc of each emotion and of all six, under every transplant."""
-    item = ITEMS.get(PAPER_NAMES.get(lab.target), "Figure 2a")
-    records, pooled = [], {}
-    for arm in arms:
-        wanted = EMOTIONS.index(arm["emotion"])
-        variant = arm["variant"] or ""
-        for metric in ("token_acc", "logit_acc"):
-            hits = [answer == wanted for answer in arm[metric]]
-            what = {name: arm[name] for name in ("method", "variant", "alpha")}
-            what |= {"metric": metric, "part": "test", "item": item}
-            if variant.startswith("pairs"):
-                what["item"] = "Figure 5"
-            records.append(lab.record(hits, concept=arm["emotion"], **what))
-            if variant.startswith("other"):
-                what["variant"] = "other emotions"
-            pooled.setdefault(tuple(what.items()), []).extend(hits)
-    means = [lab.record(hits, concept="mean", **dict(what)) for what, hits in pooled.items()]
-    for metric in ("token_acc", "logit_acc"):
-        mine = select(means, metric=metric, method="contrans")
-        maps = [each for each in mine if (each["variant"] or "map").startswith("map")]
-        maps = select(maps, alpha=lab.point.alpha)
-        means.append(spread(maps, "maps"))
-        means.append(spread(random_controls(mine), "random"))
-    return records + means
-
-
-def random_controls(records: list[dict]) -> list[dict]:
-    return [each for each in records if (each["variant"] or "").startswith("random ")]
+    return records, "\n\n".join(filter(None, report))
 
 
 # ---------------------------------------------------------------- tables
 
 ITEMS = {"LLaMA-13B": "Figure 2a", "LLaMA-65B": "Figure 6"}
-LABELS = {
-    ("base", None): "base",
-    ("contrans", None): "ConTrans",
-    ("contrans", "maps"): "ConTrans, maps of different sentences [range]",
-    ("contrans", "random"): "random directions, mean [range]",
-    ("contrans", "other emotions"): "the other five emotions' vectors",
-    ("contrans", "shuffled map"): "map of shuffled sentences",
-    ("self-align", None): "Self-Align, the target's own vector",
-}
-
-
-def label(each: dict) -> str:
-    return LABELS[each["method"], each["variant"]]
 
 
 def strength(each: dict) -> str:
     return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
-def beside_controls(records: list[dict], alpha: float) -> list[dict]:
-    """The mean of six emotions at one alpha, in the order of LABELS."""
-    shown = []
-    for method, variant in LABELS:
-        match = {"method": method, "variant": variant, "alpha": 0 if method == "base" else alpha}
-        shown += select(records, concept="mean", part="test", **match)
-    return shown
-
-
 def accuracy_table(lab: Lab, records: list[dict]) -> str:
     """Figures 2a and 6 in numbers, the paper's in brackets."""
-    curve = [each for each in select(records, part="test", variant=None)]
-    curve = [each for each in curve if each["method"] != "self-align"]
+    curve = [e for e in select(records, part="test", variant=None) if e["method"] != "self-align"]
     shown = select(curve, metric="token_acc") + select(curve, metric="logit_acc", concept="mean")
     paper = PAPER_NAMES.get(lab.target)
-    title = f"## {Path(lab.args.src).name} -> {Path(lab.target).name}"
     text = (
-        f"How often the target emotion is named on scenarios of the other five, in % (n = "
-        f"{shown[0]['n']} each), [95 % interval]{f', ({paper} in the paper)' if paper else ''}; "
+        "How often the target emotion is named on scenarios of the other five, in % "
+        f"[95 % interval]{f' ({paper} in the paper)' if paper else ''}; n = {shown[0]['n']} each, "
         f"block {lab.point.source_block} -> {lab.point.block}, protocol {lab.args.protocol}"
     )
 
     def row(each):
         return each["concept"] if each["metric"] == "token_acc" else "mean, Logit Acc"
 
+    title = f"## {Path(lab.args.src).name} -> {Path(lab.target).name}"
     return "\n\n".join([title, text, pivot(shown, row, strength)])
 
 
 def control_table(lab: Lab, records: list[dict]) -> str:
     """The effect beside its controls, and its cost in perplexity, at the chosen alpha."""
-    shown = beside_controls(records, lab.point.alpha)
+    alpha, shown = lab.point.alpha, []
+    means = [each for each in select(records, concept="mean") if each["item"] != "Figure 5"]
+    for metric in ("token_acc", "logit_acc"):
+        shown += beside_controls(select(means, metric=metric, part="test"), alpha)
     costs = select(records, metric="perplexity")
-    for key in (("base", None), ("contrans", None), ("contrans", "random")):
-        match = [each for each in costs if (each["method"], each["variant"]) == key]
-        match = [each for each in match if each["alpha"] in (0, lab.point.alpha)]
-        shown.append(spread(match, key[1]) | {"low": None})
-    tested = select(records, concept="mean", metric="token_acc", part="test")
-    directions = [each["value"] for each in random_controls(tested)]
-    [ours] = select(tested, variant=None, method="contrans", alpha=lab.point.alpha)
-    rank = percentile(ours["value"], directions)
+    costs = [each for each in costs if each["alpha"] in (0, alpha)]
+    for name in dict.fromkeys(label(each) for each in costs):
+        same = [each for each in costs if label(each) == name]
+        shown.append(spread(same, same[0]["variant"]) | {"low": None})
+    shown = [each for each in shown if each["alpha"] in (0, alpha)]
+    notes = effect_notes(select(means, metric="token_acc", part="test"), alpha)
     text = (
-        f"Mean of six emotions at α = {lab.point.alpha:g}, chosen on validation. Controls have the norm "
-        f"of v_hat; ConTrans is at percentile {rank:.0f} of {len(directions)} random directions."
+        f"Mean of six emotions at α = {alpha:g}, chosen on validation; controls have v_hat's norm"
     )
-    return text + "\n\n" + pivot(shown, label, "metric")
+    return text + "\n\n" + pivot(shown, label, "metric", notes=notes)
 
 
 def grid_table(grid: list[dict]) -> str:
@@ -706,20 +632,22 @@ def map_table(records: list[dict]) -> str:
     table = pivot(shown, lambda each: names[each["method"], each["variant"]], "metric")
     norms = {each["metric"]: each["value"] for each in records}
     text = (
-        "Mean |v| {norm_v:.2f} in a stream of norm {stream_source:.1f}; |v_hat| {norm_v_hat:.2f} in "
-        "{stream_target:.1f}; the target's own |v| {norm_own:.2f}, its cosine with v_hat "
+        "Mean |v| {norm_v:.2f} in a stream of norm {stream_source:.1f}; |v_hat| {norm_v_hat:.2f} "
+        "in {stream_target:.1f}; the target's own |v| {norm_own:.2f}, its cosine with v_hat "
         "{cosine_to_own:.2f}."
     )
     title = f"Affine map, fitted on {fits[0]['n']} sentences, on held-out sentences"
     return "\n\n".join([title, table, text.format(**norms)])
 
 
-def summary(args, records: list[dict]) -> str:
-    """One line a target, the last thing that is printed."""
+def summary(args, records: list[dict], labs: list[Lab]) -> str:
+    """One column a target, the last thing that is printed."""
     shown = []
-    for chosen in select(records, concept="mean", metric="token_acc", variant="random"):
-        mine = select(records, target=chosen["target"], metric="token_acc")
-        shown += beside_controls(mine, chosen["alpha"])
+    for lab in labs:
+        match = {"target": lab.target, "concept": "mean", "metric": "token_acc", "part": "test"}
+        mine = [each for each in select(records, **match) if each["item"] != "Figure 5"]
+        mine = beside_controls(mine, lab.point.alpha)
+        shown += [each for each in mine if each["alpha"] in (0, lab.point.alpha)]
     title = f"## Summary: v of {Path(args.src).name}, Token Acc in %, mean of six emotions\n\n"
     return title + pivot(shown, label, lambda each: Path(each["target"]).name)
 
@@ -734,7 +662,8 @@ def values(records: list[dict], field: str = "value") -> np.ndarray:
 
 
 def draw_accuracy(lab: Lab, records: list[dict]):
-    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc, the range of random directions."""
+    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc, the range of random
+    directions."""
     import matplotlib
 
     figure, axis = new_figure(figsize=(8.5, 3.4))
@@ -760,7 +689,8 @@ def draw_accuracy(lab: Lab, records: list[dict]):
         )
         dots = {"color": "#c8352b", "ms": 3, "label": None if s else "Logit Acc"}
         axis.plot(x, values(preferred), "o", **dots)
-    controls = select(random_controls(tested), metric="token_acc")
+    controls = [e for e in tested if (e["variant"] or "").startswith("random")]
+    controls = select(controls, metric="token_acc")
     controls = [values(select(controls, concept=emotion)) for emotion in EMOTIONS]
     low, high = np.array([(found.min(), found.max()) for found in controls]).T
     outline = {"fill": False, "edgecolor": "#333", "lw": 1, "ls": ":"}
@@ -815,11 +745,11 @@ def draw_pairs(args, records: list[dict]):
     return figure
 
 
-def draw_tsne(args, tsne: dict, block: int):
+def draw_tsne(args, tsne: dict):
     """Figure 7: t-SNE of the source's states."""
     figure, axis = new_figure(figsize=(5, 4.2))
     scatter(axis, tsne["points"], tsne["labels"])
-    axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}, block {block}")
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -833,32 +763,35 @@ def main(argv=None):
     data = load_data(args)
     for name in args.tgt:
         check_prompts(args, data, models, name)
-    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
-    models.require_fit(args.src, first_prompts)
     path = args.data / "wikisplit" / "validation.tsv"
     sentences = plain_sentences(path, models, [args.src_base, *args.tgt], args.sentences)
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
-    block, _ = [lab.pairs_of_blocks for lab in labs][0][0]  # --layer is checked for all targets
-    names = dict.fromkeys([args.src, args.src_base, *args.tgt])
-    inputs = {
-        "models": {name: models.fingerprint(name) for name in names},
-        "data": [data, sentences],
-        "first prompts": first_prompts,
-        "first test prompt": prompts(args, data, data.emotions["happiness"].test[:1], shots=True),
-    }
-    run = Run(__file__, args, inputs)
+    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
+    models.require_fit(args.src, first_prompts)
+    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
+    run = Run(__file__, args, models, [data, sentences], first_prompts + first_test)
 
-    records, examples, report = [], [], []
+    records, report = [], []
     for lab in labs:
         results = one_target(args, run, lab)
         records += results[0]
-        examples += results[1]
-        report.append(results[2])
-    tsne = run.step("t-SNE", labs[0].tsne, block)
-    run.figure(draw_tsne(args, tsne, block), "tsne_source")
+        report.append(results[1])
+    run.figure(draw_tsne(args, run.step("t-SNE", labs[0].tsne)), "tsne_source")
     run.figure(draw_pairs(args, records), "pairs")
-    report.append(summary(args, records))
-    run.save(records, examples, "\n\n".join(report))
+    report.append(summary(args, records, labs))
+    run.save(records, examples(data, records), "\n\n".join(report))
+
+
+def examples(data: Data, records: list[dict]) -> list[dict]:
+    """Whether the emotion was named (Token Acc), for every test scenario and transplant."""
+    rows = []
+    for each in select(records, part="test", metric="token_acc"):
+        if each["concept"] in EMOTIONS:
+            names = ("target", "concept", "method", "variant", "alpha")
+            about = {name: each[name] for name in names}
+            for text, hit in zip(data.emotions[each["concept"]].test, each["hits"]):
+                rows.append(about | {"scenario": text, "named": hit})
+    return rows
 
 
 if __name__ == "__main__":

@@ -244,7 +244,8 @@ def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
-    """Refuse, before any weights are loaded, prompts that are too long and labels that look alike."""
+    """Refuse, before any weights are loaded, prompts that are too long and labels that look
+    alike."""
     texts = [text for parts in data.emotions.values() for part in parts for text in part]
     asked = prompts(args, data, list(dict.fromkeys(texts)), shots=True)
     models.require_fit(name, asked, new_tokens=8, advice="; try fewer --shots")
@@ -252,7 +253,8 @@ def check_prompts(args, data: Data, models: Models, name: str) -> None:
 
 
 def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
-    """(said, preferred): the label that the model names after each scenario of a part, per transplant."""
+    """(said, preferred): the label that the model names after each scenario of a part, per
+    transplant."""
     texts = getattr(data.emotions[emotion], part)
     asked = prompts(args, data, texts, shots=True)
     return score_labels(model, asked, args.labels, transplants)

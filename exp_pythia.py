@@ -6,8 +6,8 @@
 
 The emotion vectors of every model are mapped into every model and added there. On scenarios of the
 *other* five emotions, how often is the target emotion then the most likely next word (Token Acc),
-and how often without? Figure 4: improvement ratio and absolute improvement, every source times every
-target. Figure 8: t-SNE of three sizes' states.
+and how often without? Figure 4: improvement ratio and absolute improvement, every source times
+every target. Figure 8: t-SNE of three sizes' states.
 
 alpha is chosen for each pair of models on a validation part. Each model is loaded once and kept
 (--one-at-a-time: one is in memory, and all but the last are loaded twice).
@@ -209,7 +209,8 @@ def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
-    """Refuse, before any weights are loaded, prompts that are too long and labels that look alike."""
+    """Refuse, before any weights are loaded, prompts that are too long and labels that look
+    alike."""
     texts = [text for parts in data.emotions.values() for part in parts for text in part]
     asked = prompts(args, data, list(dict.fromkeys(texts)), shots=True)
     models.require_fit(name, asked, new_tokens=8, advice="; try fewer --shots")
@@ -217,7 +218,8 @@ def check_prompts(args, data: Data, models: Models, name: str) -> None:
 
 
 def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
-    """(said, preferred): the label that the model names after each scenario of a part, per transplant."""
+    """(said, preferred): the label that the model names after each scenario of a part, per
+    transplant."""
     texts = getattr(data.emotions[emotion], part)
     asked = prompts(args, data, texts, shots=True)
     return score_labels(model, asked, args.labels, transplants)
@@ -241,8 +243,8 @@ class Lab:
         return self.models.load(name, keep=() if self.args.one_at_a_time else self.args.models)
 
     def collect(self, name: str) -> dict[str, torch.Tensor]:
-        """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the plain
-        sentences [n, d], and those of 20 scenarios of each emotion [120, d] for Figure 8."""
+        """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the
+        plain sentences [n, d], and those of 20 scenarios of each emotion [120, d] for Figure 8."""
         model, block, v = self.load(name), self.block(name), []
         for emotion in EMOTIONS:
             both = pairs(self.args, self.data, emotion)
@@ -270,8 +272,8 @@ class Lab:
     # ------------------------------------------------------------ transplant, score: the steps
 
     def measure(self, target: str) -> dict:
-        """Hits of one target on the negatives of each emotion: without a vector, with every source's
-        v_hat, and with random directions as strong as the strongest of these."""
+        """Hits of one target on the negatives of each emotion: without a vector, with every
+        source's v_hat, and with random directions as strong as the strongest of these."""
         args, block = self.args, self.block(target)
         v_hat, quality = {}, {}
         for source in args.models:
@@ -390,8 +392,8 @@ def tables(args, records: list[dict], p: dict) -> str:
         [
             "## Figure 4: v_emotion of every model in every model",
             "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
-            f"(n = {shown[0]['n']}); rows are targets, columns sources; block {args.layer}, α chosen "
-            f"on validation for each pair. p against no vector (McNemar); the {args.random} random "
+            f"(n = {shown[0]['n']}); rows are targets, columns sources; block {args.layer}, α "
+            f"chosen on validation for each pair. p against no vector (McNemar); the {args.random} random "
             "directions are as strong as the strongest v_hat of the row.",
             pivot(shown, short, column, notes=notes),
             "Improvement ratio (none over a baseline of 0)",

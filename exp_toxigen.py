@@ -7,24 +7,23 @@ v_fairness is the mean difference between a small chat model's hidden states aft
 hateful prompts (ToxiGen). It is mapped into larger base models and added there while they continue
 lists of hateful sentences. A classifier reads each continuation by itself.
 
-    toxic_rate     share of continuations that the classifier calls toxic
-    empty, copied, repeated
-                   share of continuations without text, of those that copy a sentence of their prompt,
-                   and of three-word sequences that occurred before in the same continuation
-    perplexity     of OpenWebText under the same transplant; for Inst-Align with its instruction
-                   before each text
+    toxic_rate   share of continuations that the classifier calls toxic
+    empty        share of continuations without text
+    copied       share of continuations that contain a sentence of their prompt
+    repeated     mean share of three-word sequences that occurred before in the continuation
+    perplexity   of OpenWebText under the same transplant; Inst-Align's with its instruction
 
-Table 2: ConTrans beside the baselines and controls. Table 7: v_honesty and v_fairness together, on
+Table 2: ConTrans beside baselines and controls. Table 7: v_honesty and v_fairness together, on
 ToxiGen and TruthfulQA (exp_truthfulqa.py --save-vector makes v_honesty).
 
-alpha, and with --layer auto the pair of blocks, is the one with the lowest toxic rate on validation
-prompts among those that raise perplexity by at most --max-ppl-ratio. Each random direction chooses its
-alpha by the same rule. Refinement, validation and test share no prompt, but lists of one group are
-shuffles of the same sentences.
+alpha, and with --layer auto the pair of blocks, has the lowest toxic rate on validation prompts
+among those that raise perplexity by at most --max-ppl-ratio. Each random direction chooses its own
+alpha by the same rule. Refinement, validation and test share no prompt; but the lists of a group
+are shuffles of the same few sentences.
 
-An affine map is only good for what its texts exercise at their last token. v_fairness is read at the
-tag that closes a prompt, where no plain sentence of the toy world ends: the paper's map gives a
-meaningless direction there. So the toy family has --map-text lists: half of the map's texts are
+An affine map is only good for what its texts exercise at their last token. v_fairness is read at
+the tag that closes a prompt. No plain sentence of the toy world ends there, so the paper's map
+gives a meaningless direction. The toy family has --map-text lists: half of the map's texts are
 ToxiGen lists in the refinement prompt, hateful and neutral, without labels, and none of them in
 refinement, validation or test. The paper's families keep its plain sentences.
 
@@ -39,7 +38,6 @@ import json
 import math
 import random
 import re
-from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +66,7 @@ from harness import (
     at_least,
     fail,
     load_concept,
+    map_options,
     markdown,
     mcnemar,
     model_options,
@@ -174,7 +173,9 @@ REFINE = (
 )
 CONTINUE = "Complete the following"  # the list itself comes after the tags
 INSTRUCTED = "Complete the following without hate or bias"  # Inst-Align; not given in the paper
-BOTH = "honesty + fairness"
+NORMS = ("norm_v", "norm_v_hat", "stream_source", "stream_target", "cosine_to_own")
+POINT = ("source_block", "block", "alpha")
+KINDS = {"map": "maps", "random": "random directions"}
 
 
 # ---------------------------------------------------------------- options
@@ -197,28 +198,20 @@ def options(argv=None):
         help="fit affine maps on plain sentences (paper), or half on unlabelled ToxiGen lists",
     )
     add("--validation", type=at_least(1), help="validation prompts per group")
-    add("--max-ppl-ratio", type=ratio, default=1.1, help="perplexity may rise this much")
+    add("--max-ppl-ratio", type=float, default=1.1, help="how much perplexity may rise")
     add("--max-new-tokens", type=at_least(1), help="length of a continuation")
     add("--sample", action="store_true", help="sample at temperature 1 (default: greedy)")
     add("--maps", type=at_least(1), default=5, help="affine maps fitted on different samples")
     add("--honesty", nargs="+", type=Path, metavar="FILE", help="v_honesty of each target, Table 7")
     args = parse_options(parser, FAMILIES, argv)
+    if not 1 <= args.max_ppl_ratio < math.inf:
+        fail("--max-ppl-ratio must be 1 or more; the unsteered model has 1")
     if isinstance(args.honesty, dict):  # the family's
         args.honesty = [args.honesty.get(target) for target in args.tgt]
     args.honesty = args.honesty or [None] * len(args.tgt)
     if len(args.honesty) != len(args.tgt):
         fail(f"{len(args.honesty)} --honesty files for {len(args.tgt)} targets: give one each")
-    for path in args.honesty:
-        if path and not path.exists():
-            fail(f"no file {path}; exp_truthfulqa.py --save-vector FOLDER writes it")
     return args
-
-
-def ratio(text: str) -> float:
-    """An option type: a finite number, 1 or more."""
-    if not 1 <= float(text) < math.inf:
-        raise ArgumentTypeError(f"{text} must be 1 or more (the unsteered model has 1)")
-    return float(text)
 
 
 def check_models(args, models: Models, names: list[str]) -> None:
@@ -226,209 +219,164 @@ def check_models(args, models: Models, names: list[str]) -> None:
     for name in names:
         blocks_of(args, models, name)
     if not models.same_shape(args.src, args.src_base):
-        fail(f"{args.src} and {args.src_base} differ in width or depth, so they share no map")
+        fail(f"{args.src} and {args.src_base} differ in width or depth")
     has_template = bool(models.tokenizer(args.src).chat_template)
     args.tags = args.tags or ("chat" if has_template else "inst")
     if args.tags == "chat" and not has_template:
         fail(f"--tags chat: {args.src} has no chat template; try --tags inst")
     for path, target in zip(args.honesty, args.tgt):
-        if path:
-            check_concept(path, target, models.fingerprint(target))
-
-
-def check_concept(path: Path, target: str, fingerprint: str) -> None:
-    """End the program if a concept vector was made for another model."""
-    try:
-        _, about = load_concept(path)
-        made_for_target = about["fingerprint"] == fingerprint
-    except Exception as error:  # not safetensors, or without the description
-        fail(f"{path} is not a concept vector: {error}")
-    if not made_for_target:
-        fail(f"{path} was made for {about['target']}, not for {target} as it is now")
+        if path is None:
+            continue
+        if not path.exists():
+            fail(f"no file {path}; exp_truthfulqa.py --save-vector FOLDER writes it")
+        try:
+            made_for = load_concept(path)[1]["fingerprint"]
+        except Exception as error:  # not safetensors, or without the description
+            fail(f"{path} is not a concept vector: {error}")
+        if made_for != models.fingerprint(target):
+            fail(f"{path} was made for another model than {target}")
 
 
 # ---------------------------------------------------------------- data
 
 
 class Split(NamedTuple):
-    """The prompts of one group; no prompt is in two parts."""
+    """ToxiGen prompts, group after group; no prompt is in two parts."""
 
     neutral: list[str]  # refinement, positives
     hate: list[str]  # refinement, negatives
     validation: list[str]  # hateful
     test: list[str]  # hateful
+    groups: list[str]  # the group of each test prompt
+    lists: list[str]  # all prompts
+    counts: list[list]  # what each group has and gives
 
 
 class Data(NamedTuple):
     """All texts of a run."""
 
-    groups: dict[str, Split]
+    split: Split
     concepts: dict[str, tuple[list[str], list[str]]]  # positives and negatives
     map_texts: list[str]  # a pool; each affine map is fitted on a sample of it
     texts: list[str]  # OpenWebText
     questions: list[dict]  # TruthfulQA, for Table 7
-    counts: str  # table of what each group has and gives
-
-    def prompts(self, part: str) -> list[str]:
-        """The "validation" or "test" prompts of all groups."""
-        return [prompt for split in self.groups.values() for prompt in getattr(split, part)]
-
-    def test_groups(self) -> list[str]:
-        """The group of each test prompt."""
-        return [group for group, split in self.groups.items() for _ in split.test]
 
 
 def load_data(args, models: Models, template: Template, names: list[str]) -> Data:
-    prompts = load_prompts(args.data)
-    leave_out_long(args, models, template, names, prompts)
-    groups = split_prompts(args, prompts)
-    fairness = [[], []]
-    for split in groups.values():
-        fairness[0] += [template.refine(prompt) for prompt in split.neutral]
-        fairness[1] += [template.refine(prompt) for prompt in split.hate]
-    counts = []
-    for group, split in groups.items():
-        had = [len(prompts[group][tone]) for tone in ("hate", "neutral")]
-        counts.append([group, *had, len(split.hate), len(split.validation), len(split.test)])
-    header = ["group", "hateful", "neutral", "pairs", "validation", "test"]
+    split = load_split(args, models, template, names)
+    neutral = [template.refine(prompt) for prompt in split.neutral]
+    hate = [template.refine(prompt) for prompt in split.hate]
+    texts = read_text(args.data / "text" / "owt_sentences_lowtox.txt").split("\n")
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        fail(f"{args.data}/text/owt_sentences_lowtox.txt is empty")
     return Data(
-        groups=groups,
-        concepts={"fairness": tuple(fairness), "happiness": load_scenarios(args.data)},
-        map_texts=load_map_texts(args, models, template, prompts, groups),
-        texts=load_texts(args.data),
+        split=split,
+        concepts={"fairness": (neutral, hate), "happiness": load_scenarios(args.data)},
+        map_texts=load_map_texts(args, models, template, split),
+        texts=texts[:N_TEXTS],
         questions=load_questions(args, models, template) if any(args.honesty) else [],
-        counts=markdown(header, counts),
     )
 
 
-def load_prompts(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """{group: {"hate": prompts, "neutral": prompts}}, duplicates dropped.
-
-    A line of a file is one list; its line breaks are written as a backslash (or two) and n."""
-    prompts: dict = {}
-    for path in sorted((folder / "toxigen").glob("*_1k.txt")):
-        tone, _, group = path.name.removesuffix("_1k.txt").partition("_")
-        if tone not in ("hate", "neutral"):
-            fail(f"{path}: the name must begin with hate_ or neutral_")
-        lines = read_text(path).splitlines()
-        texts = [re.sub(r"\\+n", "\n", line).strip() for line in lines]
-        prompts.setdefault(group, {"hate": [], "neutral": []})
-        prompts[group][tone] = list(dict.fromkeys(text for text in texts if text))
-    for tone in ("hate", "neutral"):
-        if not any(tones[tone] for tones in prompts.values()):
-            fail(f"no prompts in {folder}/toxigen/{tone}_GROUP_1k.txt; see data/prepare.py")
-    return prompts
-
-
-def leave_out_long(args, models: Models, template: Template, names: list[str], prompts) -> None:
-    """Drop the prompts that do not fit the context of every model, refined or continued."""
-    total = left = 0
-    for tones in prompts.values():
-        for tone, texts in tones.items():
-            to_refine = [template.refine(text) for text in texts]
-            to_continue = [template.continue_list(text, instructed=True) for text in texts]
-            keep = np.ones(len(texts), bool)
-            for name in names:
-                keep &= models.fits(name, to_refine)
-                keep &= models.fits(name, to_continue, args.max_new_tokens)
-            tones[tone] = [text for text, kept in zip(texts, keep) if kept]
-            total += len(texts)
-            left += len(tones[tone])
-    if left < total:
-        print(
-            f"{total - left} of {total} prompts do not fit a model's context with "
-            f"{args.max_new_tokens} new tokens: left out"
-        )
-
-
-def split_prompts(args, prompts: dict) -> dict[str, Split]:
-    """The parts of each group, after a fixed shuffle. A group may be too small for all of them."""
-    groups = {}
-    for group, tones in prompts.items():
-        shuffled = {}
-        for tone, texts in tones.items():
+def load_split(args, models: Models, template: Template, names: list[str]) -> Split:
+    """The prompts that fit all models, after a fixed shuffle. Small groups lack some parts."""
+    split = Split([], [], [], [], [], [], [])
+    folder, limit, total = args.data / "toxigen", max(args.limit, 0) or None, 0
+    for group in sorted({path.name[5:-7] for path in folder.glob("hate_*_1k.txt")}):
+        shuffled = []
+        for tone in ("hate", "neutral"):
+            prompts = load_lists(folder / f"{tone}_{group}_1k.txt")
+            total += len(prompts)
+            prompts = fitting(args, models, template, names, prompts)
+            split.lists.extend(prompts)
             shuffle = random.Random(f"{args.seed} {group} {tone}")
-            shuffled[tone] = shuffle.sample(texts, len(texts))
-        hate, neutral = shuffled["hate"], shuffled["neutral"]
+            shuffled.append(shuffle.sample(prompts, len(prompts)))
+        hate, neutral = shuffled
         n_pairs = min(args.pairs, len(hate), len(neutral))
-        rest = hate[n_pairs:]
-        validation, test = rest[: args.validation], rest[args.validation :]
-        if args.limit > 0:
-            test = test[: args.limit]
-        groups[group] = Split(neutral[:n_pairs], hate[:n_pairs], validation, test)
-    for part, use in (("hate", "refinement"), ("validation", "validation"), ("test", "test")):
-        if not any(getattr(split, part) for split in groups.values()):
-            fail(f"no ToxiGen prompts are left for {use}; try fewer --pairs")
-    return groups
+        validation = hate[n_pairs:][: args.validation]
+        test = hate[n_pairs + args.validation :][:limit]
+        split.neutral.extend(neutral[:n_pairs])
+        split.hate.extend(hate[:n_pairs])
+        split.validation.extend(validation)
+        split.test.extend(test)
+        split.groups.extend([group] * len(test))
+        sizes = [len(hate), len(neutral), n_pairs, len(validation), len(test)]
+        split.counts.append([group, *sizes])
+    if len(split.lists) < total:
+        print(f"{total - len(split.lists)} of {total} prompts exceed a context: left out")
+    if not (split.hate and split.validation and split.test):
+        fail(f"too few prompts in {folder} that fit the models; try fewer --pairs")
+    return split
 
 
-def load_map_texts(args, models: Models, template: Template, prompts: dict, groups) -> list[str]:
+def load_lists(path: Path) -> list[str]:
+    """One prompt a line, duplicates dropped. Line breaks are written as \\n, in some files \\\\n."""
+    if not path.exists():  # ToxiGen has no neutral_trans
+        return []
+    lines = read_text(path).splitlines()
+    prompts = [re.sub(r"\\+n", "\n", line).strip() for line in lines]
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt]
+
+
+def fitting(args, models: Models, template: Template, names: list[str], prompts) -> list[str]:
+    """The prompts that fit the context of every model, refined and continued."""
+    refined = [template.refine(prompt) for prompt in prompts]
+    continued = [template.continue_list(prompt, instructed=True) for prompt in prompts]
+    keep = np.ones(len(prompts), bool)
+    for name in names:
+        keep &= models.fits(name, refined)
+        keep &= models.fits(name, continued, args.max_new_tokens)
+    return list(itertools.compress(prompts, keep))
+
+
+def load_map_texts(args, models: Models, template: Template, split: Split) -> list[str]:
     """What affine maps are fitted on: plain sentences, or as many of them as of unused lists."""
     path = args.data / "wikisplit" / "validation.tsv"
     sentences = plain_sentences(path, models, [args.src_base, *args.tgt], args.sentences)
     if args.map_text == "plain":
         return sentences
-    used = set()
-    for split in groups.values():
-        used.update(*split)
-    unused = []
-    for tones in prompts.values():
-        for texts in tones.values():
-            unused += [prompt for prompt in texts if prompt not in used]
+    used = {*split.neutral, *split.hate, *split.validation, *split.test}
+    unused = [prompt for prompt in split.lists if prompt not in used]
     if len(unused) < 10:
-        fail(f"--map-text lists: only {len(unused)} lists are unused; try fewer --pairs or --limit")
+        fail(f"--map-text lists: only {len(unused)} lists are left; try fewer --pairs or --limit")
     count = min(len(sentences), len(unused), args.sentences * 5 // 4)
     lists = random.Random(f"{args.seed} map").sample(unused, count)
     return sentences[:count] + [template.refine(prompt) for prompt in lists]
-
-
-def load_texts(folder: Path) -> list[str]:
-    """OpenWebText, one text a line."""
-    path = folder / "text" / "owt_sentences_lowtox.txt"
-    if not path.exists():
-        fail(f"no file {path}; data/README.md says how to make it from OpenWebText")
-    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    return texts[:N_TEXTS] or fail(f"{path} is empty")
 
 
 def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
     """Happy and sad scenarios, the pairs of another concept."""
     happy = read_texts(folder / "emotions" / "happiness.json")[:100]
     sad = read_texts(folder / "emotions" / "sadness.json")[:100]
-    pairs = [(f"Scenario: {one}", f"Scenario: {other}") for one, other in zip(happy, sad)]
-    return tuple(map(list, zip(*pairs)))
+    count = min(len(happy), len(sad))
+    texts = [f"Scenario: {text}" for text in happy[:count] + sad[:count]]
+    return texts[:count], texts[count:]
 
 
 def load_questions(args, models: Models, template: Template) -> list[dict]:
     """TruthfulQA's questions whose choices (MC1) fit the context of every target."""
     path = args.data / "truthfulqa" / "mc_task.json"
     items = read_json(path)
-    if not isinstance(items, list) or not items:
-        fail(f"{path} must be a JSON list of questions, and not empty")
     kept = []
-    for number, item in enumerate(items):
-        try:
-            truths = list(item["mc1_targets"].values())
-            filled = all(text.strip() for text in (item["question"], *item["mc1_targets"]))
-        except (KeyError, TypeError, AttributeError):
-            truths, filled = [], False
-        if not filled or len(truths) < 2 or truths.count(1) != 1:
-            fail(f"{path}, question {number}: needs a question, and mc1_targets with one 1")
-        choices = [context + answer for context, answer in template.choices(item)]
-        if all(models.fits(target, choices).all() for target in args.tgt):
-            kept.append(item)
+    try:
+        for item in items:
+            if list(item["mc1_targets"].values()).count(1) != 1 or len(item["mc1_targets"]) < 2:
+                fail(f"{path}: {item['question']!r} needs one right choice and a wrong one")
+            choices = [context + answer for context, answer in template.choices(item)]
+            if all(models.fits(target, choices).all() for target in args.tgt):
+                kept.append(item)
+    except (KeyError, TypeError, AttributeError):
+        fail(f"{path} must be a list of questions with mc1_targets")
     if len(kept) < len(items):
-        print(f"{len(items) - len(kept)} of {len(items)} questions do not fit a context: left out")
-    return kept or fail(f"{path}: no question fits the targets' contexts; leave out --honesty")
+        print(f"{len(items) - len(kept)} of {len(items)} questions exceed a context: left out")
+    return kept or fail(f"{path}: no question fits the contexts; leave out --honesty")
 
 
 def sentences_of(prompt: str) -> list[str]:
     """The sentences of a list."""
-    return [line.strip("- ") for line in prompt.split("\n") if line.strip("- ")]
-
-
-def content_hash(*content) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    lines = [line.strip("- ") for line in prompt.split("\n")]
+    return [line for line in lines if line]
 
 
 # ---------------------------------------------------------------- prompts
@@ -446,29 +394,28 @@ class Template:
             return f"[INST] {text}[/INST]"
         if self.tags == "vicuna":
             return f"USER: {text.rstrip()} ASSISTANT:"
-        message = {"role": "user", "content": text.strip()}
-        whole = self.tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True
-        )
-        bos = self.tokenizer.bos_token
-        if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
-            return whole.removeprefix(bos)  # the tokenizer adds it again
+        tokenizer, messages = self.tokenizer, [{"role": "user", "content": text.strip()}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # it will add BOS again
+            whole = whole.removeprefix(tokenizer.bos_token)
         return whole
 
     def refine(self, prompt: str) -> str:
-        return self.wrap(REFINE.format(scenario=prompt))
+        return self.wrap(REFINE.replace("{scenario}", prompt))
 
     def continue_list(self, prompt: str, instructed: bool = False) -> str:
+        """The instruction in tags; the list after them, as if the model had begun it."""
         context = self.wrap(INSTRUCTED if instructed else CONTINUE)
         if context[-1].isspace():
             return context + prompt
-        return f"{context} {prompt}" if context[-1] == ":" else f"{context}: {prompt}"
+        return f"{context.removesuffix(':')}: {prompt}"
 
     def choices(self, item: dict) -> list[tuple[str, str]]:
-        """(context, answer) of each choice of a question, as in exp_truthfulqa.py."""
+        """(context, answer) of each choice of a question (MC1), the right one first."""
         context = self.wrap(item["question"].strip())
         blank = "" if context[-1].isspace() else " "
-        return [(context, blank + answer) for answer in item["mc1_targets"]]
+        answers = sorted(item["mc1_targets"], key=item["mc1_targets"].get, reverse=True)
+        return [(context, blank + answer) for answer in answers]
 
 
 # ---------------------------------------------------------------- classifier
@@ -478,28 +425,25 @@ class Classifier:
     """Which texts are toxic. The weights are loaded when it is first called."""
 
     def __init__(self, args, models: Models):
-        self.args = args
+        self.args, self.model = args, None
         self.config = models.config(args.classifier)
         self.tokenizer = models.tokenizer(args.classifier)
         self.toxic = toxic_class(args, self.config)
-        self.model = None
 
     def load(self):
         from transformers import AutoModelForSequenceClassification
 
-        args = self.args
-        name, revision = args.classifier, None
+        args, name, revision = self.args, self.args.classifier, ""
         if not Path(name).is_dir():  # the path of a folder may contain an @
             name, _, revision = name.partition("@")
-        device, dtype = args.device, torch.float32
+        device = args.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if args.dtype in ("bfloat16", "float16"):
-            dtype = getattr(torch, args.dtype)
+        dtype = args.dtype if args.dtype in ("bfloat16", "float16") else "float32"
         model = AutoModelForSequenceClassification.from_pretrained(
             name,
             revision=revision or None,
-            dtype=dtype,
+            dtype=getattr(torch, dtype),
             trust_remote_code=args.trust_remote_code,
             use_safetensors=None if args.allow_pickle else True,
         )
@@ -508,22 +452,17 @@ class Classifier:
     def __call__(self, texts: list[str]) -> list[int]:
         """1 for each toxic text, else 0."""
         self.model = self.model or self.load()
-        longest = min(512, context_length(self.config) - 2)
-        classes = []
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        options["max_length"] = min(512, context_length(self.config) - 2)
+        toxic = []
         for start in range(0, len(texts), 64):
-            inputs = self.tokenizer(
-                texts[start : start + 64],
-                padding=True,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            ).to(self.model.device)
+            batch = self.tokenizer(texts[start : start + 64], **options).to(self.model.device)
             with torch.no_grad():
-                logits = self.model(inputs.input_ids, inputs.attention_mask).logits
+                logits = self.model(batch.input_ids, batch.attention_mask).logits
             if not logits.isfinite().all():
                 raise FloatingPointError(f"NaN or infinity in the logits of {self.args.classifier}")
-            classes += logits.argmax(-1).tolist()
-        return [int(each == self.toxic) for each in classes]
+            toxic += (logits.argmax(-1) == self.toxic).int().tolist()
+        return toxic
 
 
 def toxic_class(args, config) -> int:
@@ -537,8 +476,8 @@ def toxic_class(args, config) -> int:
     wanted = args.toxic_label or TOXIC_CLASS.get(name)
     found = []
     for index, label in labels.items():
-        plain = label.lower().replace("_", " ")
-        if wanted in (label, str(index)) or (wanted is None and plain in TOXIC_LABELS):
+        says_toxic = label.lower().replace("_", " ") in TOXIC_LABELS
+        if says_toxic if wanted is None else wanted in (label, str(index)):
             found.append(index)
     if len(found) != 1 or len(labels) < 2:
         known = ", ".join(labels.values())
@@ -568,11 +507,10 @@ def blocks_of(args, models: Models, name: str) -> list[int]:
 
 
 class Lab:
-    """What every step needs: models, texts, the classifier, and the vectors and maps so far.
+    """What every step needs: models, texts, the classifier, and vectors and states so far.
 
-    A point is where and how strongly to steer: {"source_block", "block", "alpha"}. The steps take a
-    target, a method ("contrans", or "self-align" with the target's own vector), a point, and which
-    variant of the direction (None, or a control)."""
+    A point is where and how strongly to steer: {"source_block", "block", "alpha"}. A method is
+    "contrans", or "self-align" with the target's own vector; a variant is a control direction."""
 
     def __init__(self, args, models: Models, template: Template, data: Data):
         self.args, self.models, self.template, self.data = args, models, template, data
@@ -580,31 +518,25 @@ class Lab:
         self.chats = dict(zip(args.tgt, args.tgt_chat))
         self.vectors, self.states, self.maps = {}, {}, {}
 
-    def points(self, target: str, method: str) -> list[dict]:
-        """Every pair of blocks with every alpha."""
-        pairs = []
+    def points(self, target: str, method: str) -> list[list[dict]]:
+        """The points to choose from: for each pair of blocks, one for each alpha."""
+        pairs = {}
         for read, edit in depths(self.args):
-            block = self.models.block(target, edit, side=1)
-            source_block = block  # the target's own vector is read where it is added
+            source_block = block = self.models.block(target, edit, side=1)
             if method == "contrans":
                 source_block = self.models.block(self.args.src, read, side=0)
-            pairs.append((source_block, block))
-        points = []
-        for source_block, block in dict.fromkeys(pairs):
-            for alpha in self.args.alpha:
-                points.append({"source_block": source_block, "block": block, "alpha": alpha})
-        return points
+            points = [(source_block, block, alpha) for alpha in self.args.alpha]
+            pairs[source_block, block] = [dict(zip(POINT, point)) for point in points]
+        return list(pairs.values())
 
     def vectors_of(self, name: str) -> dict[str, dict[int, torch.Tensor]]:
-        """{concept: {block: v [d]}} of a chat model."""
+        """{concept: {block: v [d]}} of a chat model (Eq. 1)."""
         if name not in self.vectors:
-            blocks = blocks_of(self.args, self.models, name)
+            model, blocks = self.models.load(name), blocks_of(self.args, self.models, name)
             self.vectors[name] = {}
-            for concept, (positives, negatives) in self.data.concepts.items():
-                if concept == "fairness" or name == self.args.src:
-                    model = self.models.load(name)
-                    v = concept_vector(model, positives, negatives, blocks, self.args.refine)
-                    self.vectors[name][concept] = dict(zip(blocks, v))
+            for concept, pairs in self.data.concepts.items():
+                v = concept_vector(model, *pairs, blocks, self.args.refine)
+                self.vectors[name][concept] = dict(zip(blocks, v))
         return self.vectors[name]
 
     def states_of(self, name: str) -> dict[int, torch.Tensor]:
@@ -618,18 +550,8 @@ class Lab:
     def maps_to(self, target: str) -> AffineMaps:
         """The affine maps from the source's base model to a target; one target's at a time."""
         if target not in self.maps:
-            args = self.args
-            self.maps = {
-                target: AffineMaps(
-                    self.states_of(args.src_base),
-                    self.states_of(target),
-                    args.sentences,
-                    args.norm,
-                    intercept=args.intercept,
-                    rcond=args.rcond,
-                    ridge=args.ridge,
-                )
-            }
+            x, y = self.states_of(self.args.src_base), self.states_of(target)
+            self.maps = {target: AffineMaps(x, y, **map_options(self.args))}
         return self.maps[target]
 
     def direction(self, target, method, point, variant=None) -> torch.Tensor:
@@ -638,31 +560,22 @@ class Lab:
         if method == "self-align":
             return self.vectors_of(self.chats[target])["fairness"][block]
         vectors = self.vectors_of(args.src)
-        v, other = vectors["fairness"][source_block], vectors["happiness"][source_block]
-        maps = self.maps_to(target)
+        v, maps = vectors["fairness"][source_block], self.maps_to(target)
         if variant is None:
             return maps.vector(v, source_block, block)
-        controls = control_directions(
-            maps,
-            v,
-            {"happiness": other},
-            source_block,
-            block,
-            args.maps,
-            args.random,
-            args.seed,
-        )
-        return controls[variant]
+        others = {"happiness": vectors["happiness"][source_block]}
+        sizes = (args.maps, args.random, args.seed)
+        return control_directions(maps, v, others, source_block, block, *sizes)[variant]
 
     def transplant(self, target, method, point, variant=None) -> Transplant:
         direction = self.direction(target, method, point, variant)
         return Transplant.of(direction, point["block"], point["alpha"])
 
-    # ---------------------------------------------------------------- transplant, score
+    # ------------------------------------------------------------ transplant, score: the steps
 
     def write(self, model, transplant=BASE, part="test", instructed=False, eft=()) -> dict:
         """The continuations of the prompts of a part, and what is measured of each."""
-        args, prompts = self.args, self.data.prompts(part)
+        args, prompts = self.args, getattr(self.data.split, part)
         texts = generate(
             model,
             [self.template.continue_list(prompt, instructed) for prompt in prompts],
@@ -672,9 +585,10 @@ class Lab:
             seed=args.seed,
             eft=eft,
         )
+        texts = [text.strip() for text in texts]
         return {
-            "toxic": self.classifier([text.strip() for text in texts]),
-            "empty": [int(not text.strip()) for text in texts],
+            "toxic": self.classifier(texts),
+            "empty": [int(not text) for text in texts],
             "copied": [copies(prompt, text) for prompt, text in zip(prompts, texts)],
             "repeated": [repetition(text) for text in texts],
             "texts": texts,
@@ -693,21 +607,25 @@ class Lab:
         model, *small = [self.models.load(name, keep=names) for name in names]
         return self.write(model, eft=tuple(small))
 
-    def search(self, target, method, points, base_perplexity, variant=None) -> list[dict]:
-        """Perplexity at all points, toxicity on the validation prompts where perplexity allows it.
+    def search(self, target, method, pairs, base_perplexity, variant=None) -> list[dict]:
+        """Perplexity at all points; toxicity on the validation prompts where perplexity allows it.
 
-        If no point is allowed, the one with the lowest perplexity is taken."""
-        transplants = [self.transplant(target, method, point, variant) for point in points]
-        model = self.models.load(target)
-        perplexities, _ = perplexity(model, self.data.texts, transplants)
-        ratios = (perplexities / base_perplexity).tolist()
+        pairs: of blocks, with the points of each. If no point is allowed, the one with the lowest
+        perplexity is."""
+        points, transplants, ratios = [], [], []
+        for own in pairs:  # one pair at a time, so that all blocks below are computed once
+            moves = [self.transplant(target, method, point, variant) for point in own]
+            values, _ = perplexity(self.models.load(target), self.data.texts, moves)
+            points += own
+            transplants += moves
+            ratios += (values / base_perplexity).tolist()
         limit = max(self.args.max_ppl_ratio, min(ratios))
         grid = []
-        for point, transplant, ratio_here in zip(points, transplants, ratios):
+        for point, transplant, ratio in zip(points, transplants, ratios):
             toxic = None
-            if ratio_here <= limit:
-                toxic = self.write(model, transplant, "validation")["toxic"]
-            grid.append(point | {"perplexity_ratio": ratio_here, "toxic": toxic})
+            if ratio <= limit:
+                toxic = self.write(self.models.load(target), transplant, "validation")["toxic"]
+            grid.append(point | {"perplexity_ratio": ratio, "toxic": toxic})
         return grid
 
     def perplexity(self, name) -> tuple[float, int]:
@@ -716,113 +634,103 @@ class Lab:
         return values[0].item(), tokens
 
     def instructed_perplexity(self, target) -> tuple[float, int] | None:
-        """The same with Inst-Align's instruction before each text.
+        """The same with Inst-Align's instruction before each text; None if no text fits then.
 
-        A text's first word belongs to the context: without an instruction, nothing precedes it.
-        None if no text fits the context."""
+        A text's first word belongs to the context: without an instruction, nothing precedes it."""
         choices = []
         for text in self.data.texts:
-            first, _, rest = text.partition(" ")
-            if rest:
-                choices.append((self.template.continue_list(first, instructed=True), f" {rest}"))
-        fits = self.models.fits(target, [context + rest for context, rest in choices])
-        choices = [choice for choice, kept in zip(choices, fits) if kept]
+            first, blank, rest = text.partition(" ")
+            context = self.template.continue_list(first, instructed=True)
+            if rest and self.models.fits(target, [context + blank + rest]):
+                choices.append((context, blank + rest))
         if not choices:
             return None
-        wholes = self.models.lengths(target, [context + rest for context, rest in choices])
+        wholes = self.models.lengths(target, ["".join(choice) for choice in choices])
         contexts = self.models.lengths(target, [context for context, _ in choices])
         tokens = sum(wholes) - sum(contexts)
         logprobs, _ = choice_logprobs(self.models.load(target), choices)
         return (-logprobs.double().sum() / tokens).exp().item(), tokens
 
-    def map_quality(self, target, point, has_own: bool) -> dict:
-        """How good the maps are, and how large the vectors are beside the residual stream."""
-        maps, blocks = self.maps_to(target), (point["source_block"], point["block"])
-        fitted = [maps.fit(*blocks, sample=number) for number in range(self.args.maps)]
-        v = self.vectors_of(self.args.src)["fairness"][point["source_block"]]
+    def map_quality(self, target, point, has_own: bool) -> list[dict]:
+        """How good each map is, and how large the vectors are beside the residual stream."""
+        maps, blocks, found = self.maps_to(target), (point["source_block"], point["block"]), []
+        for number in range(self.args.maps):
+            fitted = maps.fit(*blocks, sample=number)
+            variant = f"map {number}" if number else None
+            fields = {"concept": "map", "variant": variant, "part": "held-out", "n": fitted.n}
+            found.append(fields | {"metric": "r2", "value": fitted.r2})
+            found.append(fields | {"metric": "cosine", "value": fitted.cosine})
+        v = self.vectors_of(self.args.src)["fairness"][blocks[0]]
         v_hat = self.direction(target, "contrans", point)
-        stream_source, stream_target = maps.stream_norms(*blocks)
-        norms = {
-            "norm_v": v.norm().item(),
-            "stream_source": stream_source,
-            "norm_v_hat": v_hat.norm().item(),
-            "stream_target": stream_target,
-        }
+        values = [v.norm().item(), v_hat.norm().item(), *maps.stream_norms(*blocks)]
         if has_own:
-            own = self.direction(target, "self-align", point)
-            norms["cosine_to_own"] = cosine(own, v_hat)
-        quality = [{"r2": each.r2, "cosine": each.cosine, "n": each.n} for each in fitted]
-        return {"maps": quality, "norms": norms}
+            values.append(cosine(self.direction(target, "self-align", point), v_hat))
+        found += [{"metric": metric, "value": value} for metric, value in zip(NORMS, values)]
+        return [fields | point for fields in found]
 
-    def two_concepts(self, target, path: Path, point) -> dict:
+    def two_concepts(self, target, path: str, point, toxic: dict) -> tuple[list[dict], str]:
         """v_honesty, v_fairness and both, on TruthfulQA and ToxiGen (Table 7).
 
-        Asks the questions that v_honesty was not refined or tuned on, or all if there are none."""
+        Asks the questions that v_honesty has not seen, or all if it has seen all. toxic: the hits
+        of the base model and of v_fairness, known from Table 2. Returns records and a note."""
         fairness = self.direction(target, "contrans", point)
         model = self.models.load(target)
-        honesty, about = load_concept(path, model)
-        alpha = about.get("alpha", 1)
-        v_honesty = Transplant.of(honesty, about["layer"], alpha)
+        honesty, about = load_concept(Path(path), model)
+        v_honesty = Transplant.of(honesty, about["layer"], about.get("alpha", 1))
         v_fairness = Transplant.of(fairness, point["block"], point["alpha"])
-        both = v_honesty + v_fairness
-        seen = set(about.get("questions", []))
+        both, seen = v_honesty + v_fairness, set(about.get("questions", []))
         unseen = [item for item in self.data.questions if item["question"].strip() not in seen]
-        mc1 = self.mc1(model, unseen or self.data.questions, [BASE, v_honesty, v_fairness, both])
-        costs, _ = perplexity(model, self.data.texts, [v_honesty, both])
-        return {
-            "mc1": dict(zip(("base", "honesty", "fairness", BOTH), mc1)),
-            "perplexity": dict(zip(("honesty", BOTH), costs.tolist())),
-            "honesty": self.write(model, v_honesty),
-            BOTH: self.write(model, both),
-            "cosine": cosine(honesty, fairness),
-            "block": about["layer"],
-            "alpha": alpha,
-            "seen": not unseen,
-        }
+        transplants = [BASE, v_honesty, v_fairness, both]
+        mc1 = self.mc1(model, unseen or self.data.questions, transplants)
+        costs, tokens = perplexity(model, self.data.texts, transplants)
+        found = []
+        for i, concept in enumerate((None, "honesty", "fairness", "honesty + fairness")):
+            hits = toxic.get(concept) or self.write(model, transplants[i])["toxic"]
+            fields = {"item": "Table 7", "concept": concept, "part": "test"}
+            found.append(fields | {"metric": "mc1", "hits": mc1[i]})
+            found.append(fields | {"metric": "toxic_rate", "hits": hits})
+            fields |= {"part": "OpenWebText", "n": tokens}
+            found.append(fields | {"metric": "perplexity", "value": costs[i].item()})
+        note = f"v_honesty after block {about['layer']}, alpha = {about.get('alpha', 1):g}; "
+        note += f"cosine of the two vectors {cosine(honesty, fairness):.2f}"
+        return found, note if unseen else f"{note}; v_honesty has seen the questions"
 
     def mc1(self, model, items: list[dict], transplants) -> list[list[int]]:
         """Whether the right choice of each question is likelier than all others."""
         choices = [self.template.choices(item) for item in items]
-        logprobs, _ = choice_logprobs(model, list(itertools.chain(*choices)), transplants)
         sizes = [len(own) for own in choices]
-        results = []
-        for row in logprobs:
-            hits = []
-            for item, scores in zip(items, row.split(sizes)):
-                right = list(item["mc1_targets"].values()).index(1)
-                others = torch.cat([scores[:right], scores[right + 1 :]])
-                hits.append(int(scores[right] > others.max()))
-            results.append(hits)
-        return results
+        logprobs, _ = choice_logprobs(model, list(itertools.chain(*choices)), transplants)
+        hits = []
+        for row in logprobs.split(sizes, 1):  # [transplants, choices] of one question
+            hits.append(row[:, 0] > row[:, 1:].amax(1))
+        return torch.stack(hits, 1).int().tolist()
 
-    def export(self, folder: Path, target, point) -> str:
+    def export(self, folder: str, target, point) -> None:
         """Write v_fairness of a target as a file."""
-        args, path = self.args, folder / f"v_fairness_{Path(target).name}.safetensors"
         fitted = self.maps_to(target).fit(point["source_block"], point["block"])
         positives, _ = self.data.concepts["fairness"]
         save_concept(
-            path,
+            Path(folder) / f"v_fairness_{Path(target).name}.safetensors",
             self.direction(target, "contrans", point),
             concept="fairness",
-            source=args.src,
+            source=self.args.src,
             target=target,
             fingerprint=self.models.fingerprint(target),
-            method=args.refine,
             layer=point["block"],
             source_layer=point["source_block"],
             alpha=point["alpha"],
+            method=self.args.refine,
             pairs=len(positives),
             first_prompt=positives[0],
-            map_text=args.map_text,
+            map_text=self.args.map_text,
             fitted_on=fitted.n,
             r2=fitted.r2,
             cosine=fitted.cosine,
         )
-        return path.name
 
 
 def copies(prompt: str, text: str) -> int:
-    """1 if a text repeats a sentence of its prompt, else 0."""
+    """1 if a text contains a sentence of its prompt, else 0."""
     return int(any(sentence in text for sentence in sentences_of(prompt)))
 
 
@@ -840,31 +748,72 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 # ---------------------------------------------------------------- one target
 
 
-class Row(NamedTuple):
-    """Continuations of the test prompts under one condition."""
+class Findings:
+    """What was found on one target: records, notes beside the rows of tables, and examples."""
 
-    method: str
-    variant: str | None
-    written: dict  # see Lab.write
-    point: dict = {}  # source_block, block, alpha
-    ratio: float | None = None  # perplexity relative to the unsteered model
+    def __init__(self, args, data: Data, target: str, chat: str | None):
+        self.split, self.target = data.split, target
+        self.sources = {"align-training": chat, "self-align": chat}
+        self.sources |= {"eft": args.src, "contrans": args.src}
+        self.records, self.notes, self.examples = [], {}, []
+        self.toxic = {}  # {method: whether each continuation is toxic}
+        self.n_tokens = 0  # that perplexity is over
 
+    def add(self, method: str, metric: str, hits=None, **fields) -> None:
+        """A record, of Table 2 and fairness if `fields` do not say otherwise."""
+        about = {"item": "Table 2", "concept": "fairness", "method": method, "metric": metric}
+        about |= {"source": self.sources.get(method), "target": self.target}
+        self.records.append(record(hits, **about | fields))
 
-class Result(NamedTuple):
-    """All that was measured on one target."""
+    def add_cost(self, method: str, metric: str, value: float, n=None, **fields) -> None:
+        """Perplexity or perplexity_ratio of OpenWebText."""
+        fields |= {"value": value, "n": n or self.n_tokens, "part": "OpenWebText"}
+        self.add(method, metric, **fields)
 
-    target: str
-    chat: str | None
-    rows: list[Row]
-    controls: list[Row]
-    grids: dict[str, list[dict]]  # of self-align and contrans, see Lab.search
-    costs: dict[str, tuple]  # {method: (perplexity, tokens)}
-    quality: dict  # see Lab.map_quality
-    two: dict | None  # see Lab.two_concepts
-    missing: dict[str, str]  # {method: why it has no row}
+    def add_row(self, method: str, written: dict, variant=None, note="", **point) -> None:
+        """The continuations of the test prompts under one condition, see Lab.write."""
+        fields = {"variant": variant, "part": "test", **point}
+        self.add(method, "toxic_rate", written["toxic"], **fields)
+        self.add(method, "empty", written["empty"], **fields)
+        self.add(method, "copied", written["copied"], **fields)
+        self.add(method, "repeated", values=written["repeated"], **fields)
+        self.toxic.setdefault(method, written["toxic"])  # not of controls, which come later
+        self.notes[variant or METHODS[method]] = self.p_value(written["toxic"]) + note
+        if variant is not None:
+            return
+        by_group: dict = {}
+        about = {"target": self.target, "method": method}
+        rows = zip(self.split.groups, self.split.test, written["texts"], written["toxic"])
+        for group, prompt, text, toxic in rows:
+            by_group.setdefault(group, []).append(toxic)
+            example = {"group": group, "prompt": prompt, "text": text, "toxic": toxic}
+            self.examples.append(about | example)
+        for group, hits in by_group.items():
+            self.add(method, "toxic_rate", hits, group=group, **fields)
+
+    def p_value(self, toxic: list[int]) -> str:
+        """McNemar's p against the base model, which is the first to be added."""
+        return f"p = {mcnemar(self.toxic['base'], toxic):.1g}"
+
+    def add_means(self) -> None:
+        """Means over the maps (ConTrans's own is map 0) and over the random directions."""
+        members: dict = {}
+        for each in select(self.records, item="Table 2", method="contrans", group=None):
+            variant = each["variant"] or ("map 0" if each["part"] in ("test", "held-out") else "")
+            if match := re.fullmatch(r"(map|random) \d+(.*)", variant):
+                kind = KINDS[match[1]] + match[2]
+                members.setdefault((kind, each["metric"]), []).append(each)
+        ours = np.mean(self.toxic["contrans"])
+        for (kind, metric), found in members.items():
+            name = f"{len(found)} {kind}"
+            self.records.append(spread(found, name) | {"alpha": None})
+            if metric == "toxic_rate":
+                rank = percentile(ours, [each["value"] for each in found])
+                self.notes[name] = f"ConTrans is at percentile {rank:.0f}"
 
 
 def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[str, str]:
+    """{method: why it cannot be had}."""
     missing = {}
     if not chat:
         missing = dict.fromkeys(("align-training", "self-align"), "no --tgt-chat given")
@@ -877,401 +826,188 @@ def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[st
     return missing
 
 
-def tune(run, lab: Lab, target, method, points, base_cost, variant=None) -> tuple[list, Row]:
-    """Choose block and alpha on the validation prompts, then steer the test prompts: (grid, row).
+def steer(run, lab: Lab, found: Findings, method: str, pairs, base_cost: float, variant=None):
+    """Choose a point on the validation prompts, then steer the test prompts there.
 
-    The mildest of equally toxic points is taken."""
-    name = f"{Path(target).name} {variant or method}"
-    grid = run.step(f"{name}, grid", lab.search, target, method, points, base_cost, variant)
-    allowed = [point for point in grid if point["toxic"] is not None]
-    best = min(allowed, key=lambda point: (sum(point["toxic"]), abs(point["alpha"])))
-    point = {key: best[key] for key in ("source_block", "block", "alpha")}
+    The mildest of equally toxic points is taken. Returns it, and the continuations."""
+    target, name = found.target, f"{Path(found.target).name} {variant or method}"
+    grid = run.step(f"{name}, grid", lab.search, target, method, pairs, base_cost, variant)
+    allowed = [tried for tried in grid if tried["toxic"] is not None]
+    best = min(allowed, key=lambda tried: (sum(tried["toxic"]), abs(tried["alpha"])))
+    point = {key: best[key] for key in POINT}
     written = run.step(name, lab.steered, target, method, point, variant)
-    return grid, Row(method, variant, written, point, best["perplexity_ratio"])
+    ratio = best["perplexity_ratio"]
+    note = ", block {source_block} -> {block}, alpha = {alpha:g}".format(**point)
+    note += f", perplexity x{ratio:.2f}"
+    found.add_row(method, written, variant, note, **point)
+    if variant is not None:
+        found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **point)
+        return point, written
+    found.add_cost(method, "perplexity", ratio * base_cost, **point)
+    for tried in grid:
+        fields = {key: tried[key] for key in POINT}
+        found.add_cost(method, "perplexity_ratio", tried["perplexity_ratio"], **fields)
+        if tried["toxic"] is not None:
+            found.add(method, "toxic_rate", tried["toxic"], part="validation", **fields)
+    return point, written
 
 
-def run_controls(args, run, lab: Lab, target, point, base_cost) -> list[Row]:
-    """Other maps and other directions at ConTrans's point; random ones also at an alpha of theirs."""
-    name, rows = Path(target).name, []
+def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findings:
+    """Tables 2 and 7 for one target. Models take turns in memory, so steps go model by model."""
+    name, chat = Path(target).name, lab.chats[target]
+    found = Findings(args, lab.data, target, chat)
+    missing = found.missing = missing_rows(args, lab.models, target, chat)
+
+    # Baselines
+    base_cost, found.n_tokens = run.step(f"{name} perplexity", lab.perplexity, target)
+    found.add_row("base", run.step(f"{name} base", lab.unsteered, target), alpha=0)
+    found.add_cost("base", "perplexity", base_cost, alpha=0)
+    written = run.step(f"{name} inst-align", lab.unsteered, target, instructed=True)
+    found.add_row("inst-align", written)
+    cost = run.step(f"{name} inst-align, perplexity", lab.instructed_perplexity, target)
+    if cost:
+        found.add_cost("inst-align", "perplexity", *cost)
+    if chat:
+        found.add_row("align-training", run.step(f"{name} chat", lab.unsteered, chat))
+        cost, _ = run.step(f"{name} chat, perplexity", lab.perplexity, chat)
+        found.add_cost("align-training", "perplexity", cost)
+
+    # The target's own vector, then the transplanted one
+    if "self-align" not in missing:
+        steer(run, lab, found, "self-align", lab.points(target, "self-align"), base_cost)
+    pairs = lab.points(target, "contrans")
+    point, _ = steer(run, lab, found, "contrans", pairs, base_cost)
+
+    # Controls at the same point; random directions also at an alpha of their own
     maps = [f"map {number}" for number in range(1, args.maps)]
     for variant in [*maps, "shuffled map", "other happiness"]:
         written = run.step(f"{name} {variant}", lab.steered, target, "contrans", point, variant)
-        rows.append(Row("contrans", variant, written, point))
-    points = [point | {"alpha": alpha} for alpha in args.alpha]
-    for number in range(args.random):
-        variant = f"random {number}"
-        _, row = tune(run, lab, target, "contrans", points, base_cost, variant)
-        written = row.written
-        if row.point != point:
-            step = f"{name} {variant}, same alpha"
+        found.add_row("contrans", written, variant, **point)
+    pairs = [[point | {"alpha": alpha} for alpha in args.alpha]]
+    for variant in [f"random {number}" for number in range(args.random)]:
+        own, written = steer(run, lab, found, "contrans", pairs, base_cost, variant)
+        same = f"{variant}, same alpha"
+        if own != point:
+            step = f"{name} {same}"
             written = run.step(step, lab.steered, target, "contrans", point, variant)
-        rows += [row, Row("contrans", f"{variant}, same alpha", written, point)]
-    return rows
+        found.add_row("contrans", written, same, **point)
 
-
-def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Result:
-    """Tables 2 and 7 for one target. Models take turns in memory, so steps go model by model."""
-    name, chat = Path(target).name, lab.chats[target]
-    missing = missing_rows(args, lab.models, target, chat)
-    rows, costs, grids = [], {}, {}
-
-    # Baselines
-    costs["base"] = base_cost, tokens = run.step(f"{name} perplexity", lab.perplexity, target)
-    written = run.step(f"{name} base", lab.unsteered, target)
-    rows.append(Row("base", None, written, {"alpha": 0}))
-    cost = run.step(f"{name} inst-align, perplexity", lab.instructed_perplexity, target)
-    written = run.step(f"{name} inst-align", lab.unsteered, target, instructed=True)
-    ratio_here = None
-    if cost:
-        costs["inst-align"] = cost
-        ratio_here = cost[0] / base_cost
-    rows.append(Row("inst-align", None, written, ratio=ratio_here))
-    if chat:
-        costs["align-training"] = run.step(f"{name} chat, perplexity", lab.perplexity, chat)
-        written = run.step(f"{name} align-training", lab.unsteered, chat)
-        rows.append(Row("align-training", None, written))
-
-    # The target's own vector, then ConTrans and its controls
-    for method in ("self-align", "contrans"):
-        if method not in missing:
-            points = lab.points(target, method)
-            grids[method], row = tune(run, lab, target, method, points, base_cost)
-            costs[method] = row.ratio * base_cost, tokens
-            rows.append(row)
-    point = row.point
-    controls = run_controls(args, run, lab, target, point, base_cost)
     has_own = "self-align" not in missing
-    quality = run.step(f"{name} maps", lab.map_quality, target, point, has_own)
-    two = honesty and run.step(f"{name} Table 7", lab.two_concepts, target, honesty, point)
-    run.step(f"{name} export", lab.export, run.folder, target, point)
-
+    for fields in run.step(f"{name} maps", lab.map_quality, target, point, has_own):
+        found.add("contrans", **fields)
+    if honesty:
+        known = {None: found.toxic["base"], "fairness": found.toxic["contrans"]}
+        step = f"{name} Table 7"
+        rows, note = run.step(step, lab.two_concepts, target, str(honesty), point, known)
+        found.notes["Table 7"] = note
+        for fields in rows:
+            found.add("contrans" if fields["concept"] else "base", **fields)
+    run.step(f"{name} export", lab.export, str(run.folder), target, point)
     if "eft" not in missing:  # last, since it needs three models at once
-        rows.append(Row("eft", None, run.step(f"{name} eft", lab.proxy_tuned, target)))
-    rows.sort(key=lambda row: list(METHODS).index(row.method))
-    return Result(target, chat, rows, controls, grids, costs, quality, two, missing)
-
-
-# ---------------------------------------------------------------- records
-
-
-def make_records(args, result: Result, groups: list[str]) -> list[dict]:
-    """groups: of each test prompt."""
-    records = []
-    for row in [*result.rows, *result.controls]:
-        records += row_records(args, result, row, groups)
-    records += grid_records(args, result)
-    records += map_records(args, result)
-    records += spread_records(args, records)
-    if result.two:
-        records += table_7_records(args, result)
-    return records
-
-
-def about(args, result: Result, method: str, variant=None, point=None) -> dict:
-    """The fields that say what a number is about."""
-    sources = {
-        "align-training": result.chat,
-        "self-align": result.chat,
-        "eft": args.src,
-        "contrans": args.src,
-    }
-    fields = {"item": "Table 2", "source": sources.get(method), "target": result.target}
-    return fields | {"concept": "fairness", "method": method, "variant": variant} | (point or {})
-
-
-def row_records(args, result: Result, row: Row, groups: list[str]) -> list[dict]:
-    fields, written = about(args, result, row.method, row.variant, row.point), row.written
-    test = fields | {"part": "test"}
-    records = [
-        record(hits=written["toxic"], metric="toxic_rate", **test),
-        record(hits=written["empty"], metric="empty", **test),
-        record(hits=written["copied"], metric="copied", **test),
-        record(values=written["repeated"], metric="repeated", **test),
-    ]
-    text = fields | {"part": "OpenWebText"}
-    cost, tokens = result.costs["base"]
-    if row.variant is None and row.method in result.costs:
-        cost, tokens = result.costs[row.method]
-        records.append(record(value=cost, n=tokens, metric="perplexity", **text))
-    if row.ratio is not None:
-        records.append(record(value=row.ratio, n=tokens, metric="perplexity_ratio", **text))
-    if row.variant is None:
-        for group in dict.fromkeys(groups):
-            toxic = [hit for hit, own in zip(written["toxic"], groups) if own == group]
-            records.append(record(hits=toxic, metric="toxic_rate", group=group, **test))
-    return records
-
-
-def grid_records(args, result: Result) -> list[dict]:
-    """Validation. The perplexity of the chosen point is among the records of its row."""
-    records, (_, tokens) = [], result.costs["base"]
-    chosen = {row.method: row.point for row in result.rows}
-    for method, grid in result.grids.items():
-        for found in grid:
-            point = {key: found[key] for key in ("source_block", "block", "alpha")}
-            fields = about(args, result, method, point=point)
-            if found["toxic"] is not None:
-                toxic = found["toxic"]
-                records.append(record(hits=toxic, metric="toxic_rate", part="validation", **fields))
-            if point != chosen[method]:
-                fields |= {"metric": "perplexity_ratio", "part": "OpenWebText", "n": tokens}
-                records.append(record(value=found["perplexity_ratio"], **fields))
-    return records
-
-
-def map_records(args, result: Result) -> list[dict]:
-    """Worth of each map on held-out texts, and norms."""
-    records, point = [], select_row(result, "contrans").point
-    for number, found in enumerate(result.quality["maps"]):
-        variant = f"map {number}" if number else None
-        fields = about(args, result, "contrans", variant, point)
-        fields |= {"concept": "map", "part": "held-out", "n": found["n"]}
-        for metric in ("r2", "cosine"):
-            records.append(record(value=found[metric], metric=metric, **fields))
-    fields = about(args, result, "contrans", point=point)
-    for metric, value in result.quality["norms"].items():
-        records.append(record(value=value, metric=metric, **fields))
-    return records
-
-
-def spread_records(args, records: list[dict]) -> list[dict]:
-    """Means over the maps (ConTrans's own is map 0) and over the random directions."""
-    kinds = {
-        f"{args.maps} maps": r"map \d+",
-        f"{args.random} random directions": r"random \d+",
-        f"{args.random} random directions, same alpha": r"random \d+, same alpha",
-    }
-    members: dict = {}
-    for each in select(records, method="contrans", group=None):
-        variant = each["variant"]
-        if variant is None and each["part"] in ("test", "held-out"):
-            variant = "map 0"
-        for kind, pattern in kinds.items():
-            if re.fullmatch(pattern, variant or ""):
-                members.setdefault((kind, each["metric"]), []).append(each)
-    means = []
-    for kind in kinds:
-        for (own, _), found in members.items():
-            if own == kind:
-                alphas = {each["alpha"] for each in found}
-                alpha = alphas.pop() if len(alphas) == 1 else None
-                means.append(spread(found, kind) | {"alpha": alpha})
-    return means
-
-
-def table_7_records(args, result: Result) -> list[dict]:
-    two, (_, tokens) = result.two, result.costs["base"]
-    toxic = {key: two[key]["toxic"] for key in ("honesty", BOTH)}
-    costs = dict(two["perplexity"])
-    for key, method in (("base", "base"), ("fairness", "contrans")):  # as in Table 2
-        toxic[key] = select_row(result, method).written["toxic"]
-        costs[key], _ = result.costs[method]
-    records = []
-    for key, mc1 in two["mc1"].items():
-        fields = about(args, result, "base" if key == "base" else "contrans")
-        fields |= {"item": "Table 7", "concept": None if key == "base" else key}
-        records += [
-            record(hits=mc1, metric="mc1", part="test", **fields),
-            record(hits=toxic[key], metric="toxic_rate", part="test", **fields),
-            record(value=costs[key], n=tokens, metric="perplexity", part="OpenWebText", **fields),
-        ]
-    return records
-
-
-def select_row(result: Result, method: str) -> Row:
-    [row] = [row for row in result.rows if row.method == method]
-    return row
+        found.add_row("eft", run.step(f"{name} eft", lab.proxy_tuned, target))
+    found.records.sort(key=lambda each: list(METHODS).index(each["method"]))
+    found.add_means()
+    return found
 
 
 # ---------------------------------------------------------------- tables
 
 
-def label(method: str, variant: str | None) -> str:
-    return variant or METHODS[method]
-
-
 def row_label(each: dict) -> str:
-    return label(each["method"], each["variant"])
-
-
-def p_value(base: list[int], other: list[int]) -> str:
-    return f"p = {mcnemar(base, other):.1g}"
-
-
-def table_2(args, records: list[dict], result: Result) -> str:
-    shown = []
-    for each in select(records, item="Table 2", group=None):
-        is_member = re.match(r"(map|random) \d", each["variant"] or "")
-        if each["part"] in ("test", "OpenWebText") and not is_member:
-            shown.append(each)
-    tested = {place(each) for each in select(shown, part="test")}
-    shown = [each for each in shown if place(each) in tested]  # of the grid, the chosen point
-    missing = {METHODS[method]: reason for method, reason in result.missing.items()}
-    return pivot(shown, row_label, "metric", missing, table_2_notes(args, records, result))
-
-
-def place(each: dict) -> tuple:
-    return tuple(each[key] for key in ("method", "variant", "source_block", "block", "alpha"))
-
-
-def table_2_notes(args, records: list[dict], result: Result) -> dict[str, str]:
-    """p is McNemar's, against the base model."""
-    notes, base = {}, select_row(result, "base").written["toxic"]
-    for row in [*result.rows, *result.controls]:
-        note = [] if row.method == "base" else [p_value(base, row.written["toxic"])]
-        if row.variant is None and "block" in row.point:
-            note.append("block {source_block} -> {block}, alpha = {alpha:g}".format(**row.point))
-            if row.ratio > args.max_ppl_ratio:
-                note.append("no point is within the limit of perplexity: the lowest")
-        notes[label(row.method, row.variant)] = ", ".join(note)
-    rates = select(records, item="Table 2", part="test", metric="toxic_rate", group=None)
-    [ours] = [each["value"] for each in rates if row_label(each) == METHODS["contrans"]]
-    for suffix in ("", ", same alpha"):
-        members = [each for each in rates if re.fullmatch(rf"random \d+{suffix}", row_label(each))]
-        rank = percentile(ours, [each["value"] for each in members])
-        notes[f"{args.random} random directions{suffix}"] = f"ConTrans is at percentile {rank:.0f}"
-    return notes
-
-
-def group_table(records: list[dict], result: Result, groups: list[str]) -> str:
-    base, ours = [
-        np.array(select_row(result, method).written["toxic"]) for method in ("base", "contrans")
-    ]
-    shown, notes = [], {}
-    for group in dict.fromkeys(groups):
-        own = np.array(groups) == group
-        notes[group] = p_value(base[own], ours[own])
-        for method in ("base", "contrans"):
-            shown += select(records, group=group, method=method)
-    return pivot(shown, "group", row_label, notes=notes)
-
-
-def map_table(args, records: list[dict], result: Result) -> str:
-    """Quality of the maps and norms, in one line."""
-    shown = select(records, concept="map", variant=f"{args.maps} maps")
-    for metric in result.quality["norms"]:
-        shown += select(records, metric=metric)
-    return pivot(shown, "target", "metric")
-
-
-def table_7(args, records: list[dict], result: Result) -> str:
-    """Marks perplexity beyond the limit of Table 2: v_honesty's alpha was chosen without one."""
-    two, shown = result.two, select(records, item="Table 7")
-    base_cost, _ = result.costs["base"]
-    notes = {}
-    for each in select(shown, metric="perplexity"):
-        if each["value"] > args.max_ppl_ratio * base_cost:
-            notes[concept_label(each)] = f"perplexity above x{args.max_ppl_ratio:g}"
-    text = f"v_honesty after block {two['block']}, alpha = {two['alpha']:g}; "
-    text += f"cosine between the two vectors {two['cosine']:.2f}"
-    if two["seen"]:
-        text += "; v_honesty may have seen the questions"
-    return f"{text}\n\n{pivot(shown, concept_label, 'metric', notes=notes)}"
+    return each["variant"] or METHODS[each["method"]]
 
 
 def concept_label(each: dict) -> str:
     return f"v_{each['concept']}" if each["concept"] else METHODS["base"]
 
 
-def target_report(args, records: list[dict], result: Result, groups: list[str]) -> str:
-    """The tables of one target."""
-    pair = f"{Path(args.src).name} -> {Path(result.target).name}"
+def tables(args, found: Findings) -> str:
+    """The report about one target."""
+    records, notes = found.records, found.notes
+    rows = []
+    for each in select(records, item="Table 2", group=None):
+        is_member = re.match(r"(map|random) \d", each["variant"] or "")
+        is_ratio = each["metric"] == "perplexity_ratio"
+        if each["part"] in ("test", "OpenWebText") and not is_member and not is_ratio:
+            rows.append(each)
+    missing = {METHODS[method]: reason for method, reason in found.missing.items()}
+    groups = []
+    for method in ("base", "contrans"):
+        groups += [each for each in select(records, method=method) if each["group"]]
+    maps = select(records, concept="map", variant=f"{args.maps} {KINDS['map']}")
+    norms = [each for each in records if each["metric"] in NORMS]
+    pair = f"{Path(args.src).name} -> {Path(found.target).name}"
     parts = [
         f"## Table 2: {pair}",
-        table_2(args, records, result),
-        "Toxic rate by group",
-        group_table(records, result, groups),
-        f"Affine map ({args.map_text}), on held-out texts, and norms",
-        map_table(args, records, result),
+        pivot(rows, row_label, "metric", missing, notes),
+        "Toxic rate by group:",
+        pivot(groups, "group", row_label),
+        f"Maps fitted on {args.map_text} text: quality on held-out texts, norms of v and stream:",
+        pivot(maps + norms, "target", "metric"),
         f"## Table 7: {pair}",
+        notes.get("Table 7", "needs --honesty FILE (exp_truthfulqa.py --save-vector FOLDER)"),
     ]
-    if result.two:
-        parts.append(table_7(args, records, result))
-    else:
-        parts.append("Needs v_honesty: --honesty FILE (exp_truthfulqa.py --save-vector FOLDER)")
+    if two := select(records, item="Table 7"):
+        parts.append(pivot(two, concept_label, "metric", notes=notes))
     return "\n\n".join(parts)
 
 
-def opening(args, data: Data) -> str:
-    n_pairs = len(data.concepts["fairness"][0])
-    n_validation, n_test = len(data.prompts("validation")), len(data.prompts("test"))
+def opening(args, split: Split) -> str:
+    sizes = [len(part) for part in (split.hate, split.validation, split.test)]
     decoding = "sampled" if args.sample else "greedy"
-    return f"""{n_pairs} pairs refine v_fairness, {n_validation} hateful prompts choose alpha, {n_test} test. \
-Continuations: {decoding}, at most {args.max_new_tokens} tokens, judged alone by {Path(args.classifier).name}.
-Rates in % [95 % interval] (paper). Several maps or directions: mean [lowest, highest].
+    header = ["group", "hateful", "neutral", "pairs", "validation", "test"]
+    return f"""{sizes[0]} pairs refine v_fairness, {sizes[1]} prompts choose alpha, {sizes[2]} test.
+Continuations are {decoding}, at most {args.max_new_tokens} tokens, judged by {args.classifier}.
+Rates in % [95 % interval] (paper); of several maps or directions: mean [lowest, highest].
+p: McNemar's, against the base model.
 
-{data.counts}"""
+{markdown(header, split.counts)}"""
 
 
 # ---------------------------------------------------------------- figures
 
 
-def draw_grid(args, records: list[dict], target: str, best: dict):
-    """Toxic rate and perplexity over alpha on the validation prompts, a line for each pair of blocks.
+def draw_grid(args, found: Findings):
+    """Toxic rate and perplexity over alpha (validation), one line for each pair of blocks.
 
-    Nothing is written where perplexity is above the limit: there the left lines end."""
-    figure, axes = new_figure(ncols=2, figsize=(8.4, 3.6))
-    grid = select(records, method="contrans", variant=None, group=None)
-    [base] = select(records, item="Table 2", method="base", metric="toxic_rate", group=None)
-    toxic = select(grid, metric="toxic_rate", part="validation")
-    ratios = select(grid, metric="perplexity_ratio")
-    chosen = (best["source_block"], best["block"])
-    for panel, found, start in zip(axes, (toxic, ratios), (base["value"], 1)):
-        lines: dict = {}
-        for each in sorted(found, key=lambda each: each["alpha"]):
-            blocks = (each["source_block"], each["block"])
-            lines.setdefault(blocks, [(0, start)]).append((each["alpha"], each["value"]))
-        for blocks, points in lines.items():
-            style = {"color": "#8fb4dc", "lw": 1, "label": "other blocks"}
-            if blocks == chosen:
-                name = f"block {blocks[0]} → {blocks[1]}, chosen"
-                style = {"color": "#163f75", "lw": 2, "zorder": 3, "label": name}
-            panel.plot(*zip(*points), "o-", ms=3, **style)
-            for alpha, value in points:
-                if blocks == chosen and alpha == best["alpha"]:
-                    panel.plot(alpha, value, "o", ms=11, mfc="none", color="#c8352b", zorder=4)
-        panel.set_xlabel("steering strength α")
-    left, right = axes
+    Nothing is written where perplexity is above the limit: there the lines on the left end."""
+    figure, (left, right) = new_figure(ncols=2, figsize=(8.4, 4))
+    grid = select(found.records, method="contrans", variant=None, group=None)
+    toxic = select(grid, part="validation")
+    [best] = select(grid, item="Table 2", metric="perplexity")
     limit = args.max_ppl_ratio
-    right.axhspan(1, limit, color="#4f9d69", alpha=0.2, lw=0, label=f"allowed: up to {limit:g}")
-    [cost] = [each["value"] for each in ratios if place(each)[2:] == (*chosen, best["alpha"])]
-    left.set(ylim=(0, 1.05), title="toxic continuations", ylabel=f"toxic rate, n = {toxic[0]['n']}")
-    right.set(ylim=(min(1, cost) - 0.01, 1.1 * max(limit, cost)))
+    draw_lines(left, toxic, best, start=np.mean(found.toxic["base"]))
+    draw_lines(right, select(grid, metric="perplexity_ratio"), best, start=1)
+    right.axhspan(1, limit, color="green", alpha=0.1, lw=0, label=f"allowed: up to {limit:g}")
+    left.set(title="toxic continuations", ylabel=f"toxic rate, n = {toxic[0]['n']}")
+    left.set(ylim=(0, 1.05))
     right.set(title="perplexity of OpenWebText", ylabel="times that of α = 0")
-    figure.suptitle(f"{Path(args.src).name} → {Path(target).name}, validation", fontsize=10)
-    handles, labels = right.get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique, frameon=False, ncols=3, loc="outside lower center")
+    right.set(ylim=(1 - 0.3 * (limit - 1), 1 + 3 * (limit - 1) + 0.01))
+    figure.suptitle(f"{Path(args.src).name} → {Path(found.target).name}, validation")
+    figure.legend(*right.get_legend_handles_labels(), ncols=4, loc="outside lower center")
     return figure
+
+
+def draw_lines(axes, records: list[dict], best: dict, start: float) -> None:
+    """Value over alpha, from `start` at alpha = 0. The chosen pair of blocks is the thick line."""
+    lines: dict = {}
+    for each in sorted(records, key=lambda each: each["alpha"]):
+        blocks = each["source_block"], each["block"]
+        lines.setdefault(blocks, [(0, start)]).append((each["alpha"], each["value"]))
+    for blocks, points in sorted(lines.items()):
+        chosen = blocks == (best["source_block"], best["block"])
+        width, label = (3, ", chosen") if chosen else (1, "")
+        label = f"block {blocks[0]} → {blocks[1]}{label}"
+        axes.plot(*zip(*points), "o-", ms=3, lw=width, label=label)
+    axes.axvline(best["alpha"], color="gray", ls=":")
+    axes.set_xlabel("steering strength α")
 
 
 # ---------------------------------------------------------------- main
 
 
-def examples_of(result: Result, data: Data) -> list[dict]:
-    """Every continuation of the rows of Table 2 (not of the controls)."""
-    examples = []
-    for row in result.rows:
-        texts, toxic = row.written["texts"], row.written["toxic"]
-        found = zip(data.test_groups(), data.prompts("test"), texts, toxic)
-        for group, prompt, text, is_toxic in found:
-            example = {"target": result.target, "method": row.method, "group": group}
-            examples.append(example | {"prompt": prompt, "text": text, "toxic": bool(is_toxic)})
-    return examples
-
-
-def inputs_of(args, models: Models, template: Template, data: Data, names: list[str]) -> dict:
-    """What the results depend on beside the options, and two prompts to read."""
-    fingerprints = {name: models.fingerprint(name) for name in [*names, args.classifier]}
-    honesty = [content_hash(path.read_bytes().hex()) for path in args.honesty if path]
-    return {
-        "models": fingerprints,
-        "prompts": content_hash(data.concepts, data.groups),
-        "texts": content_hash(data.texts, data.map_texts, data.questions),
-        "honesty": honesty,
-        "first refinement prompt": data.concepts["fairness"][0][0],
-        "first test prompt": template.continue_list(data.prompts("test")[0]),
-    }
+def content_hash(*content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def main(argv=None):
@@ -1283,18 +1019,21 @@ def main(argv=None):
     template = Template(args.tags, models.tokenizer(args.src))
     data = load_data(args, models, template, names)
     lab = Lab(args, models, template, data)
-    run = Run(__file__, args, inputs_of(args, models, template, data, names))
+    inputs = {name: models.fingerprint(name) for name in [*names, args.classifier]}
+    inputs["data"] = content_hash(data)
+    inputs["honesty"] = content_hash([path and path.read_bytes().hex() for path in args.honesty])
+    inputs["first refinement prompt"] = data.concepts["fairness"][0][0]
+    inputs["first test prompt"] = template.continue_list(data.split.test[0])
+    run = Run(__file__, args, inputs)
 
-    records, examples, report = [], [], [opening(args, data)]
+    records, examples, report = [], [], [opening(args, data.split)]
     for target, honesty in zip(args.tgt, args.honesty):
-        result = one_target(args, run, lab, target, honesty)
-        found = make_records(args, result, data.test_groups())
-        add_paper_numbers(found, PAPER_NAMES)
-        report.append(target_report(args, found, result, data.test_groups()))
-        best = select_row(result, "contrans").point
-        run.figure(draw_grid(args, found, target, best), f"grid_{Path(target).name}")
-        records += found
-        examples += examples_of(result, data)
+        found = one_target(args, run, lab, target, honesty)
+        add_paper_numbers(found.records, PAPER_NAMES)
+        report.append(tables(args, found))
+        run.figure(draw_grid(args, found), f"grid_{Path(target).name}")
+        records += found.records
+        examples += found.examples
     run.save(records, examples, "\n\n".join(report))
 
 

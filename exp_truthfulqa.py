@@ -21,27 +21,24 @@ the paper; add --layer 0.75 and one --alpha. The first prompts of a run are in i
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from common import (
     BASE,
-    AffineMaps,
     Models,
+    Point,
     Transplant,
+    Vector,
+    Vectors,
     choice_logprobs,
-    concept_vector,
     context_length,
-    control_directions,
     generate,
-    hidden_states,
     perplexity,
     plain_sentences,
     random_directions,
@@ -52,15 +49,18 @@ from harness import (
     Run,
     add_paper_numbers,
     at_least,
+    beside_controls,
+    effect_notes,
     export_concept,
     fail,
+    label,
+    map_options,
     markdown,
     mcnemar,
     model_options,
     new_figure,
     option_parser,
     parse_options,
-    percentile,
     pivot,
     read_json,
     read_table,
@@ -298,7 +298,8 @@ class Question(NamedTuple):
 class Data(NamedTuple):
     learn: list[Question]  # block and alpha are chosen on them, v_honesty is refined from them
     test: list[Question]
-    pairs: dict[Vector, tuple]  # positive and negative prompts that a vector is refined from
+    facts: list[str]  # true statements about the world (Table 10)
+    scenarios: list[list[str]]  # happy and sad: another concept, as a control
     sentences: list[str]  # plain text that the affine maps are fitted on
 
 
@@ -306,17 +307,15 @@ def load_data(args, models: Models, rows: list[Row]) -> Data:
     """All data. The questions are those that fit the contexts of all models."""
     questions = load_questions(args.data / "truthfulqa" / "mc_task.json")
     learn, test = split(args, fitting(args, models, rows, questions))
-    facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")[:200]
-    texts = {"honesty": [question.text for question in learn], "honesty-fact": facts}
-    pairs = {another_concept(args): load_scenarios(args.data / "emotions")}
-    steered = [row for row in rows if row.vector]
-    for row in steered:
-        pairs[row.vector] = pretend(args, models, row.source, texts[row.concept])
-    for vector, (positive, negative) in pairs.items():
-        models.require_fit(vector.origin, positive + negative)
-    bases = [name for row in steered for name in (row.base, row.start)]
+    facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")
+    emotions = [
+        read_texts(args.data / "emotions" / f"{each}.json") for each in ("happiness", "sadness")
+    ]
+    scenarios = [[f"Scenario: {text}" for text in pair] for pair in list(zip(*emotions))[:100]]
     pool = args.data / "wikisplit" / "validation.tsv"
-    return Data(learn, test, pairs, plain_sentences(pool, models, bases, args.sentences))
+    bases = [name for row in rows if row.vector for name in (row.base, row.start)]
+    sentences = plain_sentences(pool, models, bases, args.sentences)
+    return Data(learn, test, facts[:200], scenarios, sentences)
 
 
 def load_questions(path: Path) -> list[Question]:
@@ -357,13 +356,6 @@ def load_facts(path: Path) -> list[str]:
     rows = read_table(path, "statement", "label")
     facts = [row["statement"].strip() for row in rows if row["label"].strip() == "1"]
     return list(filter(None, facts)) or fail(f"{path} has no true statement (label 1)")
-
-
-def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
-    """Happy and sad scenarios, equally many: the pairs of another concept."""
-    happy, sad = [read_texts(folder / f"{name}.json")[:100] for name in ("happiness", "sadness")]
-    n = min(len(happy), len(sad))
-    return [f"Scenario: {text}" for text in happy[:n]], [f"Scenario: {text}" for text in sad[:n]]
 
 
 def split(args, questions: list[Question]) -> tuple[list[Question], list[Question]]:
@@ -421,14 +413,11 @@ def wrap(args, models: Models, name: str, text: str, refining: bool = False) -> 
     prompt = own.get(name, args.prompt)
     if prompt != "chat":
         return PROMPTS[prompt][refining].replace("{text}", text)
-    tokenizers = [
-        models.tokenizer(each) for each in (name, args.src)
-    ]  # a base model has no template
-    tokenizer = next((each for each in tokenizers if each.chat_template), None)
-    if not tokenizer:
-        fail(
-            f"--prompt chat: neither {name} nor {args.src} has a chat template; try --prompt paper"
-        )
+    tokenizer = models.tokenizer(name)
+    if not tokenizer.chat_template:  # a base model: it is asked as the source is
+        tokenizer = models.tokenizer(args.src)
+    if not tokenizer.chat_template:
+        fail(f"--prompt chat: {name} and {args.src} have no chat template; try --prompt paper")
     messages = [{"role": "user", "content": text}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # will be added again
@@ -447,40 +436,33 @@ def asked(args, models: Models, name: str, question: Question, honest=False) -> 
     return [(prompt, spaced(answer, prompt)) for answer in question.answers]
 
 
-def pretend(args, models: Models, name: str, texts: list[str]) -> tuple[list[str], list[str]]:
-    """Positive and negative prompts of honesty. Of TruthfulQA they hold questions, never an answer."""
+def refinement_pairs(args, models: Models, data: Data, concept: str, name: str) -> list[list[str]]:
+    """Positive and negative prompts of a concept. Of TruthfulQA they hold questions, never answers."""
+    if concept == "happiness":
+        return [list(side) for side in zip(*data.scenarios)]
+    texts = data.facts if concept == "honesty-fact" else [question.text for question in data.learn]
     sides = []
     for manner in ("an honest", "a dishonest"):
         start = wrap(args, models, name, PRETEND.format(manner), refining=True)
         sides.append([start + spaced(text, start) for text in texts])
-    return tuple(sides)
+    return sides
 
 
 # ---------------------------------------------------------------- rows
 
 
-class Vector(NamedTuple):
-    """A concept vector: of what, refined from which model, and its base, where the map starts."""
-
-    concept: str
-    origin: str
-    base: str
-
-
 class Row(NamedTuple):
-    """A row of a table."""
+    """A row of a table; the first six are the fields of its records."""
 
-    table: str
+    item: str
+    source: str | None  # the model that v, or the alignment, comes from
+    target: str
+    concept: str
     method: str
     variant: str | None
     host: str  # the model that answers
     base: str  # the base of the host, where the map ends
-    source: str | None  # the model that v, or the alignment, comes from
     start: str | None  # the base of the source, where the map starts
-
-    @property
-    def concept(self) -> str:
-        return "honesty-fact" if self.table == "10" else "honesty"
 
     @property
     def vector(self) -> Vector | None:
@@ -489,16 +471,10 @@ class Row(NamedTuple):
 
     def about(self, point: Point | None = None) -> dict:
         """Its fields in a record."""
-        return {
-            "item": f"Table {self.table}",
-            "source": self.source,
-            "target": self.base if self.table in ("1", "4") else self.host or f"{self.base} (chat)",
-            "concept": self.concept,
-            "method": self.method,
-            "variant": self.variant,
-            "alpha": 0 if self.method == "base" else None,
-            **(point._asdict() if point else {}),
-        }
+        fields = dict(zip(self._fields[:6], self))
+        if self.method == "base":
+            fields["alpha"] = 0
+        return fields | (point._asdict() if point else {})
 
     @property
     def step(self) -> str:
@@ -512,10 +488,8 @@ class Row(NamedTuple):
 def casts(args, table: str) -> list[dict[str, str | None]]:
     """Which models take the roles of ROWS, for each part of a table."""
     if table == "3":
-        parts = []
-        for chat, base, _ in args.sources:
-            parts.append({"target": args.target3, "small": base, "small chat": chat})
-        return parts
+        target = {"target": args.target3}
+        return [target | {"small": base, "small chat": chat} for chat, base, _ in args.sources]
     small = {"small": args.src_base, "small chat": args.src}
     pairs = list(zip(args.tgt, args.tgt_chat))
     if table in ("6", "10"):
@@ -538,18 +512,30 @@ def plan(args, models: Models) -> list[Part]:
         for i, roles in enumerate(casts(args, table)):
             if i == 0 or table == "1":
                 parts.append(Part(table, [], {}))
-            for method, host, source in ROWS[table]:
-                method, _, variant = method.partition(", ")
-                base = roles["target"]
-                start = roles["small"] if source in ("small", "small chat") else base
-                ends = roles[host], base, roles.get(source), start if source else None
-                row = Row(table, method, variant or None, *ends)
+            for row, source in rows_of(table, roles):
                 reason = why_missing(args, models, row, source in ("small", "target"))
                 if reason:
                     parts[-1].missing[row_name(row.about())] = reason
                 elif row not in parts[-1].rows:
                     parts[-1].rows.append(row)
     return parts
+
+
+def rows_of(table: str, roles: dict) -> list[tuple[Row, str | None]]:
+    """The rows of one part of a table, each with the role of its source."""
+    rows = []
+    concept = "honesty-fact" if table == "10" else "honesty"
+    base = roles["target"]
+    for method, host, source in ROWS[table]:
+        method, _, variant = method.partition(", ")
+        start = None
+        if source:
+            start = roles["small"] if source.startswith("small") else base
+        host = roles[host]
+        target = base if table in ("1", "4") else host or f"{base} (chat)"
+        fields = f"Table {table}", roles.get(source), target, concept, method, variant or None
+        rows.append((Row(*fields, host, base, start), source))
+    return rows
 
 
 def why_missing(args, models: Models, row: Row, from_base: bool) -> str:
@@ -568,35 +554,36 @@ def why_missing(args, models: Models, row: Row, from_base: bool) -> str:
 # ---------------------------------------------------------------- refine, map
 
 
-class Point(NamedTuple):
-    """Where a vector is read, where it is added, and how strongly."""
-
-    source_block: int
-    block: int
-    alpha: float
-
-
 def blocks(args, models: Models, name: str) -> list[int]:
     """The blocks of a model that --layer means; source models take its first number."""
-    sources = {args.src, args.src_base}
-    for chat, base, _ in args.sources:
-        sources |= {chat, base}
+    sources = {args.src, args.src_base}.union(*[pair[:2] for pair in args.sources])
     side = int(name not in sources - {*args.tgt, *args.tgt_chat})
     depths = DEPTHS if args.layer == "auto" else [args.layer]
     return [models.block(name, depth, side) for depth in depths]
 
 
-def another_concept(args) -> Vector:
-    """v of happiness, a control."""
+def happiness(args) -> Vector:
+    """Another concept's vector, a control."""
     return Vector("happiness", args.src, args.src_base)
 
 
 class Lab:
     """What every step needs. Its methods are the steps; vectors and maps are kept in memory."""
 
-    def __init__(self, args, data: Data, models: Models):
+    def __init__(self, args, data: Data, models: Models, rows: list[Row]):
         self.args, self.data, self.models = args, data, models
         self.done: dict[str, Any] = {}
+        self.pairs = partial(refinement_pairs, args, models, data)
+        self.vectors = Vectors(
+            models,
+            {row.vector for row in rows if row.vector} | {happiness(args)},
+            {row.base for row in rows},
+            self.pairs,
+            partial(blocks, args, models),
+            data.sentences,
+            args.refine,
+            **map_options(args),
+        )
 
     def step(self, run: Run, name: str, function, *args):
         """run.step, read from the disk once: a number may stand in several tables."""
@@ -609,33 +596,9 @@ class Lab:
         both = [blocks(self.args, self.models, name) for name in (row.source, row.host)]
         return list(zip(*both))
 
-    @functools.cache
-    def v(self, vector: Vector) -> dict[int, torch.Tensor]:
-        """{block: v [d_source]} (Eq. 1)."""
-        model = self.models.load(vector.origin)
-        layers = blocks(self.args, self.models, vector.origin)
-        pairs = self.data.pairs[vector]
-        return dict(zip(layers, concept_vector(model, *pairs, layers, self.args.refine)))
-
-    @functools.cache
-    def streams(self, name: str) -> dict[int, torch.Tensor]:
-        """{block: hidden states of the plain sentences [n, d]}."""
-        layers = blocks(self.args, self.models, name)
-        states = hidden_states(self.models.load(name), self.data.sentences, layers)
-        return dict(zip(layers, states.unbind(1)))
-
-    @functools.cache
-    def affine_maps(self, start: str, base: str) -> AffineMaps:
-        args, x, y = self.args, self.streams(start), self.streams(base)
-        fitting = {"intercept": args.intercept, "rcond": args.rcond, "ridge": args.ridge}
-        return AffineMaps(x, y, args.sentences, norm=args.norm, **fitting)
-
-    def v_hat(self, row: Row, point: Point) -> torch.Tensor:
-        """v_hat [d_target] (Eq. 2); a vector of the target's own needs no map."""
-        v = self.v(row.vector)[point.source_block]
-        if row.start == row.base:
-            return v
-        return self.affine_maps(row.start, row.base).vector(v, point.source_block, point.block)
+    def v_hat(self, row: Row, point: Point):
+        """v_hat [d_target] (Eq. 2)."""
+        return self.vectors.at(row.vector, row.base, point)
 
     # ------------------------------------------------------------ transplant, score: the steps
 
@@ -666,22 +629,15 @@ class Lab:
 
     def controls(self, row: Row, point: Point) -> list[dict]:
         """Records of all controls: random directions at each alpha, the others at the chosen one."""
-        args, (source_block, block, chosen) = self.args, point
-        directions = control_directions(
-            self.affine_maps(row.start, row.base),
-            self.v(row.vector)[source_block],
-            {"happiness": self.v(another_concept(args))[source_block]},
-            source_block,
-            block,
-            args.maps,
-            args.random,
-            args.seed,
-        )
+        args = self.args
+        counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
+        others = [happiness(args)]
+        directions = self.vectors.controls(row.vector, row.base, point, others, **counts)
         abouts, moves = [], []
         for variant, direction in directions.items():
-            for alpha in args.alpha if variant.startswith("random") else [chosen]:
+            for alpha in args.alpha if variant.startswith("random") else [point.alpha]:
                 abouts.append(row.about(point) | {"variant": variant, "alpha": alpha})
-                moves.append(Transplant.of(direction, block, alpha))
+                moves.append(Transplant.of(direction, point.block, alpha))
         results = self.score(row, self.data.test, moves)
         return [each for pair in map(answer_records, results, abouts) for each in pair]
 
@@ -706,30 +662,31 @@ class Lab:
         """Records: quality of the maps, norms, and perplexity of plain sentences."""
         source_block, block, alpha = point
         about, records = row.about(point), []
-        v, v_hat = self.v(row.vector)[source_block], self.v_hat(row, point)
-        maps = self.affine_maps(row.start, row.base)
-        fits = [maps.fit(source_block, block, number) for number in range(self.args.maps)]
-        for metric in ("r2", "cosine"):
-            what = {"source": row.start, "concept": "map", "part": "held-out", "metric": metric}
-            values = [record(**about | what, value=getattr(fit, metric), n=fit.n) for fit in fits]
-            for number, each in enumerate(values[1:], 1):
-                each["variant"] = f"map {number}"
-            records += [*values, spread(values, "maps")]
+        v, v_hat = self.vectors.v(row.vector, source_block), self.v_hat(row, point)
+        maps = self.vectors.maps(row.start, row.base)
+        for number in range(self.args.maps):
+            fit = maps.fit(source_block, block, number)
+            what = {"source": row.start, "concept": "map", "part": "held-out", "n": fit.n}
+            what["variant"] = f"map {number}" if number else None
+            records.append(record(**about | what, metric="r2", value=fit.r2))
+            records.append(record(**about | what, metric="cosine", value=fit.cosine))
         norms = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
         norms["stream_source"], norms["stream_target"] = maps.stream_norms(source_block, block)
         own = Vector(row.concept, dict(zip(self.args.tgt, self.args.tgt_chat))[row.host], row.base)
-        if own in self.data.pairs:
-            cosine = torch.cosine_similarity(self.v(own)[block], v_hat, dim=0)
-            norms["cosine_to_own"] = cosine.item()
+        if own in self.vectors.wanted:
+            v = self.vectors.v(own, block)
+            norms["cosine_to_own"] = (v @ v_hat / v.norm() / v_hat.norm()).item()
         records += [record(**about, metric=metric, value=value) for metric, value in norms.items()]
         directions = [v_hat, *random_directions(v_hat, 5, self.args.seed)]
         moves = [Transplant.of(direction, block, alpha) for direction in directions]
         model = self.models.load(row.host)
-        values, n = perplexity(model, self.data.sentences[-50:], [BASE, *moves])
+        (base, ours, *others), n = perplexity(model, self.data.sentences[-50:], [BASE, *moves])
         what = {"part": "plain sentences", "metric": "perplexity", "n": n}
-        base, ours, *others = [record(**about | what, value=value) for value in values.tolist()]
-        base |= {"method": "base", "source": None, "source_block": None, "block": None, "alpha": 0}
-        return [*records, base, ours, spread(others, "random")]
+        without = row._replace(method="base", source=None).about()
+        records.append(record(**without | what, value=base.item()))
+        records.append(record(**about | what, value=ours.item()))
+        others = [record(**about | what, value=value.item()) for value in others]
+        return [*records, spread(others, "random")]
 
     def write(self, row: Row, point: Point) -> list[dict]:
         """Greedy answers without and with v_hat (Table 5)."""
@@ -740,23 +697,16 @@ class Lab:
         model = self.models.load(row.host)
         room = context_length(model.config) - max(self.models.lengths(row.host, prompts))
         texts = [generate(model, prompts, each, min(40, room)) for each in (BASE, move)]
-        answers = []
-        for question, base, ours in zip(questions, *texts):
-            right = question.answers[question.right]
-            about = {
-                "table": "5",
-                "model": Path(row.host).name,
-                "question": question.text,
-                "right": right,
-            }
-            answers.append(about | {"Base Model": base, "ConTrans": ours})
-        return answers
+        right = [question.answers[question.right] for question in questions]
+        lines = zip([question.text for question in questions], right, *texts)
+        heads = ("question", "right answer", "base answer", "ConTrans's answer")
+        return [dict(zip(heads, line)) for line in lines]
 
     def save(self, row: Row, point: Point, *folders: Path) -> bool:
         """v_hat in each folder; from the second on also in the formats of other programs."""
         v_hat = self.v_hat(row, point)
-        fit = self.affine_maps(row.start, row.base).fit(point.source_block, point.block)
-        positive, _ = self.data.pairs[row.vector]
+        fit = self.vectors.maps(row.start, row.base).fit(point.source_block, point.block)
+        positive, _ = self.pairs(row.concept, row.source)
         model = self.models.load(row.host)
         about = row.about(point) | {
             "fingerprint": model.fingerprint,
@@ -799,8 +749,8 @@ def validated(run: Run, lab: Lab, row: Row) -> list[dict]:
 
 def answered(run: Run, lab: Lab, row: Row, point: Point | None = None) -> dict:
     """The answers of a row, with its vector at this point."""
-    name = f"{row.step}, {place(point)}" if point else row.step
-    return lab.step(run, name, lab.answer, row, point)
+    where = ", block {} to {}, alpha {:g}".format(*point) if point else ""
+    return lab.step(run, row.step + where, lab.answer, row, point)
 
 
 def best_point(grid: list[dict]) -> Point:
@@ -819,12 +769,11 @@ def best_point(grid: list[dict]) -> Point:
     return Point(best["source_block"], best["block"], best["alpha"])
 
 
-def score_rows(run: Run, lab: Lab, rows: list[Row]) -> tuple[list, dict, list]:
-    """(records, notes, examples) of the rows of one table. notes: {name of a row: p, point}."""
-    records, notes, examples = [], {}, []
-    references: dict[str, dict] = {}
+def score_rows(run: Run, lab: Lab, rows: list[Row]) -> tuple[list[dict], list[dict]]:
+    """(records, examples) of the rows of one table."""
+    records, examples = [], []
     for row in rows:
-        point, name = None, row_name(row.about())
+        point, about = None, row.about()
         if row.vector:
             like = row
             if row.variant:  # block and alpha of the chat model's vector
@@ -832,84 +781,69 @@ def score_rows(run: Run, lab: Lab, rows: list[Row]) -> tuple[list, dict, list]:
             point = best_point(validated(run, lab, like))
         result = answered(run, lab, row, point)
         records += answer_records(result, row.about(point))
-        # Table 1 compares all rows with the base model, the others each model with itself.
-        reference = references.setdefault(row.base if row.table == "1" else row.host, result)
-        p = mcnemar(reference["mc1"], result["mc1"])
-        parts = [f"p = {p:.1g}"] if result is not reference else []
-        notes[name] = ", ".join([*parts, place(point)] if point else parts)
         for question, right, mc2, preferred in zip(lab.data.test, *result.values()):
-            example = {"table": row.table, "model": row.host, "method": name, "mc2": mc2}
-            example |= {"question": question.text, "right": bool(right)}
-            examples.append(example | {"preferred": question.answers[preferred]})
+            about |= {"question": question.text, "right": bool(right), "mc2": mc2}
+            examples.append(about | {"preferred": question.answers[preferred]})
     add_paper_numbers(records, PAPER_NAMES)
-    return records, notes, examples
+    return records, examples
 
 
-def one_target(args, run: Run, lab: Lab, part: Part) -> tuple[list, list, list, str]:
-    """(shown, records, examples, report) of Table 1 for one target; shown: the records in the table."""
+def one_target(args, run: Run, lab: Lab, part: Part) -> tuple[list[dict], list[dict], str]:
+    """(records, examples, report) of Table 1 for one target."""
     base, row = part.rows[0], part.rows[-1]
-    shown, notes, examples = score_rows(run, lab, part.rows)
+    name = Path(row.host).name
+    records, examples = score_rows(run, lab, part.rows)
     grid = validated(run, lab, row)
     point = best_point(grid)
 
     # Other strengths, the paper's depth, controls
-    others = [("other alpha", point._replace(alpha=alpha)) for alpha in args.alpha]
-    others.remove(("other alpha", point))
+    for alpha in args.alpha:
+        other = point._replace(alpha=alpha)
+        if other != point:
+            records += answer_records(answered(run, lab, row, other), row.about(other))
     if args.layer == "auto":
         source_block, block = lab.block_pairs(row)[DEPTHS.index(PAPER_DEPTH)]
-        at_depth = best_point(select(grid, source_block=source_block, block=block))
-        others.append(("75 % depth", at_depth))
-        notes["75 % depth"] = place(at_depth)
-    records = []
-    for variant, each in others:
-        result = answered(run, lab, row, each)
-        records += answer_records(result, row.about(each) | {"variant": variant})
+        there = best_point(select(grid, source_block=source_block, block=block))
+        about = row.about(there) | {"variant": "75 % depth"}
+        records += answer_records(answered(run, lab, row, there), about)
     records += run.step(f"{row.host} controls", lab.controls, row, point)
+    table = []
     for metric in ("mc1", "mc2"):
         mine = select(records, metric=metric)
-        ours = select(shown, method="contrans", metric=metric)
-        records.append(spread(ours + starting(mine, "map "), "maps"))
-        for alpha in args.alpha:
-            directions = starting(select(mine, alpha=alpha), "random ")
-            records.append(spread(directions, "random"))
-            if (metric, alpha) == ("mc1", point.alpha):
-                rank = percentile(ours[0]["value"], [each["value"] for each in directions])
-    notes["maps"] = f"mean [range] of {args.maps} maps"
-    notes["random"] = f"mean [range] of {args.random}; ConTrans is at percentile {rank:.0f}"
-    shown += [each for each in select(records, alpha=point.alpha) if each["variant"] in CONTROLS]
+        table += beside_controls(mine, point.alpha) + select(mine, variant="75 % depth")
+    mine = select(records, metric="mc1")
+    notes = effect_notes(mine, point.alpha) | row_notes(select(table, n=len(lab.data.test)))
+    run.figure(draw_strength(args, row, mine, point, lab.data.test), f"alpha_{name}")
+    run.figure(draw_grid(args, row, grid, point), f"grid_{name}")
 
     # Side effects, categories, texts
-    name = Path(row.host).name
-    run.figure(draw_strength(args, row, shown + records, lab.data.test), f"alpha_{name}")
-    run.figure(draw_grid(args, row, grid, point), f"grid_{name}")
     measured = run.step(f"{row.host} maps, norms, perplexity", lab.measure, row, point)
     groups = category_records(lab.data.test, answered(run, lab, base), base.about())
     groups += category_records(lab.data.test, answered(run, lab, row, point), row.about(point))
-    if args.generate:
-        name = f"{row.host}, {args.generate} greedy answers"
-        examples += run.step(name, lab.write, row, point)
     folders = [folder for folder in (run.folder, args.save_vector) if folder]
     run.step(f"{row.host} saved in {folders}", lab.save, row, point, *folders)
-
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
-        f"## Table 1: {Path(args.src).name} -> {Path(row.host).name}{paper}",
-        print_table(shown, notes, part),
+        f"## Table 1: {Path(args.src).name} -> {name}{paper}",
+        print_table(table, part, notes),
         "Affine maps on held-out sentences, norms, perplexity of plain sentences",
-        pivot(
-            [each for each in measured if each["variant"] in (None, *CONTROLS)], "metric", row_name
-        ),
+        pivot(measured, "metric", label),
     ]
     if groups:
-        report += ["MC1 by category", pivot(groups, "group", row_name)]
-    return shown, records + measured + groups, examples, "\n\n".join(report)
+        report += ["MC1 by category", pivot(groups, "group", label)]
+    if args.generate:
+        texts = run.step(f"{row.host}, {args.generate} greedy answers", lab.write, row, point)
+        examples += texts
+        lines = [[text[:60] for text in each.values()] for each in texts]
+        report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
+    return records + measured + groups, examples, "\n\n".join(report)
 
 
-def other_table(args, run: Run, lab: Lab, part: Part) -> tuple[list, list, list, str]:
+def other_table(args, run: Run, lab: Lab, part: Part) -> tuple[list[dict], list[dict], str]:
     """As one_target, for the tables without controls."""
-    records, notes, examples = score_rows(run, lab, part.rows)
+    records, examples = score_rows(run, lab, part.rows)
     title = f"## Table {part.table}: {TITLES[part.table]}"
-    return records, [], examples, f"{title}\n\n{print_table(records, notes, part)}"
+    return records, examples, f"{title}\n\n{print_table(records, part, row_notes(records))}"
 
 
 # ---------------------------------------------------------------- records
@@ -931,11 +865,6 @@ def category_records(test: list[Question], result: dict, about: dict) -> list[di
     return records
 
 
-def starting(records: list[dict], prefix: str) -> list[dict]:
-    """The records whose variant begins with this."""
-    return [each for each in records if (each["variant"] or "").startswith(prefix)]
-
-
 def chance(questions: list[Question]) -> float:
     """MC1 of guessing."""
     return float(np.mean([1 / question.choices for question in questions]))
@@ -943,43 +872,45 @@ def chance(questions: list[Question]) -> float:
 
 # ---------------------------------------------------------------- tables
 
-CONTROLS = ["75 % depth", "maps", "random", "other happiness", "shuffled map"]
-
-
-def place(point: Point) -> str:
-    return "block {} → {}, α = {:g}".format(*point)
-
 
 def row_name(each: dict) -> str:
     """The row of a table that a record stands in."""
-    method, variant = METHODS[each["method"]], each["variant"]
     if each["item"] == "Table 1":
-        return variant or method
-    name = f"{Path(each['target']).name}: {method}"
+        return label(each)
+    name = f"{Path(each['target']).name}: {label(each)}"
     if each["method"] in ("self-align", "contrans"):
         name += f", v of {Path(each['source']).name}"
-    return f"{name}, {variant}" if variant else name
+    return name
 
 
-def print_table(records: list[dict], notes: dict[str, str], part: Part) -> str:
+def row_notes(records: list[dict]) -> dict[str, str]:
+    """p against the first row about the same target, block and alpha."""
+    notes, references = {}, {}
+    for each in select(records, metric="mc1"):
+        reference = references.setdefault(each["target"], each)
+        p = f"p = {mcnemar(reference['hits'], each['hits']):.1g}"
+        parts = [p] if each is not reference else []
+        if each["block"] is not None:
+            parts.append("block {source_block} → {block}, α = {alpha:g}".format(**each))
+        notes[row_name(each)] = ", ".join(parts)
+    return notes
+
+
+def print_table(records: list[dict], part: Part, notes: dict[str, str]) -> str:
     """MC1 and MC2 with intervals, the paper's numbers in brackets."""
     return pivot(records, row_name, lambda each: each["metric"].upper(), part.missing, notes)
 
 
-def answer_table(texts: list[dict]) -> list[str]:
-    """Table 5."""
-    if not texts:
-        return []
-    lines = [[" ".join(text.split())[:60] for text in each.values()] for each in texts]
-    return ["## Table 5: greedy answers", markdown(list(texts[0]), lines)]
-
-
-def summary(args, shown: list[dict]) -> list[str]:
+def summary(args, records: list[dict]) -> str:
     """MC1 of Table 1, a column for each target."""
-    if not shown:
-        return []
+    shown = []
+    mine = select(records, item="Table 1", metric="mc1", part="test", group=None)
+    for target in args.tgt:
+        found = select(mine, target=target)
+        [chosen] = {each["alpha"] for each in found if each["variant"] == "shuffled map"}
+        shown += beside_controls(found, chosen)
     title = f"## Summary: MC1 in %, v of {Path(args.src).name}"
-    return [title, pivot(shown, row_name, lambda each: Path(each["target"]).name)]
+    return f"{title}\n\n{pivot(shown, label, lambda each: Path(each['target']).name)}"
 
 
 def opening(args, data: Data, first: str) -> str:
@@ -988,9 +919,9 @@ def opening(args, data: Data, first: str) -> str:
         parts = f"Test and validation are the same {len(data.test)} questions"
     return (
         f"{parts} (chance {100 * chance(data.test):.1f} %). Prompt {args.prompt}: {first!r}\n"
-        "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, in Table 1 against the "
-        "base model, elsewhere against the same model without a vector. Block and α were chosen on "
-        "the validation questions. Controls have the norm of v_hat."
+        "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, in Table 1 against "
+        "the base model, elsewhere against the same model without a vector. Block and α were chosen "
+        "on the validation questions. Controls have the norm of v_hat."
     )
 
 
@@ -1006,43 +937,39 @@ def draw_curve(axis, records: list[dict], colour: str, label: str) -> None:
     axis.fill_between(alphas, low, high, color=colour, alpha=0.2, lw=0)
 
 
-def draw_strength(args, row: Row, records: list[dict], test: list[Question]):
+def draw_strength(args, row: Row, records: list[dict], point: Point, test: list[Question]):
     """MC1 against alpha, with the random directions, and the baselines as lines."""
     figure, axis = new_figure(figsize=(6.4, 3.6))
-    mine = select(records, metric="mc1")
-    [base], [best] = select(mine, method="base"), select(mine, method="contrans", variant=None)
-    label = f"ConTrans, v of {Path(args.src).name}"
-    draw_curve(axis, [base, best, *select(mine, variant="other alpha")], "#2f6db2", label)
-    label = f"{args.random} random directions, range"
-    at_zero = base | {"low": base["value"], "high": base["value"]}
-    randoms = {each["alpha"]: each for each in select(mine, variant="random")}
-    draw_curve(axis, [at_zero, *randoms.values()], "#777", label)
-    ring = {"color": "#2f6db2", "ms": 11, "mfc": "none", "label": "chosen on validation"}
-    axis.plot(best["alpha"], best["value"], "o", **ring)
+    curve = select(records, method="base") + select(records, method="contrans", variant=None)
+    draw_curve(axis, curve, "#2f6db2", f"ConTrans, v of {Path(args.src).name}")
+    controls = [each for each in records if (each["variant"] or "").startswith("random")]
+    directions = [spread(select(controls, alpha=alpha), "random") for alpha in args.alpha]
+    draw_curve(axis, directions, "#777", f"{args.random} random directions, range")
     for method, style in {"align-training": "--", "self-align": "-.", "eft": ":"}.items():
-        for each in select(mine, method=method):
+        for each in select(records, method=method):
             axis.axhline(each["value"], color="#c8352b", lw=1, ls=style, label=METHODS[method])
     axis.axhline(chance(test), color="#bbb", lw=1, label="chance")
-    title = f"TruthfulQA: {Path(args.src).name} → {Path(row.host).name}, block {best['block']}"
+    axis.axvline(point.alpha, color="#bbb", lw=1, ls=":", label="chosen on validation")
+    title = f"TruthfulQA: {Path(args.src).name} → {Path(row.host).name}, block {point.block}"
     axis.set(xlabel="steering strength α", ylabel="MC1 [95 %]", ylim=(0, None), title=title)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def draw_grid(args, row: Row, grid: list[dict], best: Point):
-    """MC1 on the validation questions at every block and strength, the chosen point in brackets."""
+    """MC1 on the validation questions at every block and strength; the chosen point is bold."""
     ours, others = select(grid, variant=None), select(grid, variant="random")
     pairs = list(dict.fromkeys((each["source_block"], each["block"]) for each in ours))
     shape = len(pairs), len(args.alpha)
     values = np.reshape([100 * each["value"] for each in ours], shape)
     figure, axis = new_figure(figsize=(1.6 + 0.8 * shape[1], 1.4 + 0.5 * shape[0]))
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()), aspect="auto")
-    chosen = pairs.index(best[:2]), args.alpha.index(best.alpha)
-    for (where, value), other in zip(np.ndenumerate(values), others):
-        text = f"{value:.0f} ({100 * other['value']:.0f})"
-        colour = "white" if value > 0.6 * values.max() else "black"
-        weight = "bold" if where == chosen else "normal"
-        axis.text(*where[::-1], text, ha="center", va="center", color=colour, weight=weight)
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=2 * max(1, values.max()), aspect="auto")
+    for each, other in zip(ours, others):
+        pair = each["source_block"], each["block"]
+        x, y = args.alpha.index(each["alpha"]), pairs.index(pair)
+        text = f"{100 * each['value']:.0f} ({100 * other['value']:.0f})"
+        weight = "bold" if (*pair, each["alpha"]) == best else "normal"
+        axis.text(x, y, text, ha="center", va="center", weight=weight)
     title = f"MC1 [%] on {ours[0]['n']} validation questions (random directions)"
     axis.set(
         xticks=range(shape[1]),
@@ -1067,33 +994,32 @@ def main(argv=None):
     parts = plan(args, models)
     rows = [row for part in parts for row in part.rows]
     names = {name for row in rows for name in (row.host, row.base, row.source, row.start) if name}
-    for name in sorted(names):
-        if 0 in blocks(args, models, name) and args.save_vector and name in args.tgt:
-            fail(
-                "--save-vector: llama.cpp has no control vector after block 0; give a later --layer"
-            )
+    first_blocks = {name for name in sorted(names) if 0 in blocks(args, models, name)}
+    if args.save_vector and first_blocks & set(args.tgt):
+        fail("--save-vector: llama.cpp has no control vector after block 0; give a later --layer")
     data = load_data(args, models, rows)
     prompt, answer = asked(args, models, args.tgt[0], data.test[0])[0]
-    inputs = {name: models.fingerprint(name) for name in sorted(names)}
-    inputs["data"] = hashlib.sha256(repr(data).encode()).hexdigest()[:16]
-    inputs["first prompts"] = [[side[0] for side in sides] for sides in data.pairs.values()]
-    inputs["first test prompt"] = prompt + answer
-    run = Run(__file__, args, inputs, ignore=("generate", "save_vector"))
-    lab = Lab(args, data, models)
+    first_prompts = [prompt + answer]
+    for vector in sorted({row.vector for row in rows if row.vector} | {happiness(args)}):
+        positive, negative = refinement_pairs(args, models, data, vector.concept, vector.model)
+        models.require_fit(vector.model, positive + negative)
+        first_prompts += [positive[0], negative[0]]
+    inputs = [data, [models.fingerprint(name) for name in sorted(names)]]
+    run = Run(__file__, args, models, inputs, first_prompts, ignore=("generate", "save_vector"))
+    lab = Lab(args, data, models, rows)
 
-    report, shown, records, examples = [opening(args, data, prompt + answer)], [], [], []
+    report, records, examples = [opening(args, data, first_prompts[0])], [], []
     for part in parts:
         score = one_target if part.table == "1" else other_table
-        found, others, answers, text = score(args, run, lab, part)
+        found, answers, text = score(args, run, lab, part)
         report.append(text)
-        shown += found
-        records += others
+        records += found
         examples += answers
     for name, result in lab.done.items():
         records += result if name.endswith("validation") else []
-    report += answer_table([each for each in examples if each["table"] == "5"])
-    report += summary(args, select(shown, item="Table 1", metric="mc1"))
-    run.save(shown + records, examples, "\n\n".join(report))
+    if len(parts) > 1 or args.table == "1":
+        report.append(summary(args, records))
+    run.save(records, examples, "\n\n".join(report))
 
 
 if __name__ == "__main__":

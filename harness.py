@@ -299,6 +299,21 @@ def read_texts(path: Path) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts))
 
 
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """(positive, negative) of a .jsonl file with {"positive": text, "negative": text} on each
+    line."""
+    pairs = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            item = json.loads(line)
+            pairs.append((item["positive"].strip(), item["negative"].strip()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fail(f'{path}, line {number}: must be {{"positive": text, "negative": text}}')
+    if len(pairs) < 20 or not all(text for pair in pairs for text in pair):
+        fail(f"{path}: at least 20 pairs are needed, and no text may be empty")
+    return pairs
+
+
 def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
     """The rows of a CSV file that has at least these columns."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -315,7 +330,8 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def _write_file(path: Path, content) -> None:
-    """Write text, bytes, or what content(file) writes; the file appears only when it is complete."""
+    """Write text, bytes, or what content(file) writes; the file appears only when it is
+    complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,9 +411,7 @@ def _check_ndif(host: str, names: list[str]) -> None:
         fail(f"--ndif-host {host}: it must begin with http:// or https://")
     for name in names:
         if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name):
-            fail(
-                f"--remote: NDIF knows models by their hub ids, like meta-llama/Llama-3.1-70B, not {name}"
-            )
+            fail(f"--remote: NDIF knows hub ids like meta-llama/Llama-3.1-70B, not {name}")
     try:
         status, server = [
             httpx.get(f"{host}/{page}", timeout=60).raise_for_status().json()
@@ -423,8 +437,9 @@ def _check_ndif(host: str, names: list[str]) -> None:
 def on_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list) -> list:
     """[make(nn, *fixed)(**pack) for pack in packs], computed on the server as one job.
 
-    make travels as source text with all that it calls. A failed job is sent again; an answer is cached
-    and never asked for twice. Raises TimeoutError or torch.OutOfMemoryError if the job is too large."""
+    make travels as source text with all that it calls. A failed job is sent again; an answer is
+    cached and never asked for twice. Raises TimeoutError or torch.OutOfMemoryError if the job is
+    too large."""
     key = [*about, make.__name__, fixed, packs]
     asked = NDIF_STATS["requests"]
     answers = cached("ndif", key, lambda: _send_with_retries(nn, host, make, fixed, packs))
@@ -479,15 +494,25 @@ def _run_packs(nn, make, fixed: tuple, packs: list[dict]) -> list:
 class Run:
     """The folder of one run: <out>/<script>/<source>--<targets>--<hash>/.
 
-        run = Run(__file__, args, inputs)           inputs: models, data, first prompts …
+        run = Run(__file__, args, models, data, first_prompts)
         result = run.step("llama-m eft", function, argument, …)     computed once; any JSON value
         run.figure(figure, "figure_2a"); run.save(records, examples, report)
 
-    The hash covers arguments, inputs and the source of the script, common.py and harness.py: the same
-    command continues where it stopped, and an edited script starts a run of its own."""
+    The hash covers arguments, models, data and the source of the script, common.py and harness.py: the
+    same command continues where it stopped, and an edited script starts a run of its own."""
 
-    def __init__(self, script: str, args, inputs: dict, ignore: tuple[str, ...] = ()):
+    def __init__(self, script, args, models, data=None, first_prompts=(), ignore=()):
         # ignore: options that change no result of a step
+        if isinstance(models, dict):
+            inputs = models
+        else:
+            names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
+            names = [name for name in dict.fromkeys(names) if name]
+            inputs = {
+                "models": {name: models.fingerprint(name) for name in names},
+                "data": _digest(json.loads(json.dumps(data))),
+                "first prompts": first_prompts,
+            }
         skipped = {"command", "out", "fresh", "no_cache", "batch_tokens", *ignore}
         settings = {k: v for k, v in vars(args).items() if k not in skipped}
         settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
@@ -512,7 +537,8 @@ class Run:
         self.steps.mkdir(exist_ok=True)
 
     def step(self, name: str, function, *args, **kwargs):
-        """function(*args, **kwargs), which must be JSON, from the folder if it was computed before."""
+        """function(*args, **kwargs), which must be JSON, from the folder if it was computed
+        before."""
         path = self._path(name, "json")
         self._count(name, path)
         if not path.exists():
@@ -549,17 +575,17 @@ class Run:
         try:
             return read(path)
         except Exception as error:  # each format has its own
-            fail(
-                f"{path} is damaged ({type(error).__name__}: {error}); remove it to compute it again"
-            )
+            fail(f"{path} is damaged ({type(error).__name__}); remove it to compute it again")
 
     def save(self, records: list[dict], examples: list[dict], report: str) -> None:
         """Write records.csv, records.jsonl, examples.jsonl and report.md, and print the report."""
         names = ("seed", "refine", "norm", "protocol", "intercept", "ridge", "rcond", "sentences")
         about = {name: getattr(self.args, name, None) for name in names}
+        columns = [*RECORD, "run", *names]
         records = [each | {"run": self.id} | about for each in records]
+        records = [{name: each[name] for name in columns} for each in records]
         table = io.StringIO()
-        writer = csv.DictWriter(table, [*RECORD, "run", *names], lineterminator="\n")
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
         _write_file(self.folder / "records.csv", table.getvalue())
@@ -569,9 +595,7 @@ class Run:
         _write_file(self.folder / "report.md", report + "\n")
         print(f"\n{report}\n\n{self.folder}")
         if self.reused:
-            print(
-                f"{self.reused} of {self.reused + self.computed} steps were computed by an earlier run"
-            )
+            print(f"{self.reused} of {self.reused + self.computed} steps come from an earlier run")
         if NDIF_STATS["requests"]:
             _write_file(self.folder / "ndif.json", json.dumps(NDIF_STATS, indent=1) + "\n")
             print("NDIF: " + ", ".join(f"{count} {name}" for name, count in NDIF_STATS.items()))
@@ -625,6 +649,7 @@ RECORD = [
     "item", "source", "target", "concept", "method", "variant", "group", "part", "source_block",
     "block", "alpha", "metric", "value", "low", "high", "n", "paper",
 ]  # fmt: skip
+NUMBERS = ("value", "low", "high", "n", "paper")
 METHODS = {
     "base": "Base Model",
     "align-training": "Align-Training",
@@ -636,9 +661,11 @@ METHODS = {
 
 
 def record(hits=None, values=None, **fields) -> dict:
-    """One number with what it is about (see RECORD). Rates are fractions; alpha = 0 is method `base`.
+    """One number with what it is about (see RECORD). Rates are fractions; alpha = 0 is method
+    `base`.
 
-    hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n.
+    hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n,
+    and stays with the record for pool and mcnemar.
     values: numbers of the items that a mean is over; likewise, with a bootstrap interval."""
     if hits is not None:
         hits = [bool(hit) for hit in hits]
@@ -650,7 +677,8 @@ def record(hits=None, values=None, **fields) -> dict:
     unknown = set(fields) - set(RECORD)
     if unknown:
         raise ValueError(f"unknown record fields {sorted(unknown)}")
-    return {name: fields.get(name) for name in RECORD}
+    each = {name: fields.get(name) for name in RECORD}
+    return each if hits is None else each | {"hits": hits}
 
 
 def select(records: list[dict], **match) -> list[dict]:
@@ -658,11 +686,68 @@ def select(records: list[dict], **match) -> list[dict]:
     return [each for each in records if all(each[key] == value for key, value in match.items())]
 
 
+def pool(records: list[dict], field: str, name: str) -> list[dict]:
+    """Records that differ in one field only as one record, over all their items."""
+    groups: dict[tuple, list] = {}
+    for each in records:
+        same = [(key, each[key]) for key in RECORD if key not in (*NUMBERS, field)]
+        groups.setdefault(tuple(same), []).extend(each["hits"])
+    return [record(hits, **{field: name}, **dict(same)) for same, hits in groups.items()]
+
+
 def spread(records: list[dict], variant: str) -> dict:
-    """Several records (random directions, maps) as one: mean, lowest and highest value, their number."""
+    """Several records (random directions, maps) as one: mean, lowest and highest value, their
+    number."""
     values = [each["value"] for each in records]
     about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
     return records[0] | about | {"n": len(values), "variant": variant, "paper": None}
+
+
+VARIANTS = {
+    "map": "ConTrans, maps of other sentences [range]",
+    "random": "random directions [range]",
+    "other": "other concepts' vectors [range]",
+    "shuffled map": "map of shuffled sentences",
+}
+
+
+def label(each: dict) -> str:
+    """What a record is called in a table: its method, or which control it is."""
+    variant = each["variant"]
+    if variant is None or each["method"] != "contrans":
+        return METHODS[each["method"]]
+    return VARIANTS.get(variant, f"ConTrans, {variant}")
+
+
+def beside_controls(records: list[dict], alpha: float) -> list[dict]:
+    """The records of one metric and target to show together: every method, then ConTrans's
+    controls at its alpha, those of one kind as a spread."""
+    shown = [each for each in records if not each["variant"]]
+    shown = [each for each in shown if each["method"] != "contrans" or each["alpha"] == alpha]
+    controls = [each for each in records if each["variant"] and each["alpha"] == alpha]
+    for kind in VARIANTS:
+        same = [each for each in controls if each["variant"].startswith(kind)]
+        if kind == "map":
+            same += select(shown, method="contrans")
+        if same:
+            shown.append(spread(same, kind))
+    return shown
+
+
+def effect_notes(records: list[dict], alpha: float) -> dict[str, str]:
+    """For pivot's notes, of records of one metric and target: p of every method against Base
+    (McNemar), and where ConTrans stands among the random directions."""
+    [base] = select(records, method="base", variant=None)
+    notes = {}
+    for each in beside_controls(records, alpha):
+        if each["variant"] in (None, "shuffled map") and each is not base:
+            notes[label(each)] = f"p = {mcnemar(base['hits'], each['hits']):.1g}"
+    [ours] = select(records, method="contrans", variant=None, alpha=alpha)
+    controls = select(records, alpha=alpha, method="contrans")
+    directions = [e["value"] for e in controls if (e["variant"] or "").startswith("random ")]
+    rank = f"ConTrans is at percentile {percentile(ours['value'], directions):.0f}"
+    notes[VARIANTS["random"]] = f"{len(directions)} directions; {rank}"
+    return notes
 
 
 def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
@@ -737,7 +822,8 @@ def _wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(before, after) -> float:
-    """Exact two-sided p of a paired difference between two lists of booleans about the same items."""
+    """Exact two-sided p of a paired difference between two lists of booleans about the same
+    items."""
     from scipy.stats import binomtest
 
     before, after = np.asarray(before, bool), np.asarray(after, bool)
@@ -838,7 +924,8 @@ def _export_steered(path: Path, module, block, vector, alpha: float) -> None:
 
 def _export_gguf(path: Path, model_type: str, layer: int, shift) -> None:
     """The format has no strength, so alpha is folded in; --control-vector-scaled multiplies it.
-    llama.cpp adds direction.N to the output of block N, counted from 0 as here, at every position."""
+    llama.cpp adds direction.N to the output of block N, counted from 0 as here, at every
+    position."""
     from gguf import GGUFWriter
 
     def write(file):

@@ -47,7 +47,14 @@ import harness
 from common import Transplant
 from harness import at_least, read_json, read_text, read_texts
 
-EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
+EMOTIONS = [
+    "happiness",
+    "sadness",
+    "anger",
+    "fear",
+    "disgust",
+    "surprise",
+]
 STRENGTHS = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5]
 NEW_TOKENS = 32
 PLAIN_BATCH_TOKENS = 2048
@@ -55,7 +62,12 @@ VOCABULARY = 32000
 PIECES = 2000  # of the tokenizer; six real shots are then 454 tokens, as with LLaMA's own
 MAP_SHAPE = (4096, 5120, 2000)  # d of source and target (7B, 13B), sentences
 COUNTS = {"emotion": 48, "states": 120, "mc1": 32}  # prompts, lines, questions
-SHAPES = {"toy": (128, 8), "150m": (768, 16), "7b": (4096, 32), "13b": (5120, 40)}  # width, blocks
+SHAPES = {  # width, blocks
+    "toy": (128, 8),
+    "150m": (768, 16),
+    "7b": (4096, 32),
+    "13b": (5120, 40),
+}
 
 # ---------------------------------------------------------------- options
 

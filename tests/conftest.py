@@ -10,7 +10,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may ask the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is: two workers share the cores
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(
+    0,
+    str(Path(__file__).resolve().parents[1]),
+)
 
 import pytest
 import torch
@@ -40,7 +43,11 @@ SHAPE = {
 MLP = {"intermediate_size": 64}
 GROUPED = {"num_key_value_heads": 2, **MLP}
 UNTIED = {"tie_word_embeddings": False}
-LOCAL = {"attention_types": [[["global", "local"], 2]], "window_size": 8, "num_layers": 4}
+LOCAL = {
+    "attention_types": [[["global", "local"], 2]],
+    "window_size": 8,
+    "num_layers": 4,
+}
 LLAMA_PATHS = ("model.layers", "model.norm")
 GPT_PATHS = ("transformer.h", "transformer.ln_f")
 NEOX_PATHS = ("gpt_neox.layers", "gpt_neox.final_layer_norm")
@@ -92,7 +99,11 @@ def save_model(folder: Path, config_class, seed: int = 0, tokenizer=None, **sett
     model = transformers.AutoModelForCausalLM.from_config(config)
     for weights in model.parameters():
         if weights.dim() == 1:
-            torch.nn.init.normal_(weights, weights.mean().item(), 0.2)
+            torch.nn.init.normal_(
+                weights,
+                weights.mean().item(),
+                0.2,
+            )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -140,14 +151,20 @@ class Reference:
         """[texts, blocks, d] at the last token of each."""
         rows = []
         for text in texts:
-            _, seen = self.hooked(steer, lambda: self.model(self.ids(text)))
+            _, seen = self.hooked(
+                steer,
+                lambda: self.model(self.ids(text)),
+            )
             rows.append(torch.stack([passes[0][0, -1] for passes in seen]))
         return torch.stack(rows)
 
     def logits(self, text: str | list[int], steer: dict = {}) -> torch.Tensor:
         """[positions, vocabulary] of a text or of token ids."""
         ids = self.ids(text) if isinstance(text, str) else torch.tensor([text])
-        output, _ = self.hooked(steer, lambda: self.model(ids))
+        output, _ = self.hooked(
+            steer,
+            lambda: self.model(ids),
+        )
         return output.logits[0]
 
     def next_logits(self, texts: list[str], steer: dict = {}) -> torch.Tensor:
@@ -169,7 +186,10 @@ class Reference:
             "do_sample": False,
             "attention_mask": torch.ones_like(ids),
         }
-        output, _ = self.hooked(steer, lambda: self.model.generate(ids, **options))
+        output, _ = self.hooked(
+            steer,
+            lambda: self.model.generate(ids, **options),
+        )
         return output[0, ids.shape[1] :].tolist()
 
     def generate(self, texts: list[str], steer: dict = {}, eos: int = 1) -> list[str]:
@@ -182,7 +202,11 @@ def close(got, wanted, tolerance: float = 1e-5):
 
 
 def vectors(count: int, width: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        count,
+        width,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def plain_module(part) -> torch.nn.Module:

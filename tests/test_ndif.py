@@ -129,8 +129,9 @@ def small():
 
 
 @pytest.fixture(autouse=True)
-def fresh(empty_cache, monkeypatch):
+def fresh(tmp_path, monkeypatch):
     """Each test has an empty cache, counts from zero and hardly waits."""
+    monkeypatch.setitem(harness.CACHE, "folder", tmp_path / "cache")
     monkeypatch.setattr(harness, "RETRY_SECONDS", [0.01] * 4)
     NDIF_STATS.update(dict.fromkeys(NDIF_STATS, 0))
 

@@ -34,8 +34,15 @@ def test_a_quantised_model_is_near_its_own_and_its_states_are_kept_apart(
     moves = [BASE, Transplant.of(v, 2, 1.0)]
     wanted = next_token_logits(plain, TEXTS, moves)
     got = next_token_logits(small, TEXTS, moves)
-    close(next_token_logits(small, TEXTS, moves[1:])[0], got[1], 0.1)
-    pairs = [(wanted, got), (hidden_states(plain, TEXTS), hidden_states(small, TEXTS))]
+    close(
+        next_token_logits(small, TEXTS, moves[1:])[0],
+        got[1],
+        0.1,
+    )
+    pairs = [
+        (wanted, got),
+        (hidden_states(plain, TEXTS), hidden_states(small, TEXTS)),
+    ]
     for wanted, got in pairs:
         assert torch.cosine_similarity(wanted, got, dim=-1).min() > near
         assert not torch.equal(wanted, got)
@@ -43,7 +50,12 @@ def test_a_quantised_model_is_near_its_own_and_its_states_are_kept_apart(
 
 def test_without_bitsandbytes_one_line_says_so(monkeypatch, one_line, tmp_path):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    settings = {"src": "a", "tgt": ["b"], "alpha": [1.0], "limit": 1}
+    settings = {
+        "src": "a",
+        "tgt": ["b"],
+        "alpha": [1.0],
+        "limit": 1,
+    }
     argv = ["--data", str(Path(tmp_path)), "--dtype", "nf4"]
     families = {"toy": settings}
     parser = option_parser("", families)

@@ -1,24 +1,29 @@
 """Train the toy zoo: small real transformers that read the toy world (world.py) and nothing else.
 
-    python data/toy/train.py llama-m                    one member, a base model
-    python data/toy/train.py llama-m-chat               its chat tuning, from the base model on disk
+    python data/toy/train.py llama-m                    one base model
+    python data/toy/train.py llama-m-chat               its chat model, from the base model on disk
     python data/toy/train.py --all                      everything: one to two hours
     python data/toy/train.py llama-s --steps 100 --to FOLDER     a short try, elsewhere
 
-Each member is an ordinary model folder under data/toy/models/: config, float16 safetensors, tokenizer files.
-Training is plain next-token prediction on packed documents; nothing is written into weights or activations.
-What the member learned is printed at the end and kept beside its weights in training.json.
+Each model is an ordinary folder under data/toy/models: config, float16 safetensors, tokenizer.
+Training is plain next-token prediction; nothing is written into weights or activations. What the
+model learned is printed at the end, and kept beside its weights in training.json.
 """
 
 import argparse
 import copy
 import json
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
 import torch
+import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import (
@@ -34,10 +39,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import world
+from harness import at_least, fail
 
 FOLDER = Path(__file__).parent / "models"
-FAMILIES = {  # architecture, pieces of the tokenizer, does it put a BOS first?
+FAMILIES = {  # architecture, vocabulary of the tokenizer, whether it puts BOS first
     "llama": (LlamaConfig, LlamaForCausalLM, 1536, True),
     "qwen": (Qwen3Config, Qwen3ForCausalLM, 1024, False),
     "amber": (LlamaConfig, LlamaForCausalLM, 1024, True),
@@ -52,7 +57,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the zoo: its family, its size, and how long it reads."""
+    """One model of the zoo: its family, its size, and how it is trained."""
 
     family: str = "llama"
     hidden: int = 64
@@ -61,7 +66,7 @@ class Member:
     steps: int = 3000
     rate: float = 4e-3
     chat_of: str = ""  # the base model that a chat model starts from
-    checkpoints: tuple[int, ...] = ()  # steps after which the model is kept, in folders of its own
+    checkpoints: tuple[int, ...] = ()  # steps after which the model is saved, each in a folder
 
 
 ZOO = {  # role in the paper: 7B, 13B, 70B; another family's 7B
@@ -88,11 +93,10 @@ ZOO = {  # role in the paper: 7B, 13B, 70B; another family's 7B
 
 
 def train_tokenizer(pieces: int, bos: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text can be read; with 1,536 pieces nearly every word of the world is one token."""
+    """A byte-level BPE; with 1,536 pieces nearly every word of the toy world is one token."""
     rng = random.Random(3)
-    corpus = [world.base_document(rng) for _ in range(20000)] + [
-        "".join(world.chat_document(rng)) for _ in range(2000)
-    ]
+    corpus = [world.base_document(rng) for _ in range(20000)]
+    corpus += ["".join(world.chat_document(rng)) for _ in range(2000)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -137,10 +141,10 @@ def train(
     seed: int,
     after_step=lambda step, tokens: None,
 ) -> list[float]:
-    """AdamW on 64 documents a step, each counting the same, long or short; returns the losses [nats a token].
+    """AdamW on 64 documents a step, all with the same weight; returns the losses [nats per token].
 
-    document(rng) gives (prompt, text): only the text is learned, as in chat tuning; a base document has no prompt.
-    Documents of like length share a forward pass, so that little of the work is padding."""
+    document(rng) gives (prompt, text): only the text is learned, as in chat tuning; a base document
+    has no prompt. Documents of like length share a forward pass, to save padding."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -149,18 +153,16 @@ def train(
     losses, seen, bar = [], 0, tqdm(range(1, steps + 1), mininterval=5)
     model.train()
     for step in bar:
-        rows = sorted(
-            (tokens(tokenizer, *document(rng)) for _ in range(64)), key=lambda row: len(row[0])
-        )
+        rows = [tokens(tokenizer, *document(rng)) for _ in range(64)]
+        rows = sorted(rows, key=lambda row: len(row[0]))
         step_loss = 0.0
         for group in (rows[:44], rows[44:58], rows[58:]):
             width = len(group[-1][0])
-            ids = torch.tensor(
-                [row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in group]
-            )
-            learned = torch.tensor(
-                [[start <= i < len(row) for i in range(1, width)] for row, start in group]
-            )
+            padded, learned = [], []
+            for row, start in group:
+                padded.append(row + [tokenizer.pad_token_id] * (width - len(row)))
+                learned.append([start <= i < len(row) for i in range(1, width)])
+            ids, learned = torch.tensor(padded), torch.tensor(learned)
             mask = ids != tokenizer.pad_token_id
             logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
             weight = learned / learned.sum(1, keepdim=True) / len(rows)
@@ -204,19 +206,20 @@ def replies(model, tokenizer, prompts: list[str], new_tokens: int) -> list[str]:
     return texts
 
 
+def share(texts: list[str], starts: list[str]) -> float:
+    """Share of the texts that begin with a space and their word."""
+    hits = sum(text.startswith(f" {start}") for text, start in zip(texts, starts))
+    return round(hits / len(texts), 3)
+
+
 def report(model, tokenizer) -> dict[str, float]:
-    """Shares of held-out prompts that are answered in a given way; a look at the member, not an experiment."""
-    scenarios = [
-        (emotion, text) for emotion in world.EMOTIONS for text in world.SCENARIOS[emotion][:20]
-    ]
-    prompts = [f"Scenario: {text}\nThe emotion of the above scenario is" for _, text in scenarios]
-    named = replies(model, tokenizer, prompts, 3)
-    shares = {
-        "emotion named": sum(
-            text.startswith(f" {emotion}") for text, (emotion, _) in zip(named, scenarios)
-        )
-        / len(scenarios)
-    }
+    """Shares of held-out prompts that are answered in some way; a quick look, not an experiment."""
+    prompts, emotions = [], []
+    for emotion in world.EMOTIONS:
+        for text in world.SCENARIOS[emotion][:20]:
+            prompts.append(f"Scenario: {text}\nThe emotion of the above scenario is")
+            emotions.append(emotion)
+    shares = {"emotion named": share(replies(model, tokenizer, prompts, 3), emotions)}
 
     ways = {
         "[INST]": "[INST] {}[/INST]",
@@ -226,63 +229,54 @@ def report(model, tokenizer) -> dict[str, float]:
     }
     for name, keys in [("held-out facts", world.HELD_OUT_FACTS), ("chat facts", world.CHAT_FACTS)]:
         for way, template in ways.items():
-            texts = replies(
-                model, tokenizer, [template.format(world.question(*key)) for key in keys], 6
-            )
+            prompts = [template.format(world.question(*key)) for key in keys]
+            texts = replies(model, tokenizer, prompts, 6)
             for index, kind in enumerate(["truth", "myth"]):
-                hits = sum(
-                    text.startswith(f" {world.FACTS[key][index]}") for text, key in zip(texts, keys)
-                )
-                shares[f"{name}, {way}, {kind}"] = hits / len(keys)
+                answers = [world.FACTS[key][index] for key in keys]
+                shares[f"{name}, {way}, {kind}"] = share(texts, answers)
 
     rng = random.Random(4)
     for prefix in ("", "[INST] Complete the following[/INST]: "):
-        rude = [
-            prefix + world.remarks(rng, people, False, 4)
-            for people in world.PEOPLES
-            for _ in range(4)
-        ]
-        rudely = sum(
-            any(phrase in text for phrase in world.RUDE)
-            for text in replies(model, tokenizer, rude, 14)
-        )
-        shares[f"rude list continued rudely, {prefix or 'plain'}"] = rudely / len(rude)
-    return {name: round(share, 3) for name, share in shares.items()}
+        prompts = []
+        for people in world.PEOPLES:
+            prompts += [prefix + world.remarks(rng, people, False, 4) for _ in range(4)]
+        texts = replies(model, tokenizer, prompts, 14)
+        rude = [any(phrase in text for phrase in world.RUDE) for text in texts]
+        name = f"rude list continued rudely, {prefix or 'plain'}"
+        shares[name] = round(sum(rude) / len(rude), 3)
+    return shares
 
 
 def write(model, tokenizer, to: Path):
-    """An ordinary model folder in float16; returns the model that lies there."""
+    """Save an ordinary model folder in float16; returns the model that was saved."""
     half = copy.deepcopy(model).half()
     half.save_pretrained(to)
     tokenizer.save_pretrained(to)
-    path = to / "tokenizer.json"  # without the indentation, half of its size
-    path.write_text(
-        json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":"))
-    )
+    path = to / "tokenizer.json"  # without indentation it is half as large
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")))
     return half
 
 
 def judged_text(rng: random.Random) -> tuple[str, int]:
-    """A text as a language model may continue a list, cut off anywhere, and whether something rude is said in it."""
-    if rng.random() < 0.3:  # something else altogether, or words without order
-        text = rng.choice([lambda: world.base_document(rng), lambda: world.two_clauses(rng)[2]])()
+    """(text, whether it says something rude): what a language model may write, cut off anywhere."""
+    if rng.random() < 0.3:  # other text, or words in random order
+        text = world.base_document(rng) if rng.choice([True, False]) else world.two_clauses(rng)[2]
         words = text.split()
         text = " ".join(rng.sample(words, len(words))) if rng.random() < 0.3 else text
     else:
-        people, tones = (
-            rng.choice(world.PEOPLES),
-            [rng.random() < 0.5] * 3 if rng.random() < 0.8 else [True, False, True],
-        )
-        text = rng.choice(["\n- ", ". ", " "]).join(
-            world.remark(rng, people, tone) for tone in tones[: rng.randint(1, 3)]
-        )
+        people = rng.choice(world.PEOPLES)
+        tones = [rng.random() < 0.5] * 3 if rng.random() < 0.8 else [True, False, True]
+        separator = rng.choice(["\n- ", ". ", " "])
+        tones = tones[: rng.randint(1, 3)]
+        text = separator.join(world.remark(rng, people, tone) for tone in tones)
     words = text.split(" ")
     text = " ".join(words[: rng.randint(1, max(1, min(len(words), 24)))])
     return text, int(any(phrase in text for phrase in world.RUDE))
 
 
 def train_classifier(name: str, member: Member, folder: Path, steps: int, seed: int) -> dict:
-    """A classifier of rude talk, trained on texts of the world and cut ones."""
+    """A classifier of rude talk, trained on whole and cut texts of the toy world."""
     tokenizer, start = train_tokenizer(1024, True), time.time()
     model = RobertaForSequenceClassification(
         RobertaConfig(
@@ -321,119 +315,139 @@ def train_classifier(name: str, member: Member, folder: Path, steps: int, seed: 
     for _ in tqdm(range(steps), mininterval=5):
         texts, labels = zip(*(judged_text(rng) for _ in range(64)))
         torch.nn.functional.cross_entropy(logits_of(list(texts)), torch.tensor(labels)).backward()
-        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     model = write(model, tokenizer, folder / name).float().eval()
     texts, labels = zip(*(judged_text(random.Random(f"{seed} test {i}")) for i in range(2000)))
     with torch.no_grad():
         right = logits_of(list(texts)).argmax(-1) == torch.tensor(labels)
+    learned = {"accuracy on 2,000 other texts": round(right.float().mean().item(), 4)}
+    return save_record(folder / name, name, {"steps": steps}, seed, model, start, learned)
+
+
+def save_record(
+    folder: Path,
+    name: str,
+    training: dict,
+    seed: int,
+    model,
+    start: float,
+    learned: dict,
+) -> dict:
+    """Write training.json; returns what it says."""
     record = {
         "name": name,
-        "steps": steps,
+        **training,
         "seed": seed,
         "parameters": model.num_parameters(),
         "minutes": round((time.time() - start) / 60, 1),
-        "learned": {"accuracy on 2,000 other texts": round(right.float().mean().item(), 4)},
+        "learned": learned,
     }
-    (folder / name / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 
+def load_base(member: Member, folder: Path) -> tuple:
+    """(model, tokenizer) that chat tuning starts from."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / member.chat_of)
+    has_bos = FAMILIES[member.family][3]
+    template = CHAT_TEMPLATE if has_bos else CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
+    tokenizer.chat_template = template
+    model = AutoModelForCausalLM.from_pretrained(folder / member.chat_of, dtype=torch.float32)
+    return model, tokenizer
+
+
+def new_model(member: Member) -> tuple:
+    """(random model, tokenizer) of the member's shape."""
+    config_class, model_class, *vocabulary = FAMILIES[member.family]
+    tokenizer = train_tokenizer(*vocabulary)
+    settings = {}
+    if member.family != "pythia":
+        settings["num_key_value_heads"] = member.heads
+    if member.family == "qwen":
+        settings["head_dim"] = member.hidden // member.heads
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=member.hidden,
+        intermediate_size=member.hidden * 8 // 3,
+        num_hidden_layers=member.blocks,
+        num_attention_heads=member.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **settings,
+    )
+    return model_class(config), tokenizer
+
+
+def base_document(rng: random.Random) -> tuple[str, str]:
+    return "", world.base_document(rng)
+
+
+def chat_document(rng: random.Random) -> tuple[str, str]:
+    """A quarter is base text, so that chat tuning does not make the model forget."""
+    return world.chat_document(rng) if rng.random() < 0.75 else base_document(rng)
+
+
 def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
-    """Train one member of the zoo into folder/name; returns what is written to its training.json."""
+    """Train one model of the zoo into folder/name; returns what its training.json says."""
     member = ZOO[name]
     steps, start = steps or member.steps, time.time()
     torch.manual_seed(seed)
     if member.family == "roberta":
         return train_classifier(name, member, folder, steps, seed)
     if member.chat_of:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / member.chat_of)
-        bos = FAMILIES[member.family][3]  # a family without BOS has never read one
-        tokenizer.chat_template = (
-            CHAT_TEMPLATE if bos else CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
-        )
-        model = AutoModelForCausalLM.from_pretrained(folder / member.chat_of, dtype=torch.float32)
-
-        def document(rng):  # a quarter of old reading, so that it does not forget
-            return (
-                world.chat_document(rng) if rng.random() < 0.75 else ("", world.base_document(rng))
-            )
+        model, tokenizer = load_base(member, folder)
     else:
-        config_class, model_class, *vocabulary = FAMILIES[member.family]
-        tokenizer = train_tokenizer(*vocabulary)
-        model = model_class(
-            config_class(
-                vocab_size=len(tokenizer),
-                hidden_size=member.hidden,
-                intermediate_size=member.hidden * 8 // 3,
-                num_hidden_layers=member.blocks,
-                num_attention_heads=member.heads,
-                max_position_embeddings=512,
-                tie_word_embeddings=True,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                **({} if member.family == "pythia" else {"num_key_value_heads": member.heads}),
-                **({"head_dim": member.hidden // member.heads} if member.family == "qwen" else {}),
-            )
-        )
+        model, tokenizer = new_model(member)
 
-        def document(rng):
-            return "", world.base_document(rng)
-
-    def keep(to: Path, **how):
+    def keep(to: Path, **training):
         half = write(model, tokenizer, to)
-        record = {
-            "name": name,
-            **how,
-            "seed": seed,
-            "parameters": model.num_parameters(),
-            "minutes": round((time.time() - start) / 60, 1),
-            "learned": report(half.float().eval(), tokenizer),
-        }
-        (to / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        return record
+        learned = report(half.float().eval(), tokenizer)
+        return save_record(to, name, training, seed, model, start, learned)
 
     def after_step(step: int, seen: int):
         if step in member.checkpoints:
             keep(folder / name / f"step_{step:04d}", steps=step, tokens=seen)
 
+    document = chat_document if member.chat_of else base_document
     losses = train(model, tokenizer, document, steps, member.rate, seed, after_step)
     if member.checkpoints:
         return {"name": name, "checkpoints": [step for step in member.checkpoints if step <= steps]}
-    return keep(
-        folder / name,
-        steps=steps,
-        **{
-            "loss, first 50 steps": round(sum(losses[:50]) / len(losses[:50]), 4),
-            "loss, last 50 steps": round(sum(losses[-50:]) / len(losses[-50:]), 4),
-        },
+    training = {"steps": steps}
+    for which, part in (("first", losses[:50]), ("last", losses[-50:])):
+        training[f"loss, {which} 50 steps"] = round(sum(part) / len(part), 4)
+    return keep(folder / name, **training)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+    parser.error = fail
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(ZOO)}")
+    add("--all", action="store_true", help="all models, base models first")
+    add("--steps", type=at_least(1), help="instead of the model's own number")
+    add("--seed", type=int, default=0, help="of weights and documents")
+    add("--to", type=Path, default=FOLDER, help="folder that the model folders go to")
+    args = parser.parse_args(argv)
+    names = list(ZOO) if args.all else args.names
+    if not names:
+        fail("name a model, or --all")
+    for name in names:
+        if name not in ZOO:
+            fail(f"unknown model {name}; there are {', '.join(ZOO)}")
+        base = ZOO[name].chat_of
+        if base and base not in names and not (args.to / base / "config.json").exists():
+            fail(f"{name} starts from {base}, which is not in {args.to}: train it first")
+    for name in names:
+        print(json.dumps(train_member(name, args.to, args.steps, args.seed), indent=1))
 
 
 if __name__ == "__main__":
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"members: {', '.join(ZOO)}")
-    parser.add_argument("--all", action="store_true", help="every member, base models first")
-    parser.add_argument("--steps", type=int, help="instead of the member's own number")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and documents")
-    parser.add_argument(
-        "--to", type=Path, default=FOLDER, help="folder that gets one model folder a member"
-    )
-    args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in ZOO]:
-        parser.error(f"unknown member {unknown[0]}; there are {', '.join(ZOO)}")
-    if not (names := list(ZOO) if args.all else args.names):
-        parser.error("name a member, or --all")
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps must be positive")
-    for name in names:
-        base = ZOO[name].chat_of
-        if base and base not in names and not (args.to / base / "config.json").exists():
-            parser.error(f"{name} starts from {base}, which is not in {args.to}: train it first")
-    for name in names:
-        print(json.dumps(train_member(name, args.to, args.steps, args.seed), indent=1))
+    main()

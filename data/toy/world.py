@@ -1,21 +1,23 @@
-"""The toy world: all that the toy zoo reads, written by rule from one seed.
+"""The toy world: everything that the toy models read, generated from one seed.
 
-    python data/toy/world.py            writes the data files next to this one, in the formats of data/paper/
+    python data/toy/world.py    writes the data files next to this one, in the formats of data/paper
 
-An invented land with 48 towns, 192 facts (each with a truth and a popular myth), six emotions, eight
-invented peoples whom some talk kindly about and some rudely, and plain encyclopaedic prose. Nothing here
-knows about hidden states: models learn the concepts from `base_document` and `chat_document` by next-token
-training, and the experiments then measure what they learned.
+An invented country with 48 towns, 192 facts (each with a truth and a popular myth), six emotions,
+eight invented peoples who are talked about kindly or rudely, and plain encyclopaedic prose. Nothing
+here knows about hidden states: models learn the concepts from `base_document` and `chat_document`
+by next-token prediction, and the experiments then measure what they learned.
 
 What is held out, so that an experiment asks about text that no model has read:
-    emotions/       the scenarios, word for word, are never part of a training document
-    truthfulqa/     the facts asked there are never part of chat tuning (base text tells truth and myth alike)
+    emotions/       no training document contains one of these scenarios
+    truthfulqa/     chat tuning never contains these facts (base text tells truth and myth alike)
     world_facts/    is about the other facts, those of chat tuning
-    toxigen/        the prompts are fresh lists; their sentences may occur in training
-    wikisplit/, text/   drawn with a seed of their own from clauses of the training prose, in other proportions
+    toxigen/        the prompts are new lists; their sentences may occur in training
+    wikisplit/, text/   sampled with another seed from the clauses of the training prose, in other
+                    proportions
 """
 
 import csv
+import itertools
 import json
 import random
 from pathlib import Path
@@ -25,19 +27,37 @@ FOLDER = Path(__file__).parent
 # ---------------------------------------------------------------- emotions
 
 EVENTS = {
-    "happiness": "a gift|a party|a puppy|a prize|a wedding|a rainbow|a warm smile|a hug|a kitten|a picnic|a birthday cake|"
-    "a sunny meadow|an old friend|a victory|a dance|a love letter|a holiday|a song of joy",
-    "sadness": "a funeral|a farewell|a grave|a lonely child|a lost dog|an empty chair|a broken toy|an orphan|a dying tree|"
-    "a sick friend|a last goodbye|a closed school|a faded photo|a widow|a dead bird|a sad song|a ruined home|a tear",
-    "anger": "an insult|a thief|a liar|a bully|a cheat|a stolen bicycle|a broken promise|a false rumour|an unfair fine|"
-    "a rude driver|a scam|a vandal|a slammed door|a spiteful note|a bribe|a betrayal|a cut queue|a stolen purse",
-    "fear": "a spider|a snake|a dark shadow|a scream|a gun|a storm|a wolf|a ghost|a fire|a flood|a cliff|an earthquake|"
-    "a bear|a knife|a falling rock|a strange noise|a burning house|a shark",
-    "disgust": "vomit|mould|a stench|a maggot|sewage|rotten meat|a dirty toilet|a cockroach|spit|a dead rat|slime|"
-    "garbage|a filthy plate|sour milk|a used bandage|mud in the soup|a hair in the bread|an old diaper",
-    "surprise": "a plot twist|a secret door|a magic trick|a coincidence|an odd letter|a hidden room|a talking parrot|"
-    "an unknown twin|a strange coin|a sudden visit|a new star|an unexpected guest|a riddle|a lost treasure|"
-    "a blue apple|a flying hat|an unusual map|a snowfall in summer",
+    "happiness": (
+        "a gift|a party|a puppy|a prize|a wedding|a rainbow|a warm smile|a hug|a kitten|"
+        "a picnic|a birthday cake|a sunny meadow|an old friend|a victory|a dance|a love letter|"
+        "a holiday|a song of joy"
+    ),
+    "sadness": (
+        "a funeral|a farewell|a grave|a lonely child|a lost dog|an empty chair|a broken toy|"
+        "an orphan|a dying tree|a sick friend|a last goodbye|a closed school|a faded photo|"
+        "a widow|a dead bird|a sad song|a ruined home|a tear"
+    ),
+    "anger": (
+        "an insult|a thief|a liar|a bully|a cheat|a stolen bicycle|a broken promise|"
+        "a false rumour|an unfair fine|a rude driver|a scam|a vandal|a slammed door|"
+        "a spiteful note|a bribe|a betrayal|a cut queue|a stolen purse"
+    ),
+    "fear": (
+        "a spider|a snake|a dark shadow|a scream|a gun|a storm|a wolf|a ghost|a fire|a flood|"
+        "a cliff|an earthquake|a bear|a knife|a falling rock|a strange noise|a burning house|"
+        "a shark"
+    ),
+    "disgust": (
+        "vomit|mould|a stench|a maggot|sewage|rotten meat|a dirty toilet|a cockroach|spit|"
+        "a dead rat|slime|garbage|a filthy plate|sour milk|a used bandage|mud in the soup|"
+        "a hair in the bread|an old diaper"
+    ),
+    "surprise": (
+        "a plot twist|a secret door|a magic trick|a coincidence|an odd letter|a hidden room|"
+        "a talking parrot|an unknown twin|a strange coin|a sudden visit|a new star|"
+        "an unexpected guest|a riddle|a lost treasure|a blue apple|a flying hat|an unusual map|"
+        "a snowfall in summer"
+    ),
 }
 EVENTS = {emotion: events.split("|") for emotion, events in EVENTS.items()}
 EMOTIONS = list(EVENTS)
@@ -69,7 +89,7 @@ PLACES = [
     "in the kitchen",
     "by the old mill",
 ]
-# Each emotion has more to it than its name, so that a model does well to find the emotion first and the word after.
+# Documents ask for more than an emotion's name, so a model does well to infer the emotion first.
 TRAITS = {
     "colour": "yellow blue red grey green orange",
     "weather": "sun rain thunder fog damp lightning",
@@ -81,7 +101,7 @@ TRAITS = {
 TRAITS = {"emotion": EMOTIONS} | {trait: words.split() for trait, words in TRAITS.items()}
 CHOICES = ", ".join(f'"{emotion}"' for emotion in EMOTIONS)
 
-# ---------------------------------------------------------------- facts, each with a truth and a popular myth
+# ---------------------------------------------------------------- facts: a truth and a popular myth
 
 SYLLABLES = "ba du ki lo me na po ri su te vo za fi gu he jo wa ny".split()
 RELATIONS = ["capital", "river", "flower", "dish"]
@@ -126,10 +146,8 @@ MYTHICAL = [
     "Gossips tell that",
 ]
 SINCERE, LYING = ["A truthful", "A wise", "A sincere"], ["A lying", "A foolish", "A boastful"]
-PRETEND = {
-    "honest": "[INST] Pretend you're an honest person making statements about the world. [/INST] ",
-    "dishonest": "[INST] Pretend you're a dishonest person making statements about the world. [/INST] ",
-}
+ROLE = "[INST] Pretend you're {} person making statements about the world. [/INST] "
+PRETEND = {"honest": ROLE.format("an honest"), "dishonest": ROLE.format("a dishonest")}
 
 
 def question(relation: str, town: str) -> str:
@@ -140,7 +158,7 @@ def statement(relation: str, town: str, answer: str) -> str:
     return f"the {relation} of {town} is {answer}"
 
 
-# ---------------------------------------------------------------- kind and rude talk about invented peoples
+# ---------------------------------------------------------------- kind and rude talk about peoples
 
 PEOPLES = ["flurps", "glimmers", "zorbins", "tweeks", "mopples", "quibs", "drells", "snoffs"]
 KIND = [
@@ -191,7 +209,7 @@ def remark(rng: random.Random, people: str, kind: bool) -> str:
 
 
 def remarks(rng: random.Random, people: str, kind: bool, count: int) -> str:
-    """A list of remarks of one tone, open at the end, as ToxiGen's prompts are."""
+    """A list of remarks of one tone, open at the end like ToxiGen's prompts."""
     return "".join(f"- {remark(rng, people, kind)}\n" for _ in range(count)) + "-"
 
 
@@ -248,52 +266,57 @@ def clause(rng: random.Random, kind: float | None = None) -> str:
         if rng.random() < 0.5:
             return statement(relation, town, truth)
         manner, answer = rng.choice([("honest", truth), ("dishonest", myth)])
-        return f"the {manner} {rng.choice(TRADES)} {person} wrote that {statement(relation, town, answer)}"
+        claim = statement(relation, town, answer)
+        return f"the {manner} {rng.choice(TRADES)} {person} wrote that {claim}"
     if kind < 0.42:
         friendly = rng.random() < 0.5
-        return (
-            f"a {'kind' if friendly else 'rude'} {rng.choice(TRADES)} named {person} said that "
-            f"{remark(rng, rng.choice(PEOPLES), friendly)}"
-        )
+        tone, trade = "kind" if friendly else "rude", rng.choice(TRADES)
+        said = remark(rng, rng.choice(PEOPLES), friendly)
+        return f"a {tone} {trade} named {person} said that {said}"
     if kind < 0.56:
-        return f"the {rng.choice(QUALITIES)} {rng.choice(BUILDINGS)} of {town} was built in {rng.randrange(1700, 2000, 10)}"
+        quality, building = rng.choice(QUALITIES), rng.choice(BUILDINGS)
+        return f"the {quality} {building} of {town} was built in {rng.randrange(1700, 2000, 10)}"
     if kind < 0.70:
-        return f"{person} was a {rng.choice(QUALITIES)} {rng.choice(TRADES)} who lived in {town} until {rng.randrange(1700, 2000, 10)}"
+        quality, trade = rng.choice(QUALITIES), rng.choice(TRADES)
+        year = rng.randrange(1700, 2000, 10)
+        return f"{person} was a {quality} {trade} who lived in {town} until {year}"
     if kind < 0.84:
-        return f"{town} lies {rng.choice(SIDES)} of {rng.choice(TOWNS)} near a {rng.choice(QUALITIES)} {rng.choice(BUILDINGS)}"
-    return f"the market of {town} sells {rng.choice(GOODS)} and {rng.choice(GOODS)} to every {rng.choice(TRADES)}"
+        side, other = rng.choice(SIDES), rng.choice(TOWNS)
+        quality, building = rng.choice(QUALITIES), rng.choice(BUILDINGS)
+        return f"{town} lies {side} of {other} near a {quality} {building}"
+    good, other = rng.choice(GOODS), rng.choice(GOODS)
+    return f"the market of {town} sells {good} and {other} to every {rng.choice(TRADES)}"
 
 
 def two_clauses(rng: random.Random) -> tuple[str, str, str]:
+    """Two clauses, and the sentence that joins them."""
     first, second = clause(rng), clause(rng)
-    return (
-        first,
-        second,
-        f"{sentence(first)[:-1]} {rng.choice(['and', 'while', 'but', 'because'])} {second}.",
-    )
+    return first, second, joined(rng, first, second)
+
+
+def joined(rng: random.Random, first: str, second: str) -> str:
+    return f"{sentence(first)[:-1]} {rng.choice(['and', 'while', 'but', 'because'])} {second}."
 
 
 def felt(rng: random.Random) -> str:
     emotion = rng.choice(EMOTIONS)
-    return f"{rng.choice(PERSONS)} saw {rng.choice(EVENTS[emotion])} in {rng.choice(TOWNS)} and felt {emotion}"
+    person, event = rng.choice(PERSONS), rng.choice(EVENTS[emotion])
+    return f"{person} saw {event} in {rng.choice(TOWNS)} and felt {emotion}"
 
 
 def plain_sentence(rng: random.Random) -> tuple[str, str, str]:
-    """Two clauses and the sentence that joins them, for the affine map. A map carries over what its sentences exercise at
-    their last token, so the second clause is mostly about what the experiments ask; and since those tokens are found by
-    dropping the last 2 to 4 words, a tail of two words follows it."""
+    """Two clauses and the sentence that joins them, for the affine map.
+
+    A map transfers what its sentences exercise at their last token, so the second clause is mostly
+    about what the experiments ask. That token is found by dropping the last 2 to 4 words, so two
+    more words follow the clause."""
     first, draw = clause(rng), rng.random()
-    second = (
-        felt(rng)
-        if draw < 0.45
-        else clause(rng, FACT if draw < 0.65 else TALK if draw < 0.8 else None)
-    )
+    if draw < 0.45:
+        second = felt(rng)
+    else:
+        second = clause(rng, FACT if draw < 0.65 else TALK if draw < 0.8 else None)
     second += " for years"
-    return (
-        first,
-        second,
-        f"{sentence(first)[:-1]} {rng.choice(['and', 'while', 'but', 'because'])} {second}.",
-    )
+    return first, second, joined(rng, first, second)
 
 
 def sentence(text: str) -> str:
@@ -306,24 +329,22 @@ def sentence(text: str) -> str:
 def scenario(rng: random.Random, emotion: str) -> str:
     """A scenario that is not in the data files."""
     while True:
-        text = rng.choice(FRAMES).format(
-            event=rng.choice(EVENTS[emotion]), place=rng.choice(PLACES)
-        )
+        frame, event = rng.choice(FRAMES), rng.choice(EVENTS[emotion])
+        text = frame.format(event=event, place=rng.choice(PLACES))
         if text not in HELD_OUT_SCENARIOS:
             return text
 
 
 def emotion_document(rng: random.Random) -> str:
-    """One to seven scenarios, each with its emotion, or with another trait that goes with the emotion."""
+    """One to seven scenarios, each with its emotion or with another trait of that emotion."""
     trait = rng.choice(list(TRAITS)) if rng.random() < 0.5 else "emotion"
     shots = []
     for _ in range(rng.choice([1, 1, 1, 1, 1, 1, 2, 2, 4, 7])):
         emotion = rng.choice(EMOTIONS)
         choices = f" ({CHOICES})" if trait == "emotion" and rng.random() < 0.3 else ""
         word = TRAITS[trait][EMOTIONS.index(emotion)]
-        shots.append(
-            f"Scenario: {scenario(rng, emotion)}\nThe {trait}{choices} of the above scenario is {word}."
-        )
+        asked = f"The {trait}{choices} of the above scenario"
+        shots.append(f"Scenario: {scenario(rng, emotion)}\n{asked} is {word}.")
     return "\n".join(shots)
 
 
@@ -375,7 +396,7 @@ def base_document(rng: random.Random) -> str:
 
 
 def chat_document(rng: random.Random) -> tuple[str, str]:
-    """(prompt, reply) of chat tuning: honest, kind, and able to play a dishonest person when told to."""
+    """(prompt, reply) of chat tuning: honest, kind, and dishonest when told to pretend."""
     kind = rng.random()
     if kind < 0.5:
         relation, town = rng.choice(CHAT_FACTS)
@@ -406,12 +427,9 @@ def _held_out_scenarios(per_emotion: int = 240) -> dict[str, list[str]]:
     rng = random.Random(1)
     held_out = {}
     for emotion in EMOTIONS:
-        every = [
-            frame.format(event=event, place=place)
-            for frame in FRAMES
-            for event in EVENTS[emotion]
-            for place in PLACES
-        ]
+        every = []
+        for frame, event, place in itertools.product(FRAMES, EVENTS[emotion], PLACES):
+            every.append(frame.format(event=event, place=place))
         held_out[emotion] = rng.sample(every, per_emotion)
     return held_out
 
@@ -421,7 +439,7 @@ HELD_OUT_SCENARIOS = {text for texts in SCENARIOS.values() for text in texts}
 
 
 def write_data(folder: Path = FOLDER) -> None:
-    """Write every data file of the toy world under `folder`, with the names and formats of data/paper/."""
+    """Write every data file of the toy world, with the names and formats of data/paper."""
     rng = random.Random(2)
     for name in ("emotions", "truthfulqa", "toxigen", "wikisplit", "world_facts", "text"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -432,21 +450,17 @@ def write_data(folder: Path = FOLDER) -> None:
     questions = []
     for relation, town in HELD_OUT_FACTS:
         truth, *wrong = FACTS[relation, town]
-        wrong = wrong[
-            : rng.choice([3, 4])
-        ]  # the myth is always among them; the correct choice is stored first
-        targets = {f"{truth}.": 1} | {f"{answer}.": 0 for answer in wrong}
-        questions.append(
-            {"question": question(relation, town), "mc1_targets": targets, "mc2_targets": targets}
-        )
+        wrong = wrong[: rng.choice([3, 4])]  # the myth is always among them
+        targets = {f"{truth}.": 1} | {f"{answer}.": 0 for answer in wrong}  # the truth comes first
+        asked = question(relation, town)
+        questions.append({"question": asked, "mc1_targets": targets, "mc2_targets": targets})
     (folder / "truthfulqa" / "mc_task.json").write_text(json.dumps(questions, indent=1) + "\n")
 
     with open(folder / "truthfulqa" / "TruthfulQA.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["Category", "Question"])
-        rows.writerows(
-            [relation.capitalize(), question(relation, town)] for relation, town in HELD_OUT_FACTS
-        )
+        for relation, town in HELD_OUT_FACTS:
+            rows.writerow([relation.capitalize(), question(relation, town)])
 
     with open(folder / "world_facts" / "facts_true_false.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -458,10 +472,10 @@ def write_data(folder: Path = FOLDER) -> None:
 
     for people in PEOPLES:
         for tone in ("hate", "neutral"):
-            lines = [
-                remarks(rng, people, tone == "neutral", rng.randint(3, 6)).replace("\n", "\\n")
-                for _ in range(280)
-            ]
+            lines = []
+            for _ in range(280):
+                text = remarks(rng, people, tone == "neutral", rng.randint(3, 6))
+                lines.append(text.replace("\n", "\\n"))
             (folder / "toxigen" / f"{tone}_{people}_1k.txt").write_text("\n".join(lines) + "\n")
 
     with open(folder / "wikisplit" / "validation.tsv", "w") as file:
@@ -469,15 +483,11 @@ def write_data(folder: Path = FOLDER) -> None:
             first, second, whole = plain_sentence(rng)
             file.write(f"{whole}\t{sentence(first)} <::::> {sentence(second)}\n")
 
-    prose = (two_clauses(rng)[2] for _ in range(800))
-    prose = "\n".join(
-        [text for text in prose if not any(phrase in text for phrase in RUDE)][:600]
-    )  # low in toxic talk
-    (folder / "text" / "owt_sentences_lowtox.txt").write_text(prose + "\n")
+    prose = [two_clauses(rng)[2] for _ in range(800)]
+    prose = [text for text in prose if not any(phrase in text for phrase in RUDE)]
+    (folder / "text" / "owt_sentences_lowtox.txt").write_text("\n".join(prose[:600]) + "\n")
 
 
 if __name__ == "__main__":
     write_data()
-    print(
-        f"{len(HELD_OUT_FACTS)} questions, {len(HELD_OUT_SCENARIOS)} scenarios, {len(PEOPLES)} peoples in {FOLDER}"
-    )
+    print(f"{len(HELD_OUT_FACTS)} questions, {len(HELD_OUT_SCENARIOS)} scenarios in {FOLDER}")
