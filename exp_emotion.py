@@ -197,9 +197,9 @@ def load_data(args) -> Data:
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     """As released: the negatives of a vector are its validation and its test, too."""
     shots = []
-    for label, true_class, text in PAPER_SHOTS[: args.shots]:
+    for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]
-        shots.append((label, text if known else lists[true_class][0]))
+        shots.append((word, text if known else lists[true_class][0]))
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
@@ -221,8 +221,8 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
     examples = []
-    for label, text in data.shots if shots else []:
-        examples.append(shot.replace("{label}", words[label]).replace("{scenario}", text))
+    for emotion, text in data.shots if shots else []:
+        examples.append(shot.replace("{label}", words[emotion]).replace("{scenario}", text))
     return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 

@@ -42,19 +42,21 @@ from harness import (
     TOY,
     Run,
     at_least,
+    beside_controls,
+    effect_notes,
     fail,
+    label,
     map_options,
     model_options,
     new_figure,
     option_parser,
     parse_options,
-    percentile,
     pivot,
+    pool,
     read_texts,
     record,
     run_script,
     select,
-    spread,
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
@@ -206,9 +208,9 @@ def load_data(args) -> Data:
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     """As released: the negatives of a vector are its validation and its test, too."""
     shots = []
-    for label, true_class, text in PAPER_SHOTS[: args.shots]:
+    for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]
-        shots.append((label, text if known else lists[true_class][0]))
+        shots.append((word, text if known else lists[true_class][0]))
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
@@ -230,17 +232,17 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
     examples = []
-    for label, text in data.shots if shots else []:
-        examples.append(shot.replace("{label}", words[label]).replace("{scenario}", text))
+    for emotion, text in data.shots if shots else []:
+        examples.append(shot.replace("{label}", words[emotion]).replace("{scenario}", text))
     return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 
-def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
-    """Positive and negative prompts of an emotion's vector, equally many."""
+def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
+    """Positive and negative prompts of an emotion's vector; "fear 50" is of 50 pairs."""
+    emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
-    n = min(len(positive), len(negative))
-    both = [prompts(args, data, texts[:n], shots=False) for texts in (positive, negative)]
-    return both[0], both[1]
+    n = min(len(positive), len(negative), int(count or args.pairs))
+    return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
@@ -252,12 +254,13 @@ def check_prompts(args, data: Data, models: Models, name: str) -> None:
     models.require_labels(name, asked[0], args.labels)
 
 
-def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
-    """(said, preferred): the label that the model names after each scenario of a part, per
-    transplant."""
-    texts = getattr(data.emotions[emotion], part)
-    asked = prompts(args, data, texts, shots=True)
-    return score_labels(model, asked, args.labels, transplants)
+def named(model, args, data: Data, part: str, emotion: str, transplants) -> list[dict]:
+    """What a model names after the scenarios of a part, under each transplant: hits of both
+    metrics."""
+    asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
+    answers = score_labels(model, asked, args.labels, transplants)
+    said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]
+    return [{"token_acc": one, "logit_acc": other} for one, other in zip(said, preferred)]
 
 
 # ---------------------------------------------------------------- refine, map
@@ -268,81 +271,70 @@ class Lab:
 
     def __init__(self, args, data: Data, sentences: list[str], models: Models):
         self.args, self.data, self.sentences, self.models = args, data, sentences, models
+        self.source: dict[str, torch.Tensor] = {}  # see collect
 
     def block(self, name: str) -> int:
         """The block that is read and edited."""
         return self.models.block(name, self.args.layer, side=name != self.args.src)
 
-    def vectors(self, name: str) -> torch.Tensor:
-        """v of each emotion [6, d] (Eq. 1)."""
-        model, v = self.models.load(name), []
+    def collect(self, name: str) -> dict[str, torch.Tensor]:
+        """v of each emotion [6, d] (Eq. 1) and states of the plain sentences [n, d] of a
+        checkpoint."""
+        model, block, v = self.models.load(name), self.block(name), []
         for emotion in EMOTIONS:
             both = pairs(self.args, self.data, emotion)
-            v.append(concept_vector(model, *both, [self.block(name)], self.args.refine)[0])
-        return torch.stack(v)
-
-    def plain_states(self, name: str) -> torch.Tensor:
-        """States of the plain sentences [n, d]."""
-        return hidden_states(self.models.load(name), self.sentences, [self.block(name)])[:, 0]
-
-    def collect(self) -> dict[str, torch.Tensor]:
-        """What is needed of the source."""
-        return {"v": self.vectors(self.args.src), "plain": self.plain_states(self.args.src)}
-
-    def maps(self, source: dict, plain: torch.Tensor, block: int) -> AffineMaps:
-        args = self.args
-        return AffineMaps(
-            {self.block(args.src): source["plain"]},
-            {block: plain},
-            **map_options(args),
-        )
+            v.append(concept_vector(model, *both, [block], self.args.refine)[0])
+        return {"v": torch.stack(v), "plain": hidden_states(model, self.sentences, [block])[:, 0]}
 
     # ------------------------------------------------------------ transplant, score: the steps
 
-    def measure(self, name: str, source: dict) -> dict:
-        """What a checkpoint names without a vector, with v_hat, at random, with its own vector."""
+    def measure(self, name: str) -> list[dict]:
+        """What a checkpoint names without a vector, with v_hat, with random directions and with its
+        own vector: records."""
         args, block, source_block = self.args, self.block(name), self.block(self.args.src)
-        plain = self.plain_states(name)
-        maps = self.maps(source, plain, block)
-        v_hat, own = maps.vector(source["v"], source_block, block), self.vectors(name)
-        alpha = self.choose_alpha(name, v_hat)
-        arms = []
+        own = self.collect(name)
+        x, y = {source_block: self.source["plain"]}, {block: own["plain"]}
+        maps = AffineMaps(x, y, **map_options(args))
+        v_hat = maps.vector(self.source["v"], source_block, block)  # Eq. 2
+        best = self.choose_alpha(name, v_hat)
+        about = {"source_block": source_block, "block": block, "target": name, "part": "test"}
+        about["group"] = f"{args.tokens[args.tgt.index(name)]:.4g} tokens"
+        records = []
         for e, emotion in enumerate(EMOTIONS):
-            moves = [("base", None, 0, BASE)]
-            for each in args.alpha:
-                moves.append(("contrans", None, each, Transplant.of(v_hat[e], block, each)))
-            moves.append(("self-align", None, alpha, Transplant.of(own[e], block, alpha)))
+            arms = [("base", None, 0, BASE)]
+            for alpha in args.alpha:
+                arms.append(("contrans", None, alpha, Transplant.of(v_hat[e], block, alpha)))
+            arms.append(("self-align", None, best, Transplant.of(own["v"][e], block, best)))
             directions = random_directions(v_hat[e], args.random, args.seed * 6 + e)
             for r, direction in enumerate(directions):
-                move = Transplant.of(direction, block, alpha)
-                moves.append(("contrans", f"random {r}", alpha, move))
-            answers = self.named(name, "test", emotion, [move for *_, move in moves])
-            for (method, variant, each, _), said, preferred in zip(moves, *answers):
-                what = {"emotion": emotion, "method": method, "variant": variant, "alpha": each}
-                arms.append(what | {"token_acc": said.tolist(), "logit_acc": preferred.tolist()})
+                move = Transplant.of(direction, block, best)
+                arms.append(("contrans", f"random {r}", best, move))
+            moves = [move for *_, move in arms]
+            model = self.models.load(name)
+            for arm, hits in zip(arms, named(model, args, self.data, "test", emotion, moves)):
+                what = dict(zip(("method", "variant", "alpha"), arm)) | {"concept": emotion}
+                what["source"] = None if arm[0] == "base" else args.src
+                for metric, each in hits.items():
+                    what |= {"metric": metric, "item": "Figure 3"}
+                    records.append(record(each, **what, **about))
         fitted = maps.fit(source_block, block)
-        return {
-            "alpha": alpha,
-            "arms": arms,
-            "r2": fitted.r2,
-            "cosine": fitted.cosine,
-            "n": fitted.n,
-            "norm_v_hat": v_hat.norm(dim=1).mean().item(),
-            "stream_target": plain.norm(dim=1).mean().item(),
-            "cosine_to_own": torch.cosine_similarity(v_hat, own).mean().item(),
-        }
+        cosine_to_own = torch.cosine_similarity(v_hat, own["v"]).mean().item()
+        quality = {"r2": fitted.r2, "cosine": fitted.cosine, "cosine_to_own": cosine_to_own}
+        what = {"concept": "map", "method": "contrans", "alpha": best, "n": fitted.n}
+        about |= what | {"source": args.src, "part": "held-out"}
+        return records + [record(metric=name, value=x, **about) for name, x in quality.items()]
 
     def choose_alpha(self, name: str, v_hat: torch.Tensor) -> float:
         """The strength with the most hits on the validation scenarios; the smaller of equals."""
-        hits = np.zeros(len(self.args.alpha))
+        hits = dict.fromkeys(self.args.alpha, 0)
         for e, emotion in enumerate(EMOTIONS):
-            moves = [Transplant.of(v_hat[e], self.block(name), each) for each in self.args.alpha]
-            said, _ = self.named(name, "validation", emotion, moves)
-            hits += (said == e).sum(1).numpy()
-        return max(zip(hits, self.args.alpha), key=lambda pair: (pair[0], -abs(pair[1])))[1]
-
-    def named(self, name: str, part: str, emotion: str, moves: list[Transplant]) -> tuple:
-        return named(self.models.load(name), self.args, self.data, part, emotion, moves)
+            moves = [Transplant.of(v_hat[e], self.block(name), alpha) for alpha in hits]
+            found = named(
+                self.models.load(name), self.args, self.data, "validation", emotion, moves
+            )
+            for alpha, each in zip(hits, found):
+                hits[alpha] += sum(each["token_acc"])
+        return max(hits, key=lambda alpha: (hits[alpha], -abs(alpha)))
 
 
 def is_downloaded(name: str) -> bool:
@@ -375,85 +367,54 @@ def cached_revisions(name: str) -> list:
 # ---------------------------------------------------------------- one target
 
 
-def one_target(args, run: Run, lab: Lab, name: str, source: dict) -> tuple[list[dict], list[dict]]:
-    """(records, examples) of one checkpoint."""
-    result = run.step(f"checkpoint {name}", lab.measure, name, source)
-    alpha = result["alpha"]
-    about = {
-        "item": "Figure 3",
-        "source": args.src,
-        "target": name,
-        "source_block": lab.block(args.src),
-        "block": lab.block(name),
-        "group": f"{args.tokens[args.tgt.index(name)]:.4g} tokens",
-    }
-    records, pooled = [], {}
-    for arm in result["arms"]:
-        wanted = EMOTIONS.index(arm["emotion"])
-        what = {key: arm[key] for key in ("method", "variant", "alpha")} | {"part": "test"}
-        for metric in ("token_acc", "logit_acc"):
-            hits = [answer == wanted for answer in arm[metric]]
-            what["metric"] = metric
-            records.append(record(hits, concept=arm["emotion"], **what, **about))
-            pooled.setdefault(tuple(what.items()), []).extend(hits)
-    for what, hits in pooled.items():
-        records.append(record(hits, concept="mean", **dict(what), **about))
-    for metric in ("token_acc", "logit_acc"):
-        means = select(records, concept="mean", metric=metric)
-        directions = [each for each in means if (each["variant"] or "").startswith("random")]
-        ours = select(means, method="contrans", variant=None, alpha=alpha)
-        records.append(spread(directions, "random"))
-        records.append(ours[0] | {"variant": "chosen alpha"})
-    for metric in ("r2", "cosine", "norm_v_hat", "stream_target", "cosine_to_own"):
-        what = {"concept": "map", "method": "contrans", "n": result["n"], "part": "held-out"}
-        records.append(record(metric=metric, value=result[metric], **what, **about))
-    examples = [{"target": name, **arm} for arm in result["arms"] if not arm["variant"]]
-    return records, examples
+def one_target(run: Run, lab: Lab, name: str) -> list[dict]:
+    """Records of one checkpoint: each emotion, and the mean of six at the chosen alpha."""
+    records = run.step(f"checkpoint {name}", lab.measure, name)
+    means = pool(select(records, part="test"), "concept", "mean")
+    return records + means
 
 
 # ---------------------------------------------------------------- tables
-
-LABELS = {
-    ("base", None): "without (false positives)",
-    ("contrans", "chosen alpha"): "with v_hat",
-    ("contrans", "random"): "random directions, mean [range]",
-    ("self-align", None): "its own vector",
-}
 
 
 def short(name: str) -> str:
     return Path(name).name if Path(name).is_dir() else name.partition("@")[2] or Path(name).name
 
 
-def column(each: dict) -> str:
-    label = LABELS.get((each["method"], each["variant"]), each["metric"])
-    return f"{label}, Logit Acc" if each["metric"] == "logit_acc" else label
+def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
+    """The mean of six emotions in one checkpoint at the alpha chosen there, beside its controls."""
+    mine = select(records, target=name)
+    alpha = select(mine, concept="map")[0]["alpha"]
+    return beside_controls(select(mine, concept="mean", metric=metric), alpha)
 
 
 def accuracy_table(args, records: list[dict]) -> str:
     shown, notes = [], {}
+
+    def row(each):
+        return f"{short(each['target'])}, {each['group']}"
+
+    def column(each):
+        if each["concept"] == "map":
+            return each["metric"]
+        return label(each) + (", Logit Acc" if each["metric"] == "logit_acc" else "")
+
     for name in args.tgt:
         mine = select(records, target=name)
-        for method, variant in LABELS:
-            match = {"concept": "mean", "method": method, "variant": variant}
-            shown += select(mine, metric="token_acc", **match)
-        shown += select(mine, metric="logit_acc", concept="mean", variant="chosen alpha")
-        shown += select(mine, metric="r2") + select(mine, metric="cosine_to_own")
-        [chosen] = select(mine, metric="token_acc", concept="mean", variant="chosen alpha")
-        means = select(mine, metric="token_acc", concept="mean")
-        directions = [each["value"] for each in means if (each["variant"] or "")[:7] == "random "]
-        rank = percentile(chosen["value"], directions)
-        notes[row(chosen)] = f"α = {chosen['alpha']:g}, percentile {rank:.0f} of random"
+        found = chosen(records, name, "token_acc")
+        shown += found + select(chosen(records, name, "logit_acc"), method="contrans", variant=None)
+        quality = select(mine, concept="map")
+        shown += [each for each in quality if each["metric"] != "cosine"]
+        alpha = quality[0]["alpha"]
+        p = effect_notes(select(mine, concept="mean", metric="token_acc"), alpha)
+        notes[row(mine[0])] = f"α = {alpha:g}; " + "; ".join(p.values())
+    n = select(records, concept="mean")[0]["n"]
     return (
         f"## Figure 3: v_emotion of {short(args.src)} in earlier checkpoints\n\n"
         "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
-        f"(n = {shown[0]['n']}); block {args.layer}; α chosen on validation\n\n"
-        + pivot(shown, row, column, notes=notes)
+        f"(n = {n}); block {args.layer}; α chosen on validation. Last column: p of ConTrans and of "
+        "Self-Align against Base\n\n" + pivot(shown, row, column, notes=notes)
     )
-
-
-def row(each: dict) -> str:
-    return f"{short(each['target'])}, {each['group']}"
 
 
 # ---------------------------------------------------------------- figures
@@ -462,32 +423,23 @@ def row(each: dict) -> str:
 def draw_accuracy(args, records: list[dict]):
     """Accuracy on negatives against training tokens, without and with v_hat."""
     figure, axes = new_figure(ncols=2, figsize=(8.6, 3.4), sharey=True)
-    curves = [
-        ("base", None, "#c8352b", "without: false positives"),
-        ("contrans", "chosen alpha", "#2f6db2", "with v̂ of the last checkpoint"),
-        ("contrans", "random", "#777777", f"{args.random} random directions, range"),
-    ]
+    curves = {
+        ("base", None): ("#c8352b", "without: false positives"),
+        ("contrans", None): ("#2f6db2", "with v̂ of the last checkpoint"),
+        ("contrans", "random"): ("#777777", f"{args.random} random directions, range"),
+    }
     for axis, metric in zip(axes, ("token_acc", "logit_acc")):
-        for method, variant, colour, label in curves:
-            match = {"metric": metric, "method": method, "part": "test"}
-            mean = select(records, concept="mean", variant=variant, **match)
+        found = [each for name in args.tgt for each in chosen(records, name, metric)]
+        for (method, variant), (colour, text) in curves.items():
+            mean = select(found, method=method, variant=variant)
             value, low, high = [[each[k] for each in mean] for k in ("value", "low", "high")]
-            axis.plot(args.tokens, value, "o-", ms=4, color=colour, label=label)
+            axis.plot(args.tokens, value, "o-", ms=4, color=colour, label=text)
             axis.fill_between(args.tokens, low, high, color=colour, alpha=0.18, lw=0)
-            if variant == "random":
-                continue
-            alphas = [each["alpha"] for each in mean]
-            for emotion in EMOTIONS:
-                thin = []
-                for name, alpha in zip(args.tgt, alphas):
-                    one = {"target": name, "concept": emotion, "variant": None, "alpha": alpha}
-                    thin.append(select(records, **one, **match)[0]["value"])
-                axis.plot(args.tokens, thin, color=colour, lw=0.6, alpha=0.4)
         title = "Token Acc" if metric == "token_acc" else "Logit Acc"
         axis.set(xscale="log", xlabel="training tokens", ylim=(0, 1.05), title=title)
     axes[0].set_ylabel("accuracy on negative scenarios")
     style = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes[1].legend(title="mean, 95 % interval;\nthin: each emotion", **style)
+    axes[1].legend(title="mean of six emotions,\n95 % interval", **style)
     title = f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training"
     figure.suptitle(title, fontsize=10)
     return figure
@@ -508,30 +460,38 @@ def main(argv=None):
     lab = Lab(args, data, sentences, models)
     for name in names:
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded
-    inputs = {
-        "models": {name: models.fingerprint(name) for name in names},
-        "data": [data, sentences],
-        "first prompts": [texts[0] for texts in pairs(args, data, "happiness")],
-        "first test prompt": prompts(args, data, data.emotions["happiness"].test[:1], shots=True),
-    }
-    run = Run(__file__, args, inputs, ignore=("tokens", "keep_downloads", "model", "revisions"))
+    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
+    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
+    ignore = ("tokens", "keep_downloads", "model", "revisions")
+    run = Run(__file__, args, models, [data, sentences], first_prompts + first_test, ignore)
 
-    source, results = None, {}
+    found = {}
     for name in names:
         # A step, so that an interrupted run still knows which downloads are its own.
         on_hub = not Path(name).is_dir()
         is_ours = on_hub and not run.step(f"in the hub's cache: {name}", is_downloaded, name)
-        if source is None:
-            source = run.tensors(f"source {name}", lab.collect)
+        if name == args.src:
+            lab.source = run.tensors(f"source {name}", lab.collect, name)
         if name in args.tgt:
-            results[name] = one_target(args, run, lab, name, source)
+            found[name] = one_target(run, lab, name)
         if is_ours and not args.keep_downloads:
             models.release()
             run.step(f"remove {name}", delete_revision, name)
-    records = [each for name in args.tgt for each in results[name][0]]
-    examples = [each for name in args.tgt for each in results[name][1]]
+    records = [each for name in args.tgt for each in found[name]]
     run.figure(draw_accuracy(args, records), "figure_3")
-    run.save(records, examples, accuracy_table(args, records))
+    run.save(records, examples(data, records), accuracy_table(args, records))
+
+
+def examples(data: Data, records: list[dict]) -> list[dict]:
+    """Whether the emotion was named (Token Acc), for every test scenario and transplant."""
+    rows = []
+    for each in select(records, part="test", metric="token_acc"):
+        if each["concept"] in EMOTIONS:
+            names = ("target", "concept", "method", "variant", "alpha")
+            about = {name: each[name] for name in names}
+            for text, hit in zip(data.emotions[each["concept"]].test, each["hits"]):
+                rows.append(about | {"scenario": text, "named": hit})
+    return rows
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from harness import (
     new_figure,
     option_parser,
     parse_options,
-    percentile,
     pivot,
     read_texts,
     record,
@@ -171,9 +170,9 @@ def load_data(args) -> Data:
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     """As released: the negatives of a vector are its validation and its test, too."""
     shots = []
-    for label, true_class, text in PAPER_SHOTS[: args.shots]:
+    for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]
-        shots.append((label, text if known else lists[true_class][0]))
+        shots.append((word, text if known else lists[true_class][0]))
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
@@ -195,17 +194,17 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
     examples = []
-    for label, text in data.shots if shots else []:
-        examples.append(shot.replace("{label}", words[label]).replace("{scenario}", text))
+    for emotion, text in data.shots if shots else []:
+        examples.append(shot.replace("{label}", words[emotion]).replace("{scenario}", text))
     return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
 
 
-def pairs(args, data: Data, emotion: str) -> tuple[list[str], list[str]]:
-    """Positive and negative prompts of an emotion's vector, equally many."""
+def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
+    """Positive and negative prompts of an emotion's vector; "fear 50" is of 50 pairs."""
+    emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
-    n = min(len(positive), len(negative))
-    both = [prompts(args, data, texts[:n], shots=False) for texts in (positive, negative)]
-    return both[0], both[1]
+    n = min(len(positive), len(negative), int(count or args.pairs))
+    return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
@@ -217,12 +216,13 @@ def check_prompts(args, data: Data, models: Models, name: str) -> None:
     models.require_labels(name, asked[0], args.labels)
 
 
-def named(model, args, data: Data, part: str, emotion: str, transplants) -> tuple:
-    """(said, preferred): the label that the model names after each scenario of a part, per
-    transplant."""
-    texts = getattr(data.emotions[emotion], part)
-    asked = prompts(args, data, texts, shots=True)
-    return score_labels(model, asked, args.labels, transplants)
+def named(model, args, data: Data, part: str, emotion: str, transplants) -> list[dict]:
+    """What a model names after the scenarios of a part, under each transplant: hits of both
+    metrics."""
+    asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
+    answers = score_labels(model, asked, args.labels, transplants)
+    said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]
+    return [{"token_acc": one, "logit_acc": other} for one, other in zip(said, preferred)]
 
 
 # ---------------------------------------------------------------- refine, map
@@ -290,21 +290,22 @@ class Lab:
                 random_directions(v_hat[strongest][e], args.random, seed)
             ):
                 moves[f"random {r}"] = Transplant.of(direction, block, alpha[strongest])
-            said = self.named(target, "test", emotion, list(moves.values()))
-            for name, answers in zip(moves, said):
-                hits.setdefault(name, []).extend((answers == e).tolist())
+            for name, found in zip(moves, self.named(target, "test", emotion, moves.values())):
+                hits.setdefault(name, []).extend(found)
         return {"hits": hits, "alpha": alpha, "quality": quality, "strongest": strongest}
 
     def choose_alpha(self, target: str, v_hat: torch.Tensor) -> float:
         """The strength with the most hits on the validation scenarios; the smaller of equals."""
-        hits = np.zeros(len(self.args.alpha))
+        hits = dict.fromkeys(self.args.alpha, 0)
         for e, emotion in enumerate(EMOTIONS):
-            moves = [Transplant.of(v_hat[e], self.block(target), each) for each in self.args.alpha]
-            hits += (self.named(target, "validation", emotion, moves) == e).sum(1).numpy()
-        return max(zip(hits, self.args.alpha), key=lambda pair: (pair[0], -abs(pair[1])))[1]
+            moves = [Transplant.of(v_hat[e], self.block(target), alpha) for alpha in hits]
+            for alpha, found in zip(hits, self.named(target, "validation", emotion, moves)):
+                hits[alpha] += sum(found)
+        return max(hits, key=lambda alpha: (hits[alpha], -abs(alpha)))
 
-    def named(self, name: str, part: str, emotion: str, moves: list[Transplant]) -> torch.Tensor:
-        return named(self.load(name), self.args, self.data, part, emotion, moves)[0]
+    def named(self, name: str, part: str, emotion: str, moves) -> list[list[bool]]:
+        found = named(self.load(name), self.args, self.data, part, emotion, list(moves))
+        return [hits["token_acc"] for hits in found]
 
     def tsne(self, name: str) -> list:
         """t-SNE of a model's states [120, 2]."""
@@ -319,43 +320,34 @@ class Lab:
 # ---------------------------------------------------------------- one target
 
 
-def one_target(args, run: Run, lab: Lab, target: str) -> tuple[list[dict], list[dict], dict]:
-    """(records, examples, p of every source) of one target."""
+def one_target(args, run: Run, lab: Lab, target: str) -> list[dict]:
+    """Records of one target."""
     result = run.step(f"target {target}", lab.measure, target)
     hits, alpha = result["hits"], result["alpha"]
     about = {"item": "Figure 4", "target": target, "block": lab.block(target), "concept": "mean"}
     tested = about | {"metric": "token_acc", "part": "test"}
     base = record(hits["base"], method="base", alpha=0, **tested)
-    records, p = [base], {}
+    records = [base]
     for source in args.models:
         method = "self-align" if source == target else "contrans"
         where = {"source": source, "source_block": lab.block(source), "method": method}
         ours = record(hits[source], **tested, **where, alpha=alpha[source])
-        records.append(ours)
-        p[source] = mcnemar(hits["base"], hits[source])
-        gain = ours["value"] - base["value"]
-        about |= {"part": "test", "n": ours["n"]}
-        records.append(record(value=gain, **about, **where, metric="absolute_improvement"))
+        gains = {"absolute_improvement": ours["value"] - base["value"]}
         if base["value"]:  # over a baseline of 0 there is no ratio
-            ratio = ours["value"] / base["value"]
-            records.append(record(value=ratio, **about, **where, metric="improvement_ratio"))
+            gains["improvement_ratio"] = ours["value"] / base["value"]
+        about |= {"n": ours["n"], "part": "test", "concept": "mean"}
+        records.append(ours)
+        for metric, value in gains.items():
+            records.append(record(metric=metric, value=value, **about, **where))
         quality = result["quality"][source]
-        fit = about | {"concept": "map", "part": "held-out", "n": quality["n"]}
+        about |= {"n": quality["n"], "part": "held-out", "concept": "map"}
         for metric in ("r2", "cosine"):
-            records.append(record(value=quality[metric], metric=metric, **fit, **where))
+            records.append(record(metric=metric, value=quality[metric], **about, **where))
     strong = {"method": "contrans", "alpha": alpha[result["strongest"]]}
-    directions = []
     for r in range(args.random):
         variant = f"random {r}"
-        directions.append(record(hits[variant], variant=variant, **strong, **tested))
-    records += [*directions, spread(directions, "random")]
-    examples = []
-    texts = [(emotion, text) for emotion in EMOTIONS for text in lab.data.emotions[emotion].test]
-    for source in ["base", *args.models]:
-        for (emotion, text), hit in zip(texts, hits[source]):
-            each = {"target": target, "source": source, "emotion": emotion}
-            examples.append(each | {"scenario": text, "named": hit})
-    return records, examples, p
+        records.append(record(hits[variant], variant=variant, **strong, **tested))
+    return records
 
 
 # ---------------------------------------------------------------- tables
@@ -368,33 +360,32 @@ def short(each: dict) -> str:
 def column(each: dict) -> str:
     if each["method"] == "base":
         return "no vector"
-    return f"v of {Path(each['source']).name}" if each["source"] else "random, mean [range]"
+    return f"v of {Path(each['source']).name}" if each["source"] else "random [range]"
 
 
-def tables(args, records: list[dict], p: dict) -> str:
-    tested = select(records, metric="token_acc")
-    shown = [each for each in tested if each["variant"] in (None, "random")]
-    notes = {}
+def tables(args, records: list[dict]) -> str:
+    shown, notes = [], {}
     for target in args.models:
-        mine = select(tested, target=target)
-        directions = [each["value"] for each in mine if (each["variant"] or "")[:7] == "random "]
-        significant = [Path(name).name for name in args.models if p[target][name] < 0.001]
-        above = []
-        for each in mine:
-            if each["source"] and percentile(each["value"], directions) == 100:
-                above.append(Path(each["source"]).name)
-        notes[Path(target).name] = (
-            f"p < 0.001: {', '.join(significant) or 'none'}; above all random directions: "
-            f"{', '.join(above) or 'none'}"
-        )
+        mine = select(records, target=target, metric="token_acc")
+        directions = [each for each in mine if each["variant"]]
+        shown += [each for each in mine if not each["variant"]] + [spread(directions, "random")]
+        [base] = select(mine, method="base")
+        highest = max(each["value"] for each in directions)
+        marks = []
+        for each in select(mine, variant=None):
+            p = mcnemar(base["hits"], each["hits"])
+            if p < 0.001 and each["value"] > max(highest, base["value"]):
+                marks.append(Path(each["source"]).name)
+        notes[Path(target).name] = f"holds for v of {', '.join(marks) or 'none'}"
     ratios = select(records, metric="improvement_ratio")
     return "\n\n".join(
         [
             "## Figure 4: v_emotion of every model in every model",
             "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
             f"(n = {shown[0]['n']}); rows are targets, columns sources; block {args.layer}, α "
-            f"chosen on validation for each pair. p against no vector (McNemar); the {args.random} random "
-            "directions are as strong as the strongest v_hat of the row.",
+            f"chosen on validation for each pair. The {args.random} random directions are as "
+            "strong as the strongest v_hat of the row. Last column: above all of them, and p < 0.001 "
+            "against no vector (McNemar)",
             pivot(shown, short, column, notes=notes),
             "Improvement ratio (none over a baseline of 0)",
             pivot(ratios, short, column) if ratios else "none",
@@ -466,27 +457,33 @@ def main(argv=None):
         check_prompts(args, data, models, name)
     path = args.data / "wikisplit" / "validation.tsv"
     lab.sentences = plain_sentences(path, models, args.models, args.sentences)
-    inputs = {
-        "models": {name: models.fingerprint(name) for name in args.models},
-        "data": [data, lab.sentences],
-        "first prompts": [texts[0] for texts in pairs(args, data, "happiness")],
-        "first test prompt": prompts(args, data, data.emotions["happiness"].test[:1], shots=True),
-    }
-    run = Run(__file__, args, inputs, ignore=("one_at_a_time",))
+    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
+    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
+    inputs = [data, lab.sentences]
+    run = Run(__file__, args, models, inputs, first_prompts + first_test, ("one_at_a_time",))
 
     for name in args.models:
         lab.states[name] = run.tensors(f"states {name}", lab.collect, name)
-    results = {}
+    found = {}
     for name in reversed(args.models):  # the last, and largest, is still in memory
-        results[name] = one_target(args, run, lab, name)
-    records = [each for name in args.models for each in results[name][0]]
-    examples = [each for name in args.models for each in results[name][1]]
-    p = {name: results[name][2] for name in args.models}
+        found[name] = one_target(args, run, lab, name)
+    records = [each for name in args.models for each in found[name]]
     three = dict.fromkeys([args.models[0], args.models[len(args.models) // 2], args.models[-1]])
     points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in three}
     run.figure(draw_heat(args, records), "figure_4")
     run.figure(draw_tsne(points), "figure_8")
-    run.save(records, examples, tables(args, records, p))
+    run.save(records, examples(data, records), tables(args, records))
+
+
+def examples(data: Data, records: list[dict]) -> list[dict]:
+    """Whether the emotion was named (Token Acc), for every test scenario, target and source."""
+    scenarios = [(emotion, text) for emotion in EMOTIONS for text in data.emotions[emotion].test]
+    rows = []
+    for each in select(records, metric="token_acc", variant=None):
+        about = {name: each[name] for name in ("target", "source", "alpha")}
+        for (emotion, text), hit in zip(scenarios, each["hits"]):
+            rows.append(about | {"concept": emotion, "scenario": text, "named": hit})
+    return rows
 
 
 if __name__ == "__main__":

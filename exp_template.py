@@ -15,10 +15,34 @@ something else than a label (see choice_logprobs, generate and perplexity in com
 import random
 from pathlib import Path
 
-from common import BASE, AffineMaps, Models, Transplant, concept_vector, control_directions
-from common import hidden_states, plain_sentences, score_labels
-from harness import TOY, Run, at_least, fail, map_options, model_options, new_figure, option_parser
-from harness import parse_options, pivot, read_pairs, record, run_script, save_concept, spread
+from common import (
+    BASE,
+    AffineMaps,
+    Models,
+    Transplant,
+    concept_vector,
+    control_directions,
+    hidden_states,
+    plain_sentences,
+    score_labels,
+)
+from harness import (
+    TOY,
+    Run,
+    at_least,
+    fail,
+    map_options,
+    model_options,
+    new_figure,
+    option_parser,
+    parse_options,
+    pivot,
+    read_pairs,
+    record,
+    run_script,
+    save_concept,
+    spread,
+)
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 2000, "limit": 200}
 ZOO = {"src": f"{TOY}/models/llama-s", "tgt": [f"{TOY}/models/llama-m"]}

@@ -311,7 +311,7 @@ def load_split(args, models: Models, template: Template, names: list[str]) -> Sp
 
 
 def load_lists(path: Path) -> list[str]:
-    """One prompt a line, duplicates dropped. Line breaks are written as \\n, in some files \\\\n."""
+    """One prompt a line, duplicates dropped. Its line breaks are \\n, in some files \\\\n."""
     if not path.exists():  # ToxiGen has no neutral_trans
         return []
     lines = read_text(path).splitlines()
@@ -425,44 +425,36 @@ class Classifier:
     """Which texts are toxic. The weights are loaded when it is first called."""
 
     def __init__(self, args, models: Models):
-        self.args, self.model = args, None
-        self.config = models.config(args.classifier)
-        self.tokenizer = models.tokenizer(args.classifier)
-        self.toxic = toxic_class(args, self.config)
+        self.args, self.config = args, models.config(args.classifier)
+        self.toxic = self.config.id2label[toxic_class(args, self.config)]
+        self.pipeline = None
 
     def load(self):
-        from transformers import AutoModelForSequenceClassification
+        """On the device of the models, in float32 if --dtype does not name another float."""
+        from transformers import pipeline
 
         args, name, revision = self.args, self.args.classifier, ""
         if not Path(name).is_dir():  # the path of a folder may contain an @
             name, _, revision = name.partition("@")
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = args.dtype if args.dtype in ("bfloat16", "float16") else "float32"
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name,
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return pipeline(
+            "text-classification",
+            model=name,
             revision=revision or None,
-            dtype=getattr(torch, dtype),
+            device=device if args.device == "auto" else args.device,
+            dtype=args.dtype if args.dtype in ("bfloat16", "float16") else "float32",
             trust_remote_code=args.trust_remote_code,
-            use_safetensors=None if args.allow_pickle else True,
+            model_kwargs={"use_safetensors": None if args.allow_pickle else True},
         )
-        return model.to(device).eval()
 
     def __call__(self, texts: list[str]) -> list[int]:
         """1 for each toxic text, else 0."""
-        self.model = self.model or self.load()
-        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        options["max_length"] = min(512, context_length(self.config) - 2)
-        toxic = []
-        for start in range(0, len(texts), 64):
-            batch = self.tokenizer(texts[start : start + 64], **options).to(self.model.device)
-            with torch.no_grad():
-                logits = self.model(batch.input_ids, batch.attention_mask).logits
-            if not logits.isfinite().all():
-                raise FloatingPointError(f"NaN or infinity in the logits of {self.args.classifier}")
-            toxic += (logits.argmax(-1) == self.toxic).int().tolist()
-        return toxic
+        self.pipeline = self.pipeline or self.load()
+        longest = min(512, context_length(self.config) - 2)
+        found = self.pipeline(texts, batch_size=64, truncation=True, max_length=longest)
+        if any(math.isnan(each["score"]) for each in found):
+            raise FloatingPointError(f"NaN in the scores of {self.args.classifier}")
+        return [int(each["label"] == self.toxic) for each in found]
 
 
 def toxic_class(args, config) -> int:
@@ -567,10 +559,6 @@ class Lab:
         sizes = (args.maps, args.random, args.seed)
         return control_directions(maps, v, others, source_block, block, *sizes)[variant]
 
-    def transplant(self, target, method, point, variant=None) -> Transplant:
-        direction = self.direction(target, method, point, variant)
-        return Transplant.of(direction, point["block"], point["alpha"])
-
     # ------------------------------------------------------------ transplant, score: the steps
 
     def write(self, model, transplant=BASE, part="test", instructed=False, eft=()) -> dict:
@@ -598,7 +586,8 @@ class Lab:
         return self.write(self.models.load(name), instructed=instructed)
 
     def steered(self, target, method, point, variant=None) -> dict:
-        transplant = self.transplant(target, method, point, variant)
+        direction = self.direction(target, method, point, variant)
+        transplant = Transplant.of(direction, point["block"], point["alpha"])
         return self.write(self.models.load(target), transplant)
 
     def proxy_tuned(self, target) -> dict:
@@ -614,7 +603,8 @@ class Lab:
         perplexity is."""
         points, transplants, ratios = [], [], []
         for own in pairs:  # one pair at a time, so that all blocks below are computed once
-            moves = [self.transplant(target, method, point, variant) for point in own]
+            direction = self.direction(target, method, own[0], variant)
+            moves = [Transplant.of(direction, point["block"], point["alpha"]) for point in own]
             values, _ = perplexity(self.models.load(target), self.data.texts, moves)
             points += own
             transplants += moves
@@ -778,7 +768,9 @@ class Findings:
         self.add(method, "copied", written["copied"], **fields)
         self.add(method, "repeated", values=written["repeated"], **fields)
         self.toxic.setdefault(method, written["toxic"])  # not of controls, which come later
-        self.notes[variant or METHODS[method]] = self.p_value(written["toxic"]) + note
+        if method != "base":
+            p_value = mcnemar(self.toxic["base"], written["toxic"])
+            self.notes[variant or METHODS[method]] = f"p = {p_value:.1g}{note}"
         if variant is not None:
             return
         by_group: dict = {}
@@ -790,10 +782,6 @@ class Findings:
             self.examples.append(about | example)
         for group, hits in by_group.items():
             self.add(method, "toxic_rate", hits, group=group, **fields)
-
-    def p_value(self, toxic: list[int]) -> str:
-        """McNemar's p against the base model, which is the first to be added."""
-        return f"p = {mcnemar(self.toxic['base'], toxic):.1g}"
 
     def add_means(self) -> None:
         """Means over the maps (ConTrans's own is map 0) and over the random directions."""
@@ -902,6 +890,9 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
         found.notes["Table 7"] = note
         for fields in rows:
             found.add("contrans" if fields["concept"] else "base", **fields)
+            if fields["concept"] and fields["metric"] == "mc1":
+                p_value = mcnemar(rows[0]["hits"], fields["hits"])
+                found.notes[concept_label(fields)] = f"p of MC1 = {p_value:.1g}"
     run.step(f"{name} export", lab.export, str(run.folder), target, point)
     if "eft" not in missing:  # last, since it needs three models at once
         found.add_row("eft", run.step(f"{name} eft", lab.proxy_tuned, target))

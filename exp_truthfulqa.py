@@ -14,9 +14,9 @@ the right answer then the most likely one?
 Table 1: ConTrans beside every baseline and control. 3: five source models. 4: v from base or
 instruct. 5: generations (--generate). 6: chat models as targets. 10: v from facts, not questions.
 
---protocol clean (default): v is refined from, and block and alpha are chosen on, a validation part of
-the questions; the rest is the test. --protocol paper: all questions are used for everything, as in
-the paper; add --layer 0.75 and one --alpha. The first prompts of a run are in its args.json.
+--protocol clean (default): v is refined from, and block and alpha are chosen on, a validation part
+of the questions; the rest is the test. --protocol paper: all questions are used for everything, as
+in the paper; add --layer 0.75 and one --alpha. The first prompts of a run are in its args.json.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ PAPER_NAMES = {
     "google/gemma-7b-it": "Gemma-7B-it",
 }
 
-# The rows of each table: method (and variant), who answers, where its v or its alignment comes from.
+# The rows of each table: method (and variant), who answers, where v or the alignment comes from.
 # Roles: the target and its chat model, the small source base and its chat model. In Tables 6 and 10
 # the small pair is a target, too; in Table 3 each source model in turn is the small chat model.
 ROWS = {
@@ -290,8 +290,8 @@ class Question(NamedTuple):
     answers: list[str]  # the choices of MC1, then those of MC2 that are not among them
     choices: int  # of MC1
     right: int  # of MC1
-    true: list[int]  # of MC2
-    false: list[int]  # of MC2
+    mc2: list[int]  # the choices of MC2
+    true: list[int]  # those of them that are true
     category: str
 
 
@@ -303,7 +303,7 @@ class Data(NamedTuple):
     sentences: list[str]  # plain text that the affine maps are fitted on
 
 
-def load_data(args, models: Models, rows: list[Row]) -> Data:
+def load_data(args, models, rows) -> Data:
     """All data. The questions are those that fit the contexts of all models."""
     questions = load_questions(args.data / "truthfulqa" / "mc_task.json")
     learn, test = split(args, fitting(args, models, rows, questions))
@@ -334,8 +334,8 @@ def load_questions(path: Path) -> list[Question]:
             questions.append(parse_question(item, categories))
         except (KeyError, TypeError, AttributeError, ValueError):
             fail(
-                f"{path}, question {number}: needs a question, mc1_targets with one right choice and a "
-                "wrong one, and mc2_targets with a true and a false one"
+                f"{path}, question {number}: needs a question, mc1_targets with one right choice "
+                "and a wrong one, and mc2_targets with a true and a false one"
             )
     return questions
 
@@ -346,10 +346,12 @@ def parse_question(item: dict, categories: dict[str, str]) -> Question:
     answers = list(dict.fromkeys([*mc1, *mc2]))
     [right] = [answers.index(answer) for answer, correct in mc1.items() if correct]
     true = [answers.index(answer) for answer, correct in mc2.items() if correct]
-    false = [answers.index(answer) for answer, correct in mc2.items() if not correct]
-    if not (len(mc1) > 1 and true and false and text and all(map(str.strip, answers))):
-        raise ValueError
-    return Question(text, answers, len(mc1), right, true, false, categories.get(text, ""))
+    both = [answers.index(answer) for answer in mc2]
+    if len(mc1) < 2 or not 0 < len(true) < len(both):
+        raise ValueError("a right or a wrong choice is missing")
+    if not all(map(str.strip, [text, *answers])):
+        raise ValueError("an empty text")
+    return Question(text, answers, len(mc1), right, both, true, categories.get(text, ""))
 
 
 def load_facts(path: Path) -> list[str]:
@@ -358,7 +360,7 @@ def load_facts(path: Path) -> list[str]:
     return list(filter(None, facts)) or fail(f"{path} has no true statement (label 1)")
 
 
-def split(args, questions: list[Question]) -> tuple[list[Question], list[Question]]:
+def split(args, questions: list[Question]):
     """(learn, test): the reported numbers are about the second."""
     shuffled = random.Random(args.seed).sample(questions, len(questions))
     count = math.ceil(args.validation * len(shuffled))
@@ -371,8 +373,8 @@ def split(args, questions: list[Question]) -> tuple[list[Question], list[Questio
     return learn[:limit], test[:limit]
 
 
-def fitting(args, models: Models, rows: list[Row], questions: list[Question]) -> list[Question]:
-    """The questions that fit the contexts of all models, so that all rows are about the same ones."""
+def fitting(args, models, rows, questions: list[Question]) -> list[Question]:
+    """The questions that fit the contexts of all models: all rows are about the same ones."""
     hosts = [row.host for row in rows]
     for row in rows:
         if row.method == "eft":
@@ -382,14 +384,12 @@ def fitting(args, models: Models, rows: list[Row], questions: list[Question]) ->
         kept = [each for each in questions if longest(args, models, name, each) <= limit]
         if len(kept) < len(questions):
             left_out = f"{len(questions) - len(kept)} of {len(questions)} questions"
-            print(
-                f"{left_out} do not fit the context of {name} ({limit} tokens): left out of every row"
-            )
+            print(f"{left_out} do not fit the context of {name} ({limit}): left out of all rows")
         questions = kept
     return questions
 
 
-def longest(args, models: Models, name: str, question: Question) -> int:
+def longest(args, models, name: str, question: Question) -> int:
     """Tokens of the longest prompt with answer.
 
     Ends the program if the tokenizer merges the end of a prompt with the answer."""
@@ -407,7 +407,7 @@ def longest(args, models: Models, name: str, question: Question) -> int:
 # ---------------------------------------------------------------- prompts
 
 
-def wrap(args, models: Models, name: str, text: str, refining: bool = False) -> str:
+def wrap(args, models, name: str, text: str, refining=False) -> str:
     """What a user says, in the prompt format of this model."""
     own = {chat: prompt for chat, _, prompt in args.sources if prompt and chat != args.src}
     prompt = own.get(name, args.prompt)
@@ -429,15 +429,15 @@ def spaced(text: str, after: str) -> str:
     return text if after[-1:].isspace() else f" {text}"
 
 
-def asked(args, models: Models, name: str, question: Question, honest=False) -> list[tuple]:
+def asked(args, models, name: str, question: Question, honest=False) -> list[tuple]:
     """(prompt, answer) of every answer; honest: told to be honest first (Inst-Align)."""
     text = f"{PRETEND.format('an honest')} {question.text}" if honest else question.text
     prompt = wrap(args, models, name, text)
     return [(prompt, spaced(answer, prompt)) for answer in question.answers]
 
 
-def refinement_pairs(args, models: Models, data: Data, concept: str, name: str) -> list[list[str]]:
-    """Positive and negative prompts of a concept. Of TruthfulQA they hold questions, never answers."""
+def refinement_pairs(args, models, data, concept: str, name: str):
+    """Positive and negative prompts of a concept. Of TruthfulQA they hold no answers."""
     if concept == "happiness":
         return [list(side) for side in zip(*data.scenarios)]
     texts = data.facts if concept == "honesty-fact" else [question.text for question in data.learn]
@@ -469,7 +469,7 @@ class Row(NamedTuple):
         steered = self.method in ("self-align", "contrans")
         return Vector(self.concept, self.source, self.start) if steered else None
 
-    def about(self, point: Point | None = None) -> dict:
+    def about(self, point=None) -> dict:
         """Its fields in a record."""
         fields = dict(zip(self._fields[:6], self))
         if self.method == "base":
@@ -485,7 +485,7 @@ class Row(NamedTuple):
         return f"{self.host} {how}"
 
 
-def casts(args, table: str) -> list[dict[str, str | None]]:
+def casts(args, table: str):
     """Which models take the roles of ROWS, for each part of a table."""
     if table == "3":
         target = {"target": args.target3}
@@ -505,7 +505,7 @@ class Part(NamedTuple):
     missing: dict[str, str]  # {name of a row: why it cannot be had}
 
 
-def plan(args, models: Models) -> list[Part]:
+def plan(args, models) -> list[Part]:
     """What is to be computed."""
     parts = []
     for table in ROWS if args.table == "all" else [args.table]:
@@ -521,7 +521,7 @@ def plan(args, models: Models) -> list[Part]:
     return parts
 
 
-def rows_of(table: str, roles: dict) -> list[tuple[Row, str | None]]:
+def rows_of(table: str, roles: dict):
     """The rows of one part of a table, each with the role of its source."""
     rows = []
     concept = "honesty-fact" if table == "10" else "honesty"
@@ -538,7 +538,7 @@ def rows_of(table: str, roles: dict) -> list[tuple[Row, str | None]]:
     return rows
 
 
-def why_missing(args, models: Models, row: Row, from_base: bool) -> str:
+def why_missing(args, models, row, from_base: bool) -> str:
     """Why a row cannot be had; empty if it can. from_base: its v comes from a base model."""
     if not row.host or (row.start and not row.source):
         return f"no --tgt-chat given for {Path(row.base).name}"
@@ -554,9 +554,11 @@ def why_missing(args, models: Models, row: Row, from_base: bool) -> str:
 # ---------------------------------------------------------------- refine, map
 
 
-def blocks(args, models: Models, name: str) -> list[int]:
+def blocks(args, models, name: str) -> list[int]:
     """The blocks of a model that --layer means; source models take its first number."""
-    sources = {args.src, args.src_base}.union(*[pair[:2] for pair in args.sources])
+    sources = {args.src, args.src_base}
+    for chat, base, _ in args.sources:
+        sources |= {chat, base}
     side = int(name not in sources - {*args.tgt, *args.tgt_chat})
     depths = DEPTHS if args.layer == "auto" else [args.layer]
     return [models.block(name, depth, side) for depth in depths]
@@ -570,7 +572,7 @@ def happiness(args) -> Vector:
 class Lab:
     """What every step needs. Its methods are the steps; vectors and maps are kept in memory."""
 
-    def __init__(self, args, data: Data, models: Models, rows: list[Row]):
+    def __init__(self, args, data, models, rows):
         self.args, self.data, self.models = args, data, models
         self.done: dict[str, Any] = {}
         self.pairs = partial(refinement_pairs, args, models, data)
@@ -585,24 +587,24 @@ class Lab:
             **map_options(args),
         )
 
-    def step(self, run: Run, name: str, function, *args):
+    def step(self, run, name: str, function, *args):
         """run.step, read from the disk once: a number may stand in several tables."""
         if name not in self.done:
             self.done[name] = run.step(name, function, *args)
         return self.done[name]
 
-    def block_pairs(self, row: Row) -> list[tuple[int, int]]:
+    def block_pairs(self, row) -> list[tuple[int, int]]:
         """(source block, block) for each depth that --layer means."""
         both = [blocks(self.args, self.models, name) for name in (row.source, row.host)]
         return list(zip(*both))
 
-    def v_hat(self, row: Row, point: Point):
+    def v_hat(self, row, point):
         """v_hat [d_target] (Eq. 2)."""
         return self.vectors.at(row.vector, row.base, point)
 
     # ------------------------------------------------------------ transplant, score: the steps
 
-    def validate(self, row: Row) -> list[dict]:
+    def validate(self, row) -> list[dict]:
         """Records: MC1 on the validation questions at each pair of blocks and each alpha, and its
         mean under three random directions of the same norm."""
         points, moves = [], []
@@ -620,15 +622,15 @@ class Lab:
             records += [ours, spread(others, "random")]
         return records
 
-    def answer(self, row: Row, point: Point | None) -> dict:
+    def answer(self, row, point) -> dict:
         """The answers to the test questions, with the vector of the row at this point (Eq. 3)."""
         moves = [BASE]
         if point:
             moves = [Transplant.of(self.v_hat(row, point), point.block, point.alpha)]
         return self.score(row, self.data.test, moves)[0]
 
-    def controls(self, row: Row, point: Point) -> list[dict]:
-        """Records of all controls: random directions at each alpha, the others at the chosen one."""
+    def controls(self, row, point) -> list[dict]:
+        """Records of controls: random directions at each alpha, the others at the chosen one."""
         args = self.args
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
         others = [happiness(args)]
@@ -641,8 +643,8 @@ class Lab:
         results = self.score(row, self.data.test, moves)
         return [each for pair in map(answer_records, results, abouts) for each in pair]
 
-    def score(self, row: Row, questions: list[Question], moves: list[Transplant]) -> list[dict]:
-        """Under each transplant, for each question: MC1, MC2 and the preferred choice (see mark)."""
+    def score(self, row, questions: list[Question], moves) -> list[dict]:
+        """Under each transplant: MC1, MC2 and preferred choice of each question, see mark."""
         small = (row.source, row.start) if row.method == "eft" else ()
         model = self.models.load(row.host, keep=small)
         eft = tuple(self.models.load(name, keep=(row.host, *small)) for name in small)
@@ -658,7 +660,7 @@ class Lab:
             results.append(dict(zip(("mc1", "mc2", "preferred"), zip(*marks))))
         return results
 
-    def measure(self, row: Row, point: Point) -> list[dict]:
+    def measure(self, row, point) -> list[dict]:
         """Records: quality of the maps, norms, and perplexity of plain sentences."""
         source_block, block, alpha = point
         about, records = row.about(point), []
@@ -672,27 +674,31 @@ class Lab:
             records.append(record(**about | what, metric="cosine", value=fit.cosine))
         norms = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
         norms["stream_source"], norms["stream_target"] = maps.stream_norms(source_block, block)
-        own = Vector(row.concept, dict(zip(self.args.tgt, self.args.tgt_chat))[row.host], row.base)
+        chats = dict(zip(self.args.tgt, self.args.tgt_chat))
+        own = Vector(row.concept, chats[row.host], row.base)
         if own in self.vectors.wanted:
             v = self.vectors.v(own, block)
-            norms["cosine_to_own"] = (v @ v_hat / v.norm() / v_hat.norm()).item()
+            cosine = v @ v_hat / v.norm() / v_hat.norm()
+            norms["cosine_to_own"] = cosine.item()
         records += [record(**about, metric=metric, value=value) for metric, value in norms.items()]
         directions = [v_hat, *random_directions(v_hat, 5, self.args.seed)]
         moves = [Transplant.of(direction, block, alpha) for direction in directions]
         model = self.models.load(row.host)
-        (base, ours, *others), n = perplexity(model, self.data.sentences[-50:], [BASE, *moves])
+        values, n = perplexity(model, self.data.sentences[-50:], [BASE, *moves])
+        base, ours, *others = values.tolist()
         what = {"part": "plain sentences", "metric": "perplexity", "n": n}
         without = row._replace(method="base", source=None).about()
-        records.append(record(**without | what, value=base.item()))
-        records.append(record(**about | what, value=ours.item()))
-        others = [record(**about | what, value=value.item()) for value in others]
+        records.append(record(**without | what, value=base))
+        records.append(record(**about | what, value=ours))
+        others = [record(**about | what, value=value) for value in others]
         return [*records, spread(others, "random")]
 
-    def write(self, row: Row, point: Point) -> list[dict]:
+    def write(self, row, point) -> list[dict]:
         """Greedy answers without and with v_hat (Table 5)."""
         questions = self.data.test[: self.args.generate]
-        pairs = [asked(self.args, self.models, row.host, each) for each in questions]
-        prompts = [choices[0][0] for choices in pairs]
+        prompts = []
+        for question in questions:
+            prompts.append(asked(self.args, self.models, row.host, question)[0][0])
         move = Transplant.of(self.v_hat(row, point), point.block, point.alpha)
         model = self.models.load(row.host)
         room = context_length(model.config) - max(self.models.lengths(row.host, prompts))
@@ -702,7 +708,7 @@ class Lab:
         heads = ("question", "right answer", "base answer", "ConTrans's answer")
         return [dict(zip(heads, line)) for line in lines]
 
-    def save(self, row: Row, point: Point, *folders: Path) -> bool:
+    def save(self, row, point, *folders: Path) -> bool:
         """v_hat in each folder; from the second on also in the formats of other programs."""
         v_hat = self.v_hat(row, point)
         fit = self.vectors.maps(row.start, row.base).fit(point.source_block, point.block)
@@ -730,24 +736,24 @@ class Lab:
 
 
 def mark(question: Question, logprobs: np.ndarray) -> tuple[int, float, int]:
-    """(MC1, MC2, preferred choice) from the log-likelihoods of the answers; a tie is wrong in MC1."""
+    """(MC1, MC2, preferred choice) from log-likelihoods of the answers; a tie is wrong in MC1."""
     choices = logprobs[: question.choices]
     best_wrong = np.delete(choices, question.right).max()
     mass = np.exp(logprobs - logprobs.max())
-    true, false = mass[question.true].sum(), mass[question.false].sum()
-    right = int(choices[question.right] > best_wrong)
-    return right, float(true / (true + false)), int(choices.argmax())
+    mc1 = choices[question.right] > best_wrong
+    mc2 = mass[question.true].sum() / mass[question.mc2].sum()
+    return int(mc1), float(mc2), int(choices.argmax())
 
 
 # ---------------------------------------------------------------- one target
 
 
-def validated(run: Run, lab: Lab, row: Row) -> list[dict]:
+def validated(run, lab, row) -> list[dict]:
     """The validation grid of a row."""
     return lab.step(run, f"{row.step}, validation", lab.validate, row)
 
 
-def answered(run: Run, lab: Lab, row: Row, point: Point | None = None) -> dict:
+def answered(run, lab, row, point=None) -> dict:
     """The answers of a row, with its vector at this point."""
     where = ", block {} to {}, alpha {:g}".format(*point) if point else ""
     return lab.step(run, row.step + where, lab.answer, row, point)
@@ -769,7 +775,7 @@ def best_point(grid: list[dict]) -> Point:
     return Point(best["source_block"], best["block"], best["alpha"])
 
 
-def score_rows(run: Run, lab: Lab, rows: list[Row]) -> tuple[list[dict], list[dict]]:
+def score_rows(run, lab, rows):
     """(records, examples) of the rows of one table."""
     records, examples = [], []
     for row in rows:
@@ -788,7 +794,7 @@ def score_rows(run: Run, lab: Lab, rows: list[Row]) -> tuple[list[dict], list[di
     return records, examples
 
 
-def one_target(args, run: Run, lab: Lab, part: Part) -> tuple[list[dict], list[dict], str]:
+def one_target(args, run, lab, part):
     """(records, examples, report) of Table 1 for one target."""
     base, row = part.rows[0], part.rows[-1]
     name = Path(row.host).name
@@ -839,7 +845,7 @@ def one_target(args, run: Run, lab: Lab, part: Part) -> tuple[list[dict], list[d
     return records + measured + groups, examples, "\n\n".join(report)
 
 
-def other_table(args, run: Run, lab: Lab, part: Part) -> tuple[list[dict], list[dict], str]:
+def other_table(args, run, lab, part):
     """As one_target, for the tables without controls."""
     records, examples = score_rows(run, lab, part.rows)
     title = f"## Table {part.table}: {TITLES[part.table]}"
@@ -849,13 +855,13 @@ def other_table(args, run: Run, lab: Lab, part: Part) -> tuple[list[dict], list[
 # ---------------------------------------------------------------- records
 
 
-def answer_records(result: dict, about: dict) -> list[dict]:
+def answer_records(result, about) -> list[dict]:
     about = about | {"part": "test"}
     mc1 = record(hits=result["mc1"], **about, metric="mc1")
     return [mc1, record(values=result["mc2"], **about, metric="mc2")]
 
 
-def category_records(test: list[Question], result: dict, about: dict) -> list[dict]:
+def category_records(test, result, about) -> list[dict]:
     """MC1 by category, if the data name categories."""
     records = []
     for category in sorted({question.category for question in test} - {""}):
@@ -883,7 +889,7 @@ def row_name(each: dict) -> str:
     return name
 
 
-def row_notes(records: list[dict]) -> dict[str, str]:
+def row_notes(records) -> dict[str, str]:
     """p against the first row about the same target, block and alpha."""
     notes, references = {}, {}
     for each in select(records, metric="mc1"):
@@ -896,12 +902,12 @@ def row_notes(records: list[dict]) -> dict[str, str]:
     return notes
 
 
-def print_table(records: list[dict], part: Part, notes: dict[str, str]) -> str:
+def print_table(records, part, notes) -> str:
     """MC1 and MC2 with intervals, the paper's numbers in brackets."""
     return pivot(records, row_name, lambda each: each["metric"].upper(), part.missing, notes)
 
 
-def summary(args, records: list[dict]) -> str:
+def summary(args, records) -> str:
     """MC1 of Table 1, a column for each target."""
     shown = []
     mine = select(records, item="Table 1", metric="mc1", part="test", group=None)
@@ -913,14 +919,14 @@ def summary(args, records: list[dict]) -> str:
     return f"{title}\n\n{pivot(shown, label, lambda each: Path(each['target']).name)}"
 
 
-def opening(args, data: Data, first: str) -> str:
+def opening(args, data, first: str) -> str:
     parts = f"Validation {len(data.learn)} questions, test {len(data.test)}"
     if args.protocol == "paper":
         parts = f"Test and validation are the same {len(data.test)} questions"
     return (
         f"{parts} (chance {100 * chance(data.test):.1f} %). Prompt {args.prompt}: {first!r}\n"
         "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, in Table 1 against "
-        "the base model, elsewhere against the same model without a vector. Block and α were chosen "
+        "the base model, elsewhere against the same model without a vector. Block and α are chosen "
         "on the validation questions. Controls have the norm of v_hat."
     )
 
@@ -928,7 +934,7 @@ def opening(args, data: Data, first: str) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def draw_curve(axis, records: list[dict], colour: str, label: str) -> None:
+def draw_curve(axis, records, colour: str, label: str) -> None:
     """Values against alpha, and their intervals or ranges as a band."""
     records = sorted(records, key=lambda each: each["alpha"])
     keys = ("alpha", "value", "low", "high")
@@ -937,7 +943,7 @@ def draw_curve(axis, records: list[dict], colour: str, label: str) -> None:
     axis.fill_between(alphas, low, high, color=colour, alpha=0.2, lw=0)
 
 
-def draw_strength(args, row: Row, records: list[dict], point: Point, test: list[Question]):
+def draw_strength(args, row, records, point, test):
     """MC1 against alpha, with the random directions, and the baselines as lines."""
     figure, axis = new_figure(figsize=(6.4, 3.6))
     curve = select(records, method="base") + select(records, method="contrans", variant=None)
@@ -956,7 +962,7 @@ def draw_strength(args, row: Row, records: list[dict], point: Point, test: list[
     return figure
 
 
-def draw_grid(args, row: Row, grid: list[dict], best: Point):
+def draw_grid(args, row, grid, best):
     """MC1 on the validation questions at every block and strength; the chosen point is bold."""
     ours, others = select(grid, variant=None), select(grid, variant="random")
     pairs = list(dict.fromkeys((each["source_block"], each["block"]) for each in ours))
@@ -993,10 +999,12 @@ def main(argv=None):
         args.prompt = "chat" if models.tokenizer(args.src).chat_template else "paper"
     parts = plan(args, models)
     rows = [row for part in parts for row in part.rows]
-    names = {name for row in rows for name in (row.host, row.base, row.source, row.start) if name}
-    first_blocks = {name for name in sorted(names) if 0 in blocks(args, models, name)}
-    if args.save_vector and first_blocks & set(args.tgt):
-        fail("--save-vector: llama.cpp has no control vector after block 0; give a later --layer")
+    names = set()
+    for row in rows:
+        names |= {row.source, row.host, row.base, row.start} - {None}
+    for name in sorted(names):
+        if 0 in blocks(args, models, name) and args.save_vector and name in args.tgt:
+            fail("--save-vector: llama.cpp knows no block 0; give a later --layer")
     data = load_data(args, models, rows)
     prompt, answer = asked(args, models, args.tgt[0], data.test[0])[0]
     first_prompts = [prompt + answer]

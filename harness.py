@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import errno
 import hashlib
@@ -346,10 +347,8 @@ def _write_file(path: Path, content) -> None:
             fail(f"no space left for {path}; free some and run the same command again")
         fail(f"cannot write {path}: {error.strerror or error}")
     finally:
-        try:
+        with contextlib.suppress(OSError):  # a read-only folder
             temporary.unlink(missing_ok=True)
-        except OSError:  # a read-only folder
-            pass
 
 
 def _digest(value) -> str:
@@ -498,8 +497,8 @@ class Run:
         result = run.step("llama-m eft", function, argument, …)     computed once; any JSON value
         run.figure(figure, "figure_2a"); run.save(records, examples, report)
 
-    The hash covers arguments, models, data and the source of the script, common.py and harness.py: the
-    same command continues where it stopped, and an edited script starts a run of its own."""
+    The hash covers arguments, models, data and the source of the script, common.py and harness.py:
+    the same command continues where it stopped, and an edited script starts a run of its own."""
 
     def __init__(self, script, args, models, data=None, first_prompts=(), ignore=()):
         # ignore: options that change no result of a step
@@ -727,8 +726,8 @@ def beside_controls(records: list[dict], alpha: float) -> list[dict]:
     controls = [each for each in records if each["variant"] and each["alpha"] == alpha]
     for kind in VARIANTS:
         same = [each for each in controls if each["variant"].startswith(kind)]
-        if kind == "map":
-            same += select(shown, method="contrans")
+        if kind == "map" and same:
+            same += select(shown, method="contrans", variant=None)
         if same:
             shown.append(spread(same, kind))
     return shown

@@ -32,50 +32,61 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def run(bench, monkeypatch):
-    """run(task) -> ({way: row}, lengths of its texts)."""
+    """run(task) -> tokens and logits of each way, lengths of the texts."""
     args, items, plain, ours = bench
     monkeypatch.setitem(harness.CACHE, "folder", None)  # run_task sets it, this puts it back
 
     def call(task: str):
-        texts = ["".join(item) for item in items[task]]
-        ids = plain.tokenizer(texts).input_ids
-        rows = {}
+        tokens, logits = {}, {}
         for row in benchmark.run_task(task, args, items[task], plain, ours):
             assert benchmark.agrees(row, args)
-            rows[row["way"]] = row
-        return rows, [len(each) for each in ids]
+            tokens[row["way"]] = row["tokens"]
+            logits[row["way"]] = row["logits"]
+        texts = ["".join(item) for item in items[task]]
+        ids = plain.tokenizer(texts).input_ids
+        return tokens, logits, [len(each) for each in ids]
 
     return call
 
 
 def test_tokens_of_hidden_states(run):
-    rows, lengths = run("states")
-    padded = len(lengths) * max(lengths)  # one batch
-    assert rows["released"]["tokens"] == sum(lengths)
-    assert rows["released"]["logits"] == sum(lengths)
-    assert rows["plain"]["tokens"] == padded
-    assert rows["plain"]["logits"] == len(lengths)
-    assert rows["stopped"]["tokens"] == padded * 7 / 8  # blocks 0 to 6 of 8
-    assert rows["stopped"]["logits"] == 0
-    assert 0 < rows["ours"]["tokens"] <= padded * 7 / 8
-    assert rows["ours"]["logits"] == 0
+    tokens, logits, lengths = run("states")
+    padded = 2 * max(lengths)  # one batch
+    assert 0 < tokens.pop("ours") <= padded * 7 / 8
+    assert tokens == {
+        "released": sum(lengths),
+        "plain": padded,
+        "stopped": padded * 7 / 8,  # blocks 0 to 6 of 8
+    }
+    assert logits == {
+        "released": sum(lengths),
+        "plain": 2,
+        "stopped": 0,
+        "ours": 0,
+    }
 
 
-def test_tokens_of_the_sweep_and_of_mc1(run):
-    rows, lengths = run("emotion")
-    assert rows["released"]["tokens"] == 8 * sum(lengths)
-    assert max(lengths) < rows["ours"]["tokens"] < rows["plain"]["tokens"] / 6
-    rows, lengths = run("mc1")
-    assert rows["released"]["tokens"] == sum(lengths)
-    assert rows["ours"]["tokens"] < rows["released"]["tokens"] / 2
+def test_tokens_of_the_sweep(run):
+    tokens, _, lengths = run("emotion")
+    assert tokens["released"] == 8 * sum(lengths)
+    assert tokens["ours"] > max(lengths)
+    assert tokens["ours"] < tokens["plain"] / 6
+
+
+def test_tokens_of_mc1(run):
+    tokens, _, lengths = run("mc1")
+    assert tokens["released"] == sum(lengths)
+    assert tokens["ours"] < tokens["released"] / 2
 
 
 def test_tokens_of_generation(run):
-    rows, lengths = run("generate")
+    tokens, logits, lengths = run("generate")
     new = benchmark.NEW_TOKENS
-    assert rows["released"]["tokens"] == sum(lengths) + 2 * (new - 1)  # the last token is not read
-    assert rows["plain"]["tokens"] == 2 * (max(lengths) + new - 1)
-    assert rows["ours"]["logits"] == rows["plain"]["logits"] == 2 * new
+    # The last token is not read.
+    assert tokens["released"] == sum(lengths) + 2 * (new - 1)
+    assert tokens["plain"] == 2 * (max(lengths) + new - 1)
+    assert logits["ours"] == 2 * new
+    assert logits["plain"] == 2 * new
 
 
 def test_a_share_has_the_lengths_of_all_items():
@@ -100,4 +111,5 @@ def test_difference_sees_nan():
     ours = {"x": torch.tensor([1.0, float("nan")])}
     numbers, _ = benchmark.difference(theirs, ours, [0, 1], True)
     row = {"numbers": numbers, "choices": 0.0}
-    assert not benchmark.agrees(row, benchmark.options(TINY))
+    args = benchmark.options(TINY)
+    assert not benchmark.agrees(row, args)

@@ -461,7 +461,7 @@ REFUSED = {
     "number of a block, not 2.0": lambda model: Transplant.of(A, 2.0, 6),  # alpha and layer swapped
     r"vector must be \[d\]": lambda model: Transplant.of(A[None], 2, 1.0),
     "width 7": lambda model: next_token_logits(model, TEXTS, [Transplant.of(A[:7], 1, 1.0)]),
-    "do not split": lambda model: choice_logprobs(model, [("Tom", " felt"), ("Tom hap", "py")]),
+    "do not split": lambda model: choice_logprobs(model, [("Tom", " felt"), ("Tom hap", "py, x")]),
     "not split": lambda model: choice_logprobs(model, [("Tom", "")]),
     "told apart": lambda model: score_labels(model, TEXTS, ["sad", "x", "xq"]),
     "nothing to predict": lambda model: perplexity(model, ["", ""]),
@@ -882,13 +882,7 @@ def test_choices_are_sums_of_log_probabilities(any_pair):
     model, reference = any_pair
     check_choices(model, reference, pairs_of(TEXTS), STEERED)
     pairs = pairs_of(TEXTS, [" happy", " happy happy", " happy sad", " sad happy"])
-    greedy = check_choices(
-        model,
-        reference,
-        pairs,
-        [pushing(reference, "Ġhappy", 200.0)],
-    )
-    assert greedy.view(-1, 4).tolist() == [[True, True, False, False]] * 4
+    check_choices(model, reference, pairs, [pushing(reference, "Ġhappy", 200.0)])
 
 
 @pytest.mark.parametrize(
@@ -1256,7 +1250,7 @@ def test_more_choices_than_fit_one_row_are_several(llama):
     pairs = pairs_of(TEXTS[:2], choices)
     with watched(model) as seen:
         check_choices(model, reference, pairs, STEERED[:1])
-    assert 2 < sum(rows for rows, _ in seen[0]) < 20 + len(pairs)
+    assert 2 < sum(rows for rows, _ in seen[0]) < 20
     assert max(tokens for _, tokens in seen[0]) <= BRANCH_TOKENS + 30
 
 

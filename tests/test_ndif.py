@@ -229,10 +229,14 @@ def test_every_family_of_models(family, own, families):
     steered = transplants(32, 1, 2)
     texts = ["Tom felt very happy.", "Lily lost her old cat.", "the dog"]
     choices = [(text, end) for text in texts for end in (" sad", " and sat down")]
-    same(*(hidden_states(model, texts, [1, 3], steered[2]) for model in models))
-    same(*(choice_logprobs(model, choices, steered) for model in models))
-    same(*(generate(model, texts, steered[1], 5) for model in models))
-    same(*(logit_lens(model, texts, 2, steered[:2]) for model in models))
+    results = []
+    for model in models:
+        states = hidden_states(model, texts, [1, 3], steered[2])
+        scores = choice_logprobs(model, choices, steered)
+        written = generate(model, texts, steered[1], 5)
+        lens = logit_lens(model, texts, 2, steered[:2])
+        results.append((states, scores, written, lens))
+    same(*results)
     assert models[0].sharing == models[1].sharing
 
 

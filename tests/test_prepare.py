@@ -41,7 +41,8 @@ def run(prepare, capsys):
 
     def call(*argv) -> str:
         capsys.readouterr()
-        prepare.main([str(each) for each in argv])
+        texts = [str(each) for each in argv]
+        prepare.main(texts)
         return capsys.readouterr().out
 
     return call
@@ -156,7 +157,8 @@ def test_from_a_bad_folder(prepare, folder, tmp_path, one_line):
 
 def test_a_folder_that_cannot_be_written(prepare, folder, tmp_path, one_line):
     (tmp_path / "file").touch()
-    argv = ["--from", str(folder), "--to", str(tmp_path / "file" / "to")]
+    to = tmp_path / "file" / "to"
+    argv = ["--from", str(folder), "--to", str(to)]
     one_line(lambda: prepare.main(argv), "--to")
 
 
