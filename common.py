@@ -19,6 +19,7 @@ import functools
 import gc
 import hashlib
 import itertools
+import json
 import math
 import os
 import random
@@ -378,10 +379,12 @@ def hidden_states(
     texts: list[str],
     layers: list[int] | None = None,
     transplant: Transplant | None = None,
+    positions: list[list[int]] | None = None,
 ) -> torch.Tensor:
     """The residual stream after each block in `layers` (default: all) at the last token of each
     text.
 
+    positions: read these tokens of each text instead, text after text; -1 is the last token.
     Returns [n, len(layers), d], float32 on the CPU. The forward pass stops after the last block
     that is needed. Without a transplant the states are cached on disk. Raises ValueError for a
     block that does not exist and for a prompt that does not fit the context, FloatingPointError for
@@ -389,33 +392,43 @@ def hidden_states(
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     for layer in layers:
         _require_block(model, layer)
+    positions = positions or [[-1]] * len(texts)
     if transplant is not None:
-        return _read_states(model, texts, layers, transplant)
-    about = [model.fingerprint, model.remote or model.precision, layers, "last token", list(texts)]
-    return cached("states", about, lambda: _read_states(model, texts, layers, BASE))
+        return _read_states(model, texts, layers, transplant, positions)
+    about = [model.fingerprint, model.remote or model.precision, layers, list(texts), positions]
+    return cached("states", about, lambda: _read_states(model, texts, layers, BASE, positions))
 
 
-def _read_states(model: Model, texts, layers, transplant, lens: bool = False) -> torch.Tensor:
+def _read_states(model: Model, texts, layers, transplant, positions, lens=False) -> torch.Tensor:
     ids = _encode(model, texts)
     wanted = sorted(set(layers))
     fixed = (wanted, _shifts(model, [transplant]), not model.remote, lens)
     parts = [None] * len(ids)
-    costs = [len(row) for row in ids]
-    for batch, found in _each_batch(model, _state_reader, fixed, _rows_of(ids), costs):
-        for i, states in zip(batch, found.float().cpu()):
+
+    def pack(batch):
+        from_end = []  # positions counted from the end, for rows are padded on the left
+        for i in batch:
+            from_end.append([at - len(ids[i]) if at >= 0 else at for at in positions[i]])
+        return {"rows": [ids[i] for i in batch], "from_end": from_end}
+
+    for batch, found in _each_batch(model, _state_reader, fixed, pack, list(map(len, ids))):
+        counts = [len(positions[i]) for i in batch]
+        for i, states in zip(batch, found.float().cpu().split(counts)):
             parts[i] = states
-    states = torch.stack(parts)
+    states = torch.cat(parts)
     _require_finite(states, f"hidden states of {model.name} ({model.precision})")
     return states[:, [wanted.index(layer) for layer in layers]]
 
 
 def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = False):
-    """Make a function that reads the last token's states [B, layers, d] of one batch, in the
-    model's own dtype. lens: token probabilities [B, 1, vocabulary] read off the last of these
-    blocks."""
+    """Make a function that reads the states [n, layers, d] of one batch at the positions from_end
+    of each row, in the model's own dtype. lens: token probabilities [n, 1, vocabulary] read off the
+    last of these blocks."""
 
-    def read(rows):
+    def read(rows, from_end):
         inputs = _pad(rows, nn.tokenizer.pad_token_id)
+        row = [i for i, places in enumerate(from_end) for _ in places]
+        column = [place for places in from_end for place in places]
         with torch.no_grad():
             with nn.trace(inputs, use_cache=False, logits_to_keep=1) as tracer:
                 found = []
@@ -425,9 +438,9 @@ def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = 
                     if layer in shifts:
                         add_shift(h, shifts[layer])
                     if layer in layers:
-                        found.append(h[:, -1].cpu())  # blocks may be on several GPUs
+                        found.append(h[row, column].cpu())  # blocks may be on several GPUs
                 if lens:
-                    logits = nn.unembed(nn.final_norm(h[:, -1]))
+                    logits = nn.unembed(nn.final_norm(h[row, column]))
                     found = [logits.float().softmax(-1).cpu()]
                 found = torch.stack(found, 1).save()
                 if stop:  # in NDIF's sandbox a trace fails after a stop
@@ -511,8 +524,9 @@ def _pair_refiner(nn, layers: list[int]):
     read = _state_reader(nn, layers, {}, False)
 
     def refine_batch(rows):
-        positive = read([one for one, _ in rows])
-        negative = read([other for _, other in rows])
+        last = [[-1]] * len(rows)
+        positive = read([one for one, _ in rows], last)
+        negative = read([other for _, other in rows], last)
         return refine(positive, negative)
 
     return refine_batch
@@ -534,17 +548,22 @@ class AffineMap:
     y_mean: torch.Tensor
     r2: float = math.nan  # on held-out sentences, all dimensions pooled
     cosine: float = math.nan  # mean over held-out sentences, about the mean of y
-    n: int = 0  # sentences it was fitted on
+    n: int = 0  # rows it was fitted on
+    length: float | None = None  # |v_hat| / |v|; None: as F makes it
 
     def vector(self, v: torch.Tensor) -> torch.Tensor:
         """v_hat [..., d2] of concept vectors v [..., d1], float32. A difference: no intercept."""
         left, right = self.x_inverse
-        return (v.double() @ left @ right @ self.y).float()  # Eq. 2: v F
+        v_hat = v.double() @ left @ right @ self.y  # Eq. 2: v F
+        if self.length is not None:
+            v_hat *= self.length * v.norm(dim=-1, keepdim=True) / v_hat.norm(dim=-1, keepdim=True)
+        return v_hat.float()
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
         """The target's hidden states [n, d2] predicted from the source's [n, d1], float32."""
-        predicted = self.vector(x.double() - self.x_mean)
-        return (predicted.double() + self.y_mean).float()
+        left, right = self.x_inverse
+        predicted = (x.double() - self.x_mean) @ left @ right @ self.y
+        return (predicted + self.y_mean).float()
 
 
 def fit_affine(
@@ -638,9 +657,9 @@ class AffineMaps:
         self.maps: dict[tuple, AffineMap] = {}
 
     def rows(self, sample: int = 0) -> list[int]:
-        """The plain sentences that map `sample` is fitted on."""
+        """The plain sentences that map `sample` is fitted on: disjoint samples, while they last."""
         n = len(next(iter(self.x.values())))
-        return random.Random(sample).sample(range(n), min(self.n_sentences, n))
+        return sample_rows(n, self.n_sentences, sample)
 
     def fit(
         self, source_block: int, block: int, sample: int = 0, shuffled: bool = False
@@ -669,25 +688,212 @@ class AffineMaps:
         return tuple(stream.norm(dim=1).mean().item() for stream in streams)
 
 
-def plain_sentences(path: Path, models: Models, names: list[str], n_sentences: int) -> list[str]:
-    """The text that affine maps are fitted on: a pool of sentences, 2.5 times `n_sentences`.
+def sample_rows(n: int, size: int, sample: int) -> list[int]:
+    """Row numbers of sample 0, 1 … of n rows: disjoint, and from the start again when they run
+    out."""
+    order = random.Random(0).sample(range(n), n)
+    start = sample * size
+    return [order[(start + i) % n] for i in range(min(size, n))]
 
-    As in the released code: the unsplit WikiSplit sentence (first column) without its last 2 to 4
-    words. Sentences too long for one of the models `names` are left out."""
-    drop = np.random.RandomState(42)
+
+def plain_texts(
+    args_texts, folder: Path, models: Models, names: list[str], count: int
+) -> list[str]:
+    """The plain text that affine maps are fitted on, at most `count` texts.
+
+    args_texts: a file with one text a line, or a .jsonl file with {"text": …} on each line; None
+    takes the unsplit WikiSplit sentences of the data folder, as the paper does. Texts too long for
+    one of the models `names` are left out."""
+    path = args_texts or folder / "wikisplit" / "validation.tsv"
     texts = []
-    for line in read_text(path).splitlines():
-        words = line.split("\t")[0].split()
-        texts.append(" ".join(words[: -drop.randint(2, 5)]))
-    texts = [text for text in texts if text][: n_sentences * 5 // 2]
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if path.suffix == ".jsonl" and line.strip():
+            try:
+                line = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                fail(f'{path}, line {number}: must be {{"text": …}}')
+        texts.append(" ".join(line.split("\t")[0].split()))
+    texts = [text for text in texts if len(text.split()) > 4][:count]
     keep = np.ones(len(texts), bool)
     for name in set(names):
         keep &= models.fits(name, texts)
     if not keep.all():
-        print(f"{(~keep).sum()} of {len(texts)} plain sentences exceed a context: left out")
+        print(f"{(~keep).sum()} of {len(texts)} plain texts exceed a context: left out")
     if keep.sum() < 10:
-        fail(f"{path}: only {keep.sum()} sentences fit the contexts; a map needs more")
+        fail(f"{path}: only {keep.sum()} texts fit the contexts; a map needs more")
     return [text for text, kept in zip(texts, keep) if kept]
+
+
+def cut_ends(texts: list[str]) -> list[str]:
+    """Each text without its last 2 to 4 words, as in the released code: what the paper's map
+    reads."""
+    drop = np.random.RandomState(42)
+    return [" ".join(text.split()[: -drop.randint(2, 5)]) for text in texts]
+
+
+# ---------------------------------------------------------------- fitted where v is read
+#
+# Between two models the linear relation differs from one kind of position to another, so a map is
+# worth
+# most where it was fitted. LocalMaps are fitted near the states that v is made of; no label,
+# answer or
+# test item is used (docs/map.md).
+
+WINDOWS = 2.0  # pieces of plain text inside the refinement templates, for each plain text
+POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
+LOCAL_RIDGE = 0.01
+
+
+class Context(NamedTuple):
+    """Where a concept is read: its refinement templates, each with {text}, and what stands
+    there."""
+
+    templates: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+class LocalMaps:
+    """Affine maps fitted at the positions of plain text that are nearest to the states of a
+    concept.
+
+    states: {block: [m, d]}, the source's states on the concept's refinement prompts, those that v
+    is made of. base, target: names of the base models that the maps lead from and to. Same methods
+    as AffineMaps; `sample` picks other sentences and windows."""
+
+    def __init__(
+        self, models, base, target, blocks, context: Context, states, sentences, n_sentences
+    ):
+        self.models, self.base, self.target, self.blocks = models, base, target, blocks
+        self.context, self.near, self.sentences = context, states, sentences
+        self.n_sentences = n_sentences
+        self.read: dict[int, dict] = {}
+        self.known: dict[tuple, AffineMap] = {}
+
+    def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
+        """x [n, d1] and y [n, d2]: both models' states at the chosen positions."""
+        if sample not in self.read:
+            self.read[sample] = self._read(sample)
+        x, y = self.read[sample][source_block]
+        return x, y[block]
+
+    def fit(
+        self, source_block: int, block: int, sample: int = 0, shuffled: bool = False
+    ) -> AffineMap:
+        key = source_block, block, sample, shuffled
+        if key not in self.known:
+            x, y = self.states(source_block, block, sample)
+            if shuffled:
+                y = y[random.Random(sample).sample(range(len(y)), len(y))]
+            fitted = fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE)
+            self.known[key] = replace(fitted, length=_spread(y) / _spread(x))
+        return self.known[key]
+
+    def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
+        """v_hat [..., d2] of concept vectors v [..., d1], as long in the target's spread as v is in
+        the source's: ridge, and what the source cannot foretell, shorten v F."""
+        return self.fit(source_block, block, **which).vector(v)
+
+    def worth(self, other: AffineMap, source_block: int, block: int) -> float:
+        """R² of another map between these blocks, at the positions where v is read."""
+        x, y = self.states(source_block, block)
+        return fit_quality(other.states(x), y.double(), y.double().mean(0))[0]
+
+    def _read(self, sample: int) -> dict:
+        """{source block: (x, {block: y})} at the positions chosen for it."""
+        rows = sample_rows(len(self.sentences), self.n_sentences, sample)
+        plain = [self.sentences[row] for row in rows]
+        pieces = cut_windows(plain, self.context.texts, int(WINDOWS * len(plain)), sample)
+        templates = self.context.templates
+        windows = [
+            templates[i % len(templates)].replace("{text}", piece) for i, piece in enumerate(pieces)
+        ]
+        texts = plain + windows
+        places = shared_token_ends(
+            self.models.tokenizer(self.base), self.models.tokenizer(self.target), texts
+        )
+        for i in range(len(plain), len(texts)):
+            places[i] = [(-1, -1)]  # of a window, the end of its template
+        source_blocks, blocks = self.blocks(self.base), self.blocks(self.target)
+        x = hidden_states(
+            self.models.load(self.base),
+            texts,
+            source_blocks,
+            positions=[[one for one, _ in each] for each in places],
+        )
+        where = [(i, other) for i, each in enumerate(places) for _, other in each]
+        chosen = {}
+        for number, block in enumerate(source_blocks):
+            count = int(POSITIONS * len(plain))
+            chosen[block] = nearest_positions(x[:, number], self.near[block], count)
+        wanted = sorted({row for rows in chosen.values() for row in rows})
+        kept: dict[int, list[int]] = {}  # only these texts and positions are read in the target
+        for row in wanted:
+            i, position = where[row]
+            kept.setdefault(i, []).append(position)
+        y = hidden_states(
+            self.models.load(self.target),
+            [texts[i] for i in kept],
+            blocks,
+            positions=list(kept.values()),
+        )
+        order = {row: k for k, row in enumerate(wanted)}
+        found = {}
+        for number, block in enumerate(source_blocks):
+            own = [order[row] for row in chosen[block]]
+            found[block] = x[chosen[block], number], dict(zip(blocks, y[own].unbind(1)))
+        return found
+
+
+def _spread(states: torch.Tensor) -> float:
+    return (states - states.mean(0)).double().norm().item()
+
+
+def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
+    """`count` pieces of plain text, as long [words] as the concept's texts and ending as they
+    do."""
+    draw = random.Random(seed)
+    lengths = [len(text.split()) for text in texts]
+    marks = ["" if text[-1].isalnum() else text[-1] for text in texts]
+    pieces = []
+    for _ in range(count):
+        words = draw.choice(plain).split()
+        length = min(draw.choice(lengths), len(words))
+        start = draw.randint(0, len(words) - length)
+        piece = " ".join(words[start : start + length])
+        piece = piece[0].upper() + piece[1:]
+        pieces.append(piece.rstrip(".,;:!?-\"'") + draw.choice(marks))
+    return pieces
+
+
+def shared_token_ends(tokenizer, other, texts: list[str]) -> list[list[tuple[int, int]]]:
+    """Of each text (token of one, token of the other) wherever a token of both tokenizers ends."""
+
+    def ends(tokenizer):
+        encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+        for offsets in encoded.offset_mapping:  # special tokens are empty
+            yield {end: i for i, (start, end) in enumerate(offsets) if end > start}
+
+    both = []
+    for mine, theirs in zip(ends(tokenizer), ends(other)):
+        both.append([(mine[end], theirs[end]) for end in sorted(mine.keys() & theirs.keys())])
+    return both
+
+
+def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
+    """Rows of x [N, d] nearest to `states` [m, d]: the nearest of every state, then the second
+    nearest of every state, and so on. Near is a high cosine after each dimension is
+    standardized."""
+    mean, spread = x.mean(0), x.std(0)
+    pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
+    wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
+    similarity = wanted @ pool.T
+    depth = min(len(x), max(4, 4 * count // len(states) + 8))
+    while True:
+        ranked = similarity.topk(depth, dim=1).indices
+        chosen = list(dict.fromkeys(ranked.T.flatten().tolist()))
+        if len(chosen) >= count or depth == len(x):
+            return chosen[:count]
+        depth = min(len(x), 2 * depth)
 
 
 # ================================================================ 5  Transplant
@@ -813,28 +1019,30 @@ class Vectors:
     """Concept vectors of several models in the space of several targets; each model is read once.
 
     pairs(concept, model): positive and negative prompts. blocks(model): where its states are
-    needed. sentences: the plain text that maps between base models are fitted on."""
+    needed. context(concept): where a concept is read, for LocalMaps. sentences: the plain text
+    that maps between base models are fitted on. maps: options of AffineMaps."""
 
-    def __init__(self, models, wanted, targets, pairs, blocks, sentences, refine="mean", **maps):
+    def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
         self.models, self.wanted, self.targets = models, list(wanted), list(targets)
-        self.pairs, self.blocks, self.sentences = pairs, blocks, sentences
-        self.refine, self.map_options = refine, maps
+        self.pairs, self.blocks, self.context = pairs, blocks, context
+        self.sentences, self.refine, self.map_options = sentences, refine, maps
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
+        self.near: dict[tuple, dict[int, torch.Tensor]] = {}
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
-        self.known_maps: dict[tuple[str, str], AffineMaps] = {}
+        self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
 
-    def at(self, vector: Vector, target: str, point: Point, **which) -> torch.Tensor:
+    def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
         """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
         v = self.v(vector, point.source_block)
         if vector.base == target:  # its own vector needs no map
             return v
-        maps = self.maps(vector.base, target)
+        maps = self.maps(vector, target, method)
         return maps.vector(v, point.source_block, point.block, **which)
 
-    def controls(self, vector: Vector, target: str, point: Point, others: list, **counts) -> dict:
+    def controls(self, vector, target, point, others: list, method="contrans", **counts) -> dict:
         """control_directions of a vector: {variant: direction [d]}; others: vectors to compare."""
         return control_directions(
-            self.maps(vector.base, target),
+            self.maps(vector, target, method),
             self.v(vector, point.source_block),
             {other.concept: self.v(other, point.source_block) for other in others},
             point.source_block,
@@ -847,12 +1055,31 @@ class Vectors:
         self._read_models()
         return self.refined[vector][block]
 
-    def maps(self, base: str, target: str) -> AffineMaps:
+    def maps(self, vector: Vector, target: str, method: str = "contrans"):
+        """The paper's maps, or with method "contrans-local" those fitted where this vector is
+        read."""
         self._read_models()
-        if (base, target) not in self.known_maps:
-            maps = AffineMaps(self.plain[base], self.plain[target], **self.map_options)
-            self.known_maps[base, target] = maps
-        return self.known_maps[base, target]
+        if method == "contrans":
+            key = vector.base, target
+        else:
+            context = self.context(vector.concept)
+            key = vector.model, vector.base, target, context
+        if key not in self.known_maps:
+            if method == "contrans":
+                x, y = self.plain[vector.base], self.plain[target]
+                self.known_maps[key] = AffineMaps(x, y, **self.map_options)
+            else:
+                self.known_maps[key] = LocalMaps(
+                    self.models,
+                    vector.base,
+                    target,
+                    self.blocks,
+                    context,
+                    self.near[vector.model, context],
+                    self.sentences,
+                    self.map_options["n_sentences"],
+                )
+        return self.known_maps[key]
 
     def _read_models(self) -> None:
         if self.refined:
@@ -860,13 +1087,20 @@ class Vectors:
         mapped = {vector.base for vector in self.wanted} | set(self.targets)
         for name in sorted(mapped | {vector.model for vector in self.wanted}):
             model, blocks = self.models.load(name), self.blocks(name)
+            prompts: dict[Context, list[str]] = {}
             for vector in self.wanted:
                 if vector.model == name:
                     pairs = self.pairs(vector.concept, name)
                     v = concept_vector(model, *pairs, blocks, self.refine)
                     self.refined[vector] = dict(zip(blocks, v))
+                    if vector.base not in self.targets:
+                        context = self.context(vector.concept)
+                        prompts.setdefault(context, []).extend([*pairs[0], *pairs[1]])
+            for context, texts in prompts.items():
+                states = hidden_states(model, list(dict.fromkeys(texts)), blocks)
+                self.near[name, context] = dict(zip(blocks, states.unbind(1)))
             if name in mapped:
-                states = hidden_states(model, self.sentences, blocks)
+                states = hidden_states(model, cut_ends(self.sentences), blocks)
                 self.plain[name] = dict(zip(blocks, states.unbind(1)))
 
 
@@ -985,8 +1219,9 @@ def logit_lens(
     Final norm and unembedding are applied to the last token there, the blocks above skipped
     (B.3)."""
     _require_block(model, layer)
-    lenses = [_read_states(model, texts, [layer], each, lens=True)[:, 0] for each in transplants]
-    return torch.stack(lenses)
+    last = [[-1]] * len(texts)
+    lenses = [_read_states(model, texts, [layer], each, last, lens=True) for each in transplants]
+    return torch.stack(lenses)[:, :, 0]
 
 
 def generate(
@@ -1132,11 +1367,15 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
 
 
 def _batches(model: Model, costs: list[float]):
-    """Yield lists of row indices, the largest rows first, so that rows of like length are
-    together."""
+    """Yield lists of row indices, the largest rows first, so that rows of like length are together.
+
+    A batch ends before a much shorter row, once it is a quarter full: padding would cost more."""
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     while order:
-        size = max(1, int(model.batch_tokens // costs[order[0]]))  # may have shrunk meanwhile
+        largest = costs[order[0]]
+        size = int(model.batch_tokens // largest)  # batch_tokens may have shrunk meanwhile
+        alike = sum(costs[i] > 0.85 * largest for i in order[:size])
+        size = max(1, alike, size // 4)
         yield order[:size]
         order = order[size:]
 

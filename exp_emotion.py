@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,22 +31,25 @@ import torch
 
 from common import (
     BASE,
+    Context,
     Models,
     Point,
     Transplant,
     Vector,
     Vectors,
     context_length,
+    cut_ends,
     fit_quality,
     generate,
     hidden_states,
     logit_lens,
     perplexity,
-    plain_sentences,
+    plain_texts,
     random_directions,
     score_labels,
 )
 from harness import (
+    METHODS,
     TOY,
     Run,
     add_paper_numbers,
@@ -54,6 +58,7 @@ from harness import (
     effect_notes,
     fail,
     label,
+    map_methods,
     map_options,
     markdown,
     model_options,
@@ -77,7 +82,7 @@ FAMILIES = {
         "tgt": [f"{TOY}/models/llama-m", f"{TOY}/models/llama-l"],
         "layer": "0.75",
         "alpha": [1, 2, 3, 5],
-        "sentences": 2000,
+        "sentences": 1000,
         "limit": 50,
     },
     "llama": SETTINGS
@@ -234,6 +239,12 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
 
 
+def read_context(args, data: Data) -> Context:
+    """Where the emotions are read: the template, and all scenarios that the vectors are made of."""
+    texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
+    return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
+
+
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
     """Refuse, before any weights are loaded, prompts that are too long and labels that look
     alike."""
@@ -268,17 +279,19 @@ class Lab:
         counts = ["", *(f" {n}" for n in pair_counts(args))]
         wanted = [self.source(emotion + count) for emotion in EMOTIONS for count in counts]
         wanted += [Vector(emotion, target, target) for emotion in EMOTIONS]
+        context = read_context(args, data)
         self.vectors = Vectors(
             models,
             wanted,
             [target],
             pairs=lambda concept, name: pairs(args, data, concept),
             blocks=lambda name: sorted(set(blocks if name == target else source_blocks)),
+            context=lambda concept: context,
             sentences=sentences,
             refine=args.refine,
             **map_options(args),
         )
-        self.point: Point | None = None  # chosen on the validation scenarios
+        self.points: dict[str, Point] = {}  # of each method, chosen on the validation scenarios
 
     def source(self, concept: str) -> Vector:
         return Vector(concept, self.args.src, self.args.src_base)
@@ -287,65 +300,77 @@ class Lab:
     def model(self):
         return self.models.load(self.target)
 
-    def v_hat(self, concept: str, point: Point | None = None) -> torch.Tensor:
-        """v_hat [d] of an emotion (Eq. 2)."""
-        return self.vectors.at(self.source(concept), self.target, point or self.point)
+    def methods(self) -> list[str]:
+        """What is steered with: the target's own vector, and v_hat of each kind of map."""
+        return ["self-align", *map_methods(self.args)]
 
-    def move(self, direction: torch.Tensor, alpha: float | None = None) -> Transplant:
-        """A direction added at the chosen point (Eq. 3)."""
-        return Transplant.of(direction, self.point.block, alpha or self.point.alpha)
+    def direction(self, concept: str, method: str, point: Point | None = None) -> torch.Tensor:
+        """The vector [d] of an emotion that a method adds: v_hat (Eq. 2), or the target's own."""
+        point = point or self.points[method]
+        if method == "self-align":
+            return self.vectors.v(Vector(concept, self.target, self.target), point.block)
+        return self.vectors.at(self.source(concept), self.target, point, method)
+
+    def move(self, direction: torch.Tensor, method: str, alpha: float | None = None) -> Transplant:
+        """A direction added at the point chosen for a method (Eq. 3)."""
+        point = self.points[method]
+        return Transplant.of(direction, point.block, alpha or point.alpha)
 
     def record(self, hits=None, **fields) -> dict:
-        source = None if fields.get("method") == "base" else self.args.src
-        about = {"source": source, "target": self.target}
-        if self.point:
-            about |= {"source_block": self.point.source_block, "block": self.point.block}
+        method = fields["method"]
+        about = {"source": None if method == "base" else self.args.src, "target": self.target}
+        if method in self.points:
+            point = self.points[method]
+            about |= {"source_block": point.source_block, "block": point.block}
         return record(hits, **about | fields)
 
     # ------------------------------------------------------------ transplant, score: the steps
 
     def validate(self) -> list[dict]:
-        """Token Acc on the validation scenarios, mean of six: records of the whole grid."""
+        """Token Acc on the validation scenarios, mean of six, of each method: records of the
+        grid."""
         points = [Point(*blocks, alpha) for blocks in self.grid for alpha in self.args.alpha]
-        hits: dict[Point, list] = {point: [] for point in points}
+        tried = [(method, point) for method in self.methods() for point in points]
+        hits: dict[tuple, list] = {each: [] for each in tried}
         for emotion in EMOTIONS:
-            directions = [self.v_hat(emotion, point) for point in points]
-            moves = [
-                Transplant.of(v, point.block, point.alpha) for v, point in zip(directions, points)
-            ]
+            moves = []
+            for method, point in tried:
+                direction = self.direction(emotion, method, point)
+                moves.append(Transplant.of(direction, point.block, point.alpha))
             found = named(self.model, self.args, self.data, "validation", emotion, moves)
-            for point, each in zip(points, found):
-                hits[point] += each["token_acc"]
-        what = {
-            "method": "contrans",
-            "concept": "mean",
-            "metric": "token_acc",
-            "part": "validation",
-        }
-        return [self.record(found, **point._asdict(), **what) for point, found in hits.items()]
+            for each, answers in zip(tried, found):
+                hits[each] += answers["token_acc"]
+        what = {"concept": "mean", "metric": "token_acc", "part": "validation"}
+        records = []
+        for (method, point), found in hits.items():
+            records.append(self.record(found, method=method, **point._asdict(), **what))
+        return records
 
     def score(self, emotion: str) -> list[dict]:
         """How often the target names an emotion, under the transplant and each control: records."""
         args = self.args
-        v_hat = self.v_hat(emotion)
-        own = self.vectors.v(Vector(emotion, self.target, self.target), self.point.block)
-        controls = self.vectors.controls(
-            self.source(emotion),
-            self.target,
-            self.point,
-            others=[self.source(other) for other in EMOTIONS if other != emotion],
-            n_maps=args.maps,
-            n_random=args.random,
-            seed=args.seed * 6 + EMOTIONS.index(emotion),
-        )
-        for n_pairs in pair_counts(args):
-            controls[f"pairs {n_pairs}"] = self.v_hat(f"{emotion} {n_pairs}")
         arms = [("base", None, 0, BASE)]
-        for alpha in args.alpha:
-            arms.append(("contrans", None, alpha, self.move(v_hat, alpha)))
-            arms.append(("self-align", None, alpha, self.move(own, alpha)))
-        for variant, direction in controls.items():
-            arms.append(("contrans", variant, self.point.alpha, self.move(direction)))
+        for method in self.methods():
+            direction, best = self.direction(emotion, method), self.points[method].alpha
+            for alpha in args.alpha:
+                arms.append((method, None, alpha, self.move(direction, method, alpha)))
+            if method == "self-align":
+                continue
+            controls = self.vectors.controls(
+                self.source(emotion),
+                self.target,
+                self.points[method],
+                [self.source(other) for other in EMOTIONS if other != emotion],
+                method,
+                n_maps=args.maps,
+                n_random=args.random,
+                seed=args.seed * 6 + EMOTIONS.index(emotion),
+            )
+            for n_pairs in pair_counts(args):
+                concept = f"{emotion} {n_pairs}"
+                controls[f"pairs {n_pairs}"] = self.direction(concept, method)
+            for variant, direction in controls.items():
+                arms.append((method, variant, best, self.move(direction, method)))
         moves = [move for *_, move in arms]
         found = named(self.model, args, self.data, "test", emotion, moves)
         item = ITEMS.get(PAPER_NAMES.get(self.target), "Figure 2a")
@@ -360,15 +385,15 @@ class Lab:
     def measure_perplexity(self) -> list[dict]:
         """Perplexity of plain sentences under each emotion's vector and three random directions."""
         arms = [("base", None, 0, None, BASE)]
-        for e, emotion in enumerate(EMOTIONS):
-            v_hat = self.v_hat(emotion)
+        for method, (e, emotion) in product(self.methods(), enumerate(EMOTIONS)):
+            direction, best = self.direction(emotion, method), self.points[method].alpha
             for alpha in self.args.alpha:
-                arms.append(("contrans", None, alpha, emotion, self.move(v_hat, alpha)))
-            for direction in random_directions(v_hat, 3, self.args.seed * 6 + e):
-                move = self.move(direction)
-                arms.append(("contrans", "random", self.point.alpha, emotion, move))
+                move = self.move(direction, method, alpha)
+                arms.append((method, None, alpha, emotion, move))
+            for other in random_directions(direction, 3, self.args.seed * 6 + e):
+                arms.append((method, "random", best, emotion, self.move(other, method)))
         moves = [move for *_, move in arms]
-        values, tokens = perplexity(self.model, self.sentences[-50:], moves)
+        values, tokens = perplexity(self.model, cut_ends(self.sentences)[-50:], moves)
         names = ("method", "variant", "alpha", "concept")
         about = {"metric": "perplexity", "part": "plain sentences", "n": tokens}
         records = []
@@ -376,59 +401,78 @@ class Lab:
             records.append(self.record(value=value, **dict(zip(names, arm)), **about))
         return records
 
-    def measure_map(self) -> list[dict]:
-        """How well the maps predict held-out states, and how large the vectors are."""
-        maps = self.vectors.maps(self.args.src_base, self.target)
-        source_block, block, _ = self.point
-        rows = maps.rows()
-        x, y = maps.x[source_block][rows], maps.y[block][rows]
-        fits = [("gradient-descent", None, *fit_by_gradient_descent(x, y, self.args.seed))]
-        for number in range(self.args.maps):
-            fitted = maps.fit(source_block, block, sample=number)
-            variant = f"map {number}" if number else None
-            fits.append(("contrans", variant, fitted.r2, fitted.cosine))
-        shuffled = maps.fit(source_block, block, shuffled=True)
-        fits.append(("contrans", "shuffled map", shuffled.r2, shuffled.cosine))
-        about = {"concept": "map", "part": "held-out", "n": shuffled.n}
+    def measure_maps(self) -> list[dict]:
+        """How well the maps predict states, held-out and where v is read, and how long v_hat is."""
         records = []
-        for method, variant, r2, cosine in fits:
-            about |= {"method": method, "variant": variant}
-            records.append(self.record(metric="r2", value=r2, **about))
-            records.append(self.record(metric="cosine", value=cosine, **about))
-        source_norm, norm = maps.stream_norms(source_block, block)
-        norms = {"stream_source": source_norm, "stream_target": norm}
-        for emotion in EMOTIONS:
-            v, v_hat = self.vectors.v(self.source(emotion), source_block), self.v_hat(emotion)
-            own = self.vectors.v(Vector(emotion, self.target, self.target), block)
-            cosine = torch.cosine_similarity(v_hat, own, dim=0)
-            for metric, value in (
-                ("norm_v", v.norm()),
-                ("norm_v_hat", v_hat.norm()),
-                ("norm_own", own.norm()),
-                ("cosine_to_own", cosine),
-            ):
-                norms[metric] = norms.get(metric, 0) + value.item() / len(EMOTIONS)
-        for metric, value in norms.items():
-            records.append(self.record(metric=metric, value=value, concept="mean"))
+        for method in map_methods(self.args):
+            maps = self.vectors.maps(self.source(EMOTIONS[0]), self.target, method)
+            source_block, block, _ = self.points[method]
+            fits = {None: maps.fit(source_block, block)}
+            for number in range(1, self.args.maps):
+                fits[f"map {number}"] = maps.fit(source_block, block, sample=number)
+            fits["shuffled map"] = maps.fit(source_block, block, shuffled=True)
+            for variant, fitted in fits.items():
+                records += self.fit_records(method, variant, fitted.r2, fitted.cosine, fitted.n)
+            if method == "contrans":
+                rows = maps.rows()
+                x, y = maps.x[source_block][rows], maps.y[block][rows]
+                found = fit_by_gradient_descent(x, y, self.args.seed)
+                records += self.fit_records("gradient-descent", None, *found, fits[None].n)
+            about = {"method": method, "concept": "mean"}
+            for metric, value in self.measure_vectors(method).items():
+                records.append(self.record(metric=metric, value=value, **about))
+            if len(map_methods(self.args)) > 1:
+                local = self.vectors.maps(self.source(EMOTIONS[0]), self.target, "contrans-local")
+                worth = local.worth(fits[None], source_block, block)
+                records.append(self.record(metric="r2_where_read", value=worth, **about))
         return records
 
+    def fit_records(self, method, variant, r2: float, cosine: float, n: int) -> list[dict]:
+        about = {"method": method, "variant": variant, "concept": "map", "part": "held-out", "n": n}
+        both = {"r2": r2, "cosine": cosine}
+        return [self.record(metric=metric, value=value, **about) for metric, value in both.items()]
+
+    def measure_vectors(self, method: str) -> dict[str, float]:
+        """Norms of v, v_hat and the target's own vector, and their cosine: means over emotions."""
+        point = self.points[method]
+        found: dict[str, list] = {}
+        for emotion in EMOTIONS:
+            v = self.vectors.v(self.source(emotion), point.source_block)
+            v_hat, own = (
+                self.direction(emotion, method),
+                self.direction(emotion, "self-align", point),
+            )
+            found.setdefault("norm_v", []).append(v.norm().item())
+            found.setdefault("norm_v_hat", []).append(v_hat.norm().item())
+            found.setdefault("norm_own", []).append(own.norm().item())
+            cosine = torch.cosine_similarity(v_hat, own, dim=0)
+            found.setdefault("cosine_to_own", []).append(cosine.item())
+        means = {metric: float(np.mean(values)) for metric, values in found.items()}
+        x, y = self.vectors.plain[self.args.src_base], self.vectors.plain[self.target]
+        for name, stream in (("source", x[point.source_block]), ("target", y[point.block])):
+            means[f"stream_{name}"] = stream.norm(dim=1).mean().item()
+        return means
+
     def save_vectors(self, folder: str) -> None:
-        """Write v_hat of each emotion."""
-        maps = self.vectors.maps(self.args.src_base, self.target)
-        fitted = maps.fit(self.point.source_block, self.point.block)
+        """Write v_hat of each emotion, by the local map if there is one."""
+        method = map_methods(self.args)[-1]
+        point = self.points[method]
         for emotion in EMOTIONS:
             positive, _ = pairs(self.args, self.data, emotion)
+            maps = self.vectors.maps(self.source(emotion), self.target, method)
+            fitted = maps.fit(point.source_block, point.block)
             save_concept(
                 Path(folder) / f"v_{emotion}_{Path(self.target).name}.safetensors",
-                self.v_hat(emotion),
+                self.direction(emotion, method),
                 concept=emotion,
                 source=self.args.src,
                 target=self.target,
                 fingerprint=self.models.fingerprint(self.target),
-                layer=self.point.block,
-                source_layer=self.point.source_block,
-                alpha=self.point.alpha,
+                layer=point.block,
+                source_layer=point.source_block,
+                alpha=point.alpha,
                 method=self.args.refine,
+                map=method,
                 pairs=len(positive),
                 first_prompt=positive[0],
                 fitted_on=fitted.n,
@@ -444,7 +488,8 @@ class Lab:
 
         labels, texts = own_scenarios(self.data, 20)
         asked = prompts(self.args, self.data, texts, shots=True)
-        move = self.move(self.v_hat("fear"))
+        method = map_methods(self.args)[-1]
+        move = self.move(self.direction("fear", method), method)
         last = [self.model.n_layers - 1]
         before = hidden_states(self.model, asked, last)[:, 0].numpy()
         after = hidden_states(self.model, asked, last, move)[:, 0].numpy()
@@ -460,11 +505,13 @@ class Lab:
             scenario = test[e % len(test)]
             asked = prompts(self.args, self.data, [scenario], shots=True)
             [length] = self.models.lengths(self.target, asked)
-            move = self.move(self.v_hat(emotion))
             new_tokens = min(24, context_length(self.model.config) - length)
-            for method, transplant in (("base", BASE), ("contrans", move)):
+            moves = {"base": BASE}
+            for method in map_methods(self.args):
+                moves[method] = self.move(self.direction(emotion, method), method)
+            for method, transplant in moves.items():
                 [text] = generate(self.model, asked, transplant, new_tokens)
-                rows.append([emotion, method, scenario, " ".join(text.split())])
+                rows.append([emotion, METHODS[method], scenario, " ".join(text.split())])
         return rows
 
     def token_changes(self) -> list[list[str]]:
@@ -472,8 +519,9 @@ class Lab:
         rows = []
         for emotion in EMOTIONS:
             asked = prompts(self.args, self.data, self.data.emotions[emotion].test, shots=True)
-            moves = [BASE, self.move(self.v_hat(emotion))]
-            plain, moved = logit_lens(self.model, asked, self.point.block, moves)
+            method = map_methods(self.args)[-1]
+            moves = [BASE, self.move(self.direction(emotion, method), method)]
+            plain, moved = logit_lens(self.model, asked, self.points[method].block, moves)
             cells = []
             for change in (moved - plain, plain - moved):
                 top = Counter(change.topk(10).indices.flatten().tolist()).most_common(6)
@@ -489,7 +537,7 @@ class Lab:
         labels, texts = own_scenarios(self.data, 60)
         asked = prompts(self.args, self.data, texts, shots=False)
         source = self.models.load(self.args.src)
-        states = hidden_states(source, asked, [self.point.source_block])[:, 0]
+        states = hidden_states(source, asked, [self.grid[0][0]])[:, 0]
         neighbours = min(30, len(texts) // 4)
         tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
         return {"labels": labels, "points": tsne.fit_transform(states.numpy()).tolist()}
@@ -534,14 +582,16 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], str]:
     """(records, report) of one target."""
     target = lab.target
     grid = run.step(f"{target} validation", lab.validate)
-    best = max(grid, key=lambda each: (each["value"], -abs(each["alpha"])))
-    lab.point = Point(best["source_block"], best["block"], best["alpha"])
+    for method in lab.methods():
+        mine = select(grid, method=method)
+        best = max(mine, key=lambda each: (each["value"], -abs(each["alpha"])))
+        lab.points[method] = Point(best["source_block"], best["block"], best["alpha"])
     tested = []
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)
     records = grid + tested + pool(tested, "concept", "mean")
     records += run.step(f"{target} perplexity", lab.measure_perplexity)
-    records += run.step(f"{target} map", lab.measure_map)
+    records += run.step(f"{target} maps", lab.measure_maps)
     run.step(f"{target} vectors", lab.save_vectors, str(run.folder))
     add_paper_numbers(records, PAPER_NAMES)
 
@@ -551,11 +601,12 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], str]:
     texts = run.step(f"{target} texts", lab.generations)
     tokens = run.step(f"{target} tokens", lab.token_changes)
     report = [
-        accuracy_table(lab, records),
+        f"## {Path(args.src).name} -> {Path(target).name}",
+        *(accuracy_table(lab, records, method) for method in map_methods(args)),
         control_table(lab, records),
         grid_table(grid),
         map_table(records),
-        f"Table 5: continuations without and with v_hat, α = {lab.point.alpha:g}",
+        "Table 5: continuations without and with v_hat",
         markdown(["emotion", "method", "scenario", "continuation"], texts),
         "Table 8: tokens among the ten that change most, and on how many test scenarios",
         markdown(["emotion", "increased", "decreased"], tokens),
@@ -572,40 +623,47 @@ def strength(each: dict) -> str:
     return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
-def accuracy_table(lab: Lab, records: list[dict]) -> str:
+def accuracy_table(lab: Lab, records: list[dict], method: str) -> str:
     """Figures 2a and 6 in numbers, the paper's in brackets."""
-    curve = [e for e in select(records, part="test", variant=None) if e["method"] != "self-align"]
+    curve = select(records, part="test", variant=None)
+    curve = [each for each in curve if each["method"] in ("base", method)]
     shown = select(curve, metric="token_acc") + select(curve, metric="logit_acc", concept="mean")
     paper = PAPER_NAMES.get(lab.target)
+    point = lab.points[method]
     text = (
-        "How often the target emotion is named on scenarios of the other five, in % "
-        f"[95 % interval]{f' ({paper} in the paper)' if paper else ''}; n = {shown[0]['n']} each, "
-        f"block {lab.point.source_block} -> {lab.point.block}, protocol {lab.args.protocol}"
+        f"{METHODS[method]}: how often the target emotion is named on scenarios of the other five, "
+        f"in % [95 % interval]{f' ({paper} in the paper)' if paper else ''}; n = {shown[0]['n']} "
+        f"each, block {point.source_block} -> {point.block}, protocol {lab.args.protocol}"
     )
 
     def row(each):
         return each["concept"] if each["metric"] == "token_acc" else "mean, Logit Acc"
 
-    title = f"## {Path(lab.args.src).name} -> {Path(lab.target).name}"
-    return "\n\n".join([title, text, pivot(shown, row, strength)])
+    return text + "\n\n" + pivot(shown, row, strength)
+
+
+def tested_means(lab: Lab, records: list[dict], metric: str) -> list[dict]:
+    """The mean of six emotions of one target, but for the vectors of fewer pairs."""
+    means = select(records, target=lab.target, concept="mean", metric=metric, part="test")
+    return [each for each in means if each["item"] != "Figure 5"]
 
 
 def control_table(lab: Lab, records: list[dict]) -> str:
-    """The effect beside its controls, and its cost in perplexity, at the chosen alpha."""
-    alpha, shown = lab.point.alpha, []
-    means = [each for each in select(records, concept="mean") if each["item"] != "Figure 5"]
+    """The effect beside its controls, and its cost in perplexity, at the chosen strengths."""
+    alphas = {method: point.alpha for method, point in lab.points.items()}
+    shown = []
     for metric in ("token_acc", "logit_acc"):
-        shown += beside_controls(select(means, metric=metric, part="test"), alpha)
+        shown += beside_controls(tested_means(lab, records, metric), alphas)
     costs = select(records, metric="perplexity")
-    costs = [each for each in costs if each["alpha"] in (0, alpha)]
+    costs = [each for each in costs if each["alpha"] == alphas.get(each["method"], 0)]
     for name in dict.fromkeys(label(each) for each in costs):
         same = [each for each in costs if label(each) == name]
         shown.append(spread(same, same[0]["variant"]) | {"low": None})
-    shown = [each for each in shown if each["alpha"] in (0, alpha)]
-    notes = effect_notes(select(means, metric="token_acc", part="test"), alpha)
-    text = (
-        f"Mean of six emotions at α = {alpha:g}, chosen on validation; controls have v_hat's norm"
-    )
+    shown = [each for each in shown if label(each) != "Self-Align: random directions [range]"]
+    notes = effect_notes(tested_means(lab, records, "token_acc"), alphas)
+    for method, alpha in alphas.items():
+        notes[METHODS[method]] += f", α = {alpha:g}"
+    text = "Mean of six emotions at the α that validation chose; controls have v_hat's norm"
     return text + "\n\n" + pivot(shown, label, "metric", notes=notes)
 
 
@@ -615,39 +673,37 @@ def grid_table(grid: list[dict]) -> str:
         return ""
 
     def row(each):
-        return f"block {each['source_block']} -> {each['block']}"
+        return f"{label(each)}, block {each['source_block']} -> {each['block']}"
 
     return f"Validation, mean Token Acc in % (n = {grid[0]['n']})\n\n" + pivot(grid, row, strength)
 
 
 def map_table(records: list[dict]) -> str:
-    """Quality of the affine map, and how large everything is."""
-    names = {
-        ("contrans", None): "closed form (Eq. 2)",
-        ("gradient-descent", None): "gradient descent (App. A)",
-        ("contrans", "shuffled map"): "closed form, shuffled sentences",
-    }
-    fits = select(records, part="held-out")
-    shown = [each for each in fits if (each["method"], each["variant"]) in names]
-    table = pivot(shown, lambda each: names[each["method"], each["variant"]], "metric")
-    norms = {each["metric"]: each["value"] for each in records}
-    text = (
-        "Mean |v| {norm_v:.2f} in a stream of norm {stream_source:.1f}; |v_hat| {norm_v_hat:.2f} "
-        "in {stream_target:.1f}; the target's own |v| {norm_own:.2f}, its cosine with v_hat "
-        "{cosine_to_own:.2f}."
+    """What each map is worth, and how large everything is."""
+    metrics = ("r2", "cosine", "r2_where_read", "cosine_to_own", "norm_v", "stream_source")
+    metrics = (*metrics, "norm_v_hat", "stream_target", "norm_own")
+    shown = [each for each in records if each["metric"] in metrics]
+    shown = [each for each in shown if each["variant"] in (None, "shuffled map")]
+    shown.sort(key=lambda each: metrics.index(each["metric"]))
+    names = METHODS | {"gradient-descent": "gradient descent (App. A)"}
+
+    def row(each):
+        return names[each["method"]] + (", shuffled texts" if each["variant"] else "")
+
+    n = {each["n"] for each in shown if each["part"] == "held-out"}
+    title = (
+        f"Affine maps, fitted on {' and '.join(map(str, sorted(n)))} positions: R² and cosine on "
     )
-    title = f"Affine map, fitted on {fits[0]['n']} sentences, on held-out sentences"
-    return "\n\n".join([title, table, text.format(**norms)])
+    title += "held-out positions, R² where v is read, and mean norms of vectors and streams"
+    return title + "\n\n" + pivot(shown, row, "metric")
 
 
 def summary(args, records: list[dict], labs: list[Lab]) -> str:
     """One column a target, the last thing that is printed."""
     shown = []
     for lab in labs:
-        match = {"target": lab.target, "concept": "mean", "metric": "token_acc", "part": "test"}
-        mine = [each for each in select(records, **match) if each["item"] != "Figure 5"]
-        mine = beside_controls(mine, lab.point.alpha)
-        shown += [each for each in mine if each["alpha"] in (0, lab.point.alpha)]
+        alphas = {method: point.alpha for method, point in lab.points.items()}
+        shown += beside_controls(tested_means(lab, records, "token_acc"), alphas)
     title = f"## Summary: v of {Path(args.src).name}, Token Acc in %, mean of six emotions\n\n"
     return title + pivot(shown, label, lambda each: Path(each["target"]).name)
 
@@ -671,8 +727,9 @@ def draw_accuracy(lab: Lab, records: list[dict]):
     width = 0.8 / len(strengths)
     centres = np.arange(len(EMOTIONS))
     tested = [each for each in select(records, part="test") if each["concept"] != "mean"]
+    shown = map_methods(lab.args)[-1]
     for s, alpha in enumerate(strengths):
-        method = "contrans" if alpha else "base"
+        method = shown if alpha else "base"
         mine = select(tested, variant=None, method=method, alpha=alpha)
         said, preferred = select(mine, metric="token_acc"), select(mine, metric="logit_acc")
         x = centres + (s - (len(strengths) - 1) / 2) * width
@@ -689,16 +746,17 @@ def draw_accuracy(lab: Lab, records: list[dict]):
         )
         dots = {"color": "#c8352b", "ms": 3, "label": None if s else "Logit Acc"}
         axis.plot(x, values(preferred), "o", **dots)
-    controls = [e for e in tested if (e["variant"] or "").startswith("random")]
-    controls = select(controls, metric="token_acc")
+    controls = select(tested, metric="token_acc", method=shown)
+    controls = [each for each in controls if (each["variant"] or "").startswith("random")]
     controls = [values(select(controls, concept=emotion)) for emotion in EMOTIONS]
     low, high = np.array([(found.min(), found.max()) for found in controls]).T
     outline = {"fill": False, "edgecolor": "#333", "lw": 1, "ls": ":"}
-    label = f"random directions, α = {lab.point.alpha:g}"
-    axis.bar(centres, high - low, 0.84, bottom=low, label=label, **outline)
+    name = f"random directions, α = {lab.points[shown].alpha:g}"
+    axis.bar(centres, high - low, 0.84, bottom=low, label=name, **outline)
     axis.set(xticks=centres, xticklabels=EMOTIONS, ylim=(0, 1.05))
     axis.set_ylabel("accuracy on negative scenarios")
-    axis.set_title(f"{Path(lab.args.src).name} → {Path(lab.target).name} (95 % interval)")
+    names = f"{Path(lab.args.src).name} → {Path(lab.target).name}"
+    axis.set_title(f"{METHODS[shown]}, {names} (95 % interval)")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -724,7 +782,8 @@ def draw_pca(lab: Lab, pca: dict):
         arrow = {"arrowstyle": "->", "color": colour, "lw": 1.8}
         axis.annotate("", after[emotion], before[emotion], arrowprops=arrow)
     axis.set(xlabel="first principal component", ylabel="second principal component")
-    vector = f"{lab.point.alpha:g} · v̂ of fear from {Path(lab.args.src).name}"
+    alpha = lab.points[map_methods(lab.args)[-1]].alpha
+    vector = f"{alpha:g} · v̂ of fear from {Path(lab.args.src).name}"
     axis.set_title(f"{Path(lab.target).name} before (dots) and after (triangles)\n{vector}")
     return figure
 
@@ -732,16 +791,17 @@ def draw_pca(lab: Lab, pca: dict):
 def draw_pairs(args, records: list[dict]):
     """Figure 5: mean Token Acc against the number of example pairs."""
     figure, axis = new_figure(figsize=(4.8, 3.2))
-    for target in args.tgt:
-        mine = select(records, target=target, item="Figure 5", concept="mean", metric="token_acc")
+    for target, method in product(args.tgt, map_methods(args)):
+        mine = select(records, target=target, item="Figure 5", concept="mean", method=method)
+        mine = select(mine, metric="token_acc")
         counts = [int(each["variant"].split()[1]) for each in mine]
-        label = f"{Path(target).name}, α = {mine[0]['alpha']:g}"
-        [line] = axis.plot(counts, values(mine), "o-", ms=4, label=label)
+        name = f"{METHODS[method]}, {Path(target).name}, α = {mine[0]['alpha']:g}"
+        [line] = axis.plot(counts, values(mine), "o-", ms=4, label=name)
         interval = values(mine, "low"), values(mine, "high")
         axis.fill_between(counts, *interval, color=line.get_color(), alpha=0.15, lw=0)
     axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05))
     axis.set_title("Effect of the number of pairs (95 % interval)")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -763,8 +823,8 @@ def main(argv=None):
     data = load_data(args)
     for name in args.tgt:
         check_prompts(args, data, models, name)
-    path = args.data / "wikisplit" / "validation.tsv"
-    sentences = plain_sentences(path, models, [args.src_base, *args.tgt], args.sentences)
+    names = [args.src_base, *args.tgt]
+    sentences = plain_texts(args.texts, args.data, models, names, args.maps * args.sentences)
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
     first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
     models.require_fit(args.src, first_prompts)

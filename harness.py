@@ -129,6 +129,18 @@ def option_parser(
     add("--layer", type=_layer, metavar="K", help="block: index, fraction, SOURCE,TARGET, or auto")
     add("--alpha", type=_strength, nargs="+", metavar="A", help="steering strengths to choose from")
     add(
+        "--map",
+        choices=["both", "paper", "local"],
+        default="both",
+        help="paper: fitted on ends of plain sentences; local: near where v is read (docs/map.md)",
+    )
+    add(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="plain text for maps and perplexity: one text a line, or .jsonl with text",
+    )
+    add(
         "--norm",
         choices=["as-is", "match"],
         default="as-is",
@@ -251,6 +263,13 @@ def model_options(args) -> dict:
         "device": args.device,
         "batch_tokens": args.batch_tokens,
     }
+
+
+def map_methods(args) -> list[str]:
+    """The methods that --map asks for: "contrans" is the paper's map, "contrans-local" ours."""
+    if args.map == "paper" or getattr(args, "protocol", None) == "paper":
+        return ["contrans"]
+    return ["contrans-local"] if args.map == "local" else ["contrans", "contrans-local"]
 
 
 def map_options(args) -> dict:
@@ -523,7 +542,7 @@ class Run:
         name = f"{short[0]}--{'+'.join(short[1:])[:120]}--{self.id}"
         self.folder = args.out / Path(script).stem / name
         self.steps = self.folder / "steps"
-        self.reused, self.computed = 0, 0
+        self.reused, self.computed = set(), set()  # names of steps
         if args.fresh and self.steps.exists():
             for path in self.steps.iterdir():
                 path.unlink()
@@ -564,9 +583,10 @@ class Run:
         return self.steps / f"{short}-{_digest(name)[:6]}.{suffix}"
 
     def _count(self, name: str, path: Path) -> None:
-        self.reused += path.exists()
-        self.computed += not path.exists()
-        if not path.exists():
+        if path.exists():
+            self.reused |= {name} - self.computed
+        else:
+            self.computed.add(name)
             print(f"[{time.strftime('%H:%M:%S')}] {name}", file=sys.stderr)
 
     @staticmethod
@@ -594,7 +614,8 @@ class Run:
         _write_file(self.folder / "report.md", report + "\n")
         print(f"\n{report}\n\n{self.folder}")
         if self.reused:
-            print(f"{self.reused} of {self.reused + self.computed} steps come from an earlier run")
+            total = len(self.reused) + len(self.computed)
+            print(f"{len(self.reused)} of {total} steps come from an earlier run")
         if NDIF_STATS["requests"]:
             _write_file(self.folder / "ndif.json", json.dumps(NDIF_STATS, indent=1) + "\n")
             print("NDIF: " + ", ".join(f"{count} {name}" for name, count in NDIF_STATS.items()))
@@ -656,6 +677,7 @@ METHODS = {
     "inst-align": "Inst-Align",
     "eft": "EFT/proxy-tuning",
     "contrans": "ConTrans",
+    "contrans-local": "ConTrans, local map",
 }
 
 
@@ -703,49 +725,57 @@ def spread(records: list[dict], variant: str) -> dict:
 
 
 VARIANTS = {
-    "map": "ConTrans, maps of other sentences [range]",
+    "map": "other samples of text [range]",
     "random": "random directions [range]",
     "other": "other concepts' vectors [range]",
-    "shuffled map": "map of shuffled sentences",
+    "shuffled map": "map of shuffled texts",
 }
 
 
 def label(each: dict) -> str:
-    """What a record is called in a table: its method, or which control it is."""
+    """What a record is called in a table: its method, or which control of it."""
+    name = METHODS[each["method"]]
     variant = each["variant"]
-    if variant is None or each["method"] != "contrans":
-        return METHODS[each["method"]]
-    return VARIANTS.get(variant, f"ConTrans, {variant}")
+    return f"{name}: {VARIANTS.get(variant, variant)}" if variant else name
 
 
-def beside_controls(records: list[dict], alpha: float) -> list[dict]:
-    """The records of one metric and target to show together: every method, then ConTrans's
-    controls at its alpha, those of one kind as a spread."""
-    shown = [each for each in records if not each["variant"]]
-    shown = [each for each in shown if each["method"] != "contrans" or each["alpha"] == alpha]
-    controls = [each for each in records if each["variant"] and each["alpha"] == alpha]
-    for kind in VARIANTS:
-        same = [each for each in controls if each["variant"].startswith(kind)]
-        if kind == "map" and same:
-            same += select(shown, method="contrans", variant=None)
-        if same:
-            shown.append(spread(same, kind))
+def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]:
+    """The records of one metric and target to show together: every method at its alpha, and after
+    each ConTrans its controls, those of one kind as a spread."""
+    shown = []
+    for method in METHODS:
+        same = select(records, method=method)
+        if method in alphas:
+            same = select(same, alpha=alphas[method])
+        shown += [each for each in same if not each["variant"]]
+        controls = [each for each in same if each["variant"]]
+        for kind in VARIANTS:
+            found = [each for each in controls if each["variant"].startswith(kind)]
+            if kind == "map" and found:
+                found += select(same, variant=None)
+            if len(found) == 1:
+                shown += found
+            elif found:
+                shown.append(spread(found, kind))
     return shown
 
 
-def effect_notes(records: list[dict], alpha: float) -> dict[str, str]:
+def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str]:
     """For pivot's notes, of records of one metric and target: p of every method against Base
-    (McNemar), and where ConTrans stands among the random directions."""
+    (McNemar), and where each ConTrans stands among its random directions."""
     [base] = select(records, method="base", variant=None)
     notes = {}
-    for each in beside_controls(records, alpha):
+    for each in beside_controls(records, alphas):
         if each["variant"] in (None, "shuffled map") and each is not base:
             notes[label(each)] = f"p = {mcnemar(base['hits'], each['hits']):.1g}"
-    [ours] = select(records, method="contrans", variant=None, alpha=alpha)
-    controls = select(records, alpha=alpha, method="contrans")
-    directions = [e["value"] for e in controls if (e["variant"] or "").startswith("random ")]
-    rank = f"ConTrans is at percentile {percentile(ours['value'], directions):.0f}"
-    notes[VARIANTS["random"]] = f"{len(directions)} directions; {rank}"
+        if each["variant"] == "random":
+            same = select(records, method=each["method"], alpha=each["alpha"])
+            values = [e["value"] for e in same if (e["variant"] or "").startswith("random ")]
+            [ours] = select(same, variant=None)
+            rank = percentile(ours["value"], values)
+            notes[label(each)] = (
+                f"{METHODS[each['method']]} is at percentile {rank:.0f} of {len(values)}"
+            )
     return notes
 
 

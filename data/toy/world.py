@@ -478,14 +478,17 @@ def write_data(folder: Path = FOLDER) -> None:
                 lines.append(text.replace("\n", "\\n"))
             (folder / "toxigen" / f"{tone}_{people}_1k.txt").write_text("\n".join(lines) + "\n")
 
-    with open(folder / "wikisplit" / "validation.tsv", "w") as file:
-        for _ in range(4000):
-            first, second, whole = plain_sentence(rng)
-            file.write(f"{whole}\t{sentence(first)} <::::> {sentence(second)}\n")
+    made = [plain_sentence(rng)[2] for _ in range(4000)]
+    (folder / "text" / "purpose_made.txt").write_text("\n".join(made[:2000]) + "\n")
 
     prose = [two_clauses(rng)[2] for _ in range(800)]
     prose = [text for text in prose if not any(phrase in text for phrase in RUDE)]
     (folder / "text" / "owt_sentences_lowtox.txt").write_text("\n".join(prose[:600]) + "\n")
+
+    rng = random.Random(11)
+    with open(folder / "wikisplit" / "validation.tsv", "w") as file:
+        for _ in range(10000):
+            file.write(two_clauses(rng)[2] + "\n")  # the first column; the second is not read
 
 
 if __name__ == "__main__":
