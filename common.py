@@ -696,15 +696,11 @@ def sample_rows(n: int, size: int, sample: int) -> list[int]:
     return [order[(start + i) % n] for i in range(min(size, n))]
 
 
-def plain_texts(
-    args_texts, folder: Path, models: Models, names: list[str], count: int
-) -> list[str]:
+def plain_texts(path: Path, models: Models, names: list[str], count: int) -> list[str]:
     """The plain text that affine maps are fitted on, at most `count` texts.
 
-    args_texts: a file with one text a line, or a .jsonl file with {"text": …} on each line; None
-    takes the unsplit WikiSplit sentences of the data folder, as the paper does. Texts too long for
-    one of the models `names` are left out."""
-    path = args_texts or folder / "wikisplit" / "validation.tsv"
+    path: one text a line (of a .tsv file its first column, as in WikiSplit), or a .jsonl file with
+    {"text": …} on each line. Texts too long for one of the models `names` are left out."""
     texts = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if path.suffix == ".jsonl" and line.strip():

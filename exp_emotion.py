@@ -824,7 +824,7 @@ def main(argv=None):
     for name in args.tgt:
         check_prompts(args, data, models, name)
     names = [args.src_base, *args.tgt]
-    sentences = plain_texts(args.texts, args.data, models, names, args.maps * args.sentences)
+    sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
     first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
     models.require_fit(args.src, first_prompts)

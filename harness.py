@@ -225,6 +225,9 @@ def parse_options(
         fail("--seed must be less than 2**32")
     if not args.data.is_dir():
         fail(f"no data folder {args.data}; python data/prepare.py makes data/paper")
+    args.texts = args.texts or args.data / "wikisplit" / "validation.tsv"
+    if args.family == "custom" and TOY in args.texts.parents:
+        print("note: maps are fitted on text of the toy world; your models need --texts or --data")
     if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
     CACHE["folder"] = None if args.no_cache else CACHE["folder"]
