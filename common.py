@@ -1342,7 +1342,7 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
     work = None
     batches = _batches(model, costs)
     per_job = batches_per_job if model.remote else 1
-    with tqdm(total=len(costs), desc=model.name, delay=10, leave=False) as bar:
+    with tqdm(total=len(costs), desc=model.name, delay=10, leave=False, disable=None) as bar:
         while job := list(itertools.islice(batches, per_job)):
             waiting = [job]
             while waiting:

@@ -2,14 +2,14 @@
 
     python exp_template.py                                    toy zoo, under 20 seconds
     python exp_template.py --pairs my.jsonl --labels polite rude --template "{text} This was" \\
-        --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B
+        --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --texts my_plain_text.txt
 
 Refine a vector from pairs of texts, map it into larger models, add it there. How often do they then
 prefer the positive label on negative texts that made no vector?
 
-The ten lines to change: --pairs (a file with {"positive": text, "negative": text} on each line),
---template, which ends where the label begins, and --labels; or `hits`, if your concept shows in
-something else than a label (see choice_logprobs, generate and perplexity in common.py).
+What to change: --pairs (a file with {"positive": text, "negative": text} on each line), --template,
+which ends where the label begins, and --labels; or `hits`, if your concept shows in something else
+than a label (see choice_logprobs, generate and perplexity in common.py).
 """
 
 import random
@@ -17,20 +17,24 @@ from pathlib import Path
 
 from common import (
     BASE,
-    AffineMaps,
+    Context,
     Models,
+    Point,
     Transplant,
-    concept_vector,
-    control_directions,
-    hidden_states,
-    plain_sentences,
+    Vector,
+    Vectors,
+    plain_texts,
     score_labels,
 )
 from harness import (
+    METHODS,
     TOY,
     Run,
     at_least,
+    beside_controls,
     fail,
+    label,
+    map_methods,
     map_options,
     model_options,
     new_figure,
@@ -41,10 +45,10 @@ from harness import (
     record,
     run_script,
     save_concept,
-    spread,
+    select,
 )
 
-SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 2000, "limit": 200}
+SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
 ZOO = {"src": f"{TOY}/models/llama-s", "tgt": [f"{TOY}/models/llama-m"]}
 FAMILIES = {"toy": SETTINGS | ZOO, "custom": SETTINGS}
 
@@ -55,13 +59,13 @@ def options(argv=None):
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
     add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")
     add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
-    add("--maps", type=at_least(1), default=5, help="affine maps on different samples of the text")
+    add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--save-vector", type=Path, metavar="FOLDER")
     args = parse_options(parser, FAMILIES, argv)
     return args if "{text}" in args.template else fail("--template needs {text} in it")
 
 
-def prompts(args, texts: list[str]) -> list[str]:
+def prompts(args, texts) -> list[str]:
     return [args.template.replace("{text}", text) for text in texts]
 
 
@@ -73,61 +77,53 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
 
 def steer(args, models: Models, pairs: list, test: list[str], sentences: list[str], target: str):
     """The effect of v_hat, of its controls and of the target's own vector, as records."""
-    source_block, block = models.block(args.src, args.layer), models.block(target, args.layer, 1)
-    positive, negative = [prompts(args, side) for side in zip(*pairs)]
-    source, base = models.load(args.src), models.load(args.src_base, keep=[args.src])
-    x = hidden_states(base, sentences, [source_block])[:, 0]
-    v = concept_vector(source, positive, negative, [source_block], args.refine)[0]  # Eq. 1
-    model = models.load(target)
-    y = hidden_states(model, sentences, [block])[:, 0]
-    maps = AffineMaps({source_block: x}, {block: y}, **map_options(args))
-    v_hat = maps.vector(v, source_block, block)  # Eq. 2
-    counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
-    directions = {None: v_hat} | control_directions(maps, v, {}, source_block, block, **counts)
-    own = concept_vector(model, positive, negative, [block], args.refine)[0]
+    concept, positive, negative = args.labels[0], *zip(*pairs)
+    v, own = Vector(concept, args.src, args.src_base), Vector(concept, target, target)
+    point = Point(models.block(args.src, args.layer), models.block(target, args.layer, 1), 1.0)
+    vectors = Vectors(
+        models,
+        wanted=[v, own],
+        targets=[target],
+        pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
+        blocks=lambda name: sorted(set(point[:2])) if v.base == target else [point[name == target]],
+        context=lambda *_: Context((args.template,), positive + negative),
+        sentences=sentences,
+        refine=args.refine,
+        **map_options(args),
+    )
+    directions = {("self-align", None): vectors.v(own, point.block)}
+    for method in map_methods(args):
+        directions[method, None] = vectors.at(v, target, point, method)
+        counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
+        for variant, control in vectors.controls(v, target, point, [], method, **counts).items():
+            directions[method, variant] = control
     arms = [("base", None, 0, BASE)]
-    for alpha in args.alpha:
-        for variant, direction in directions.items():
-            arms.append(
-                ("contrans", variant, alpha, Transplant.of(direction, block, alpha))
-            )  # Eq. 3
-        arms.append(("self-align", None, alpha, Transplant.of(own, block, alpha)))
+    for (method, variant), direction in directions.items():
+        for alpha in args.alpha:
+            arms.append((method, variant, alpha, Transplant.of(direction, point.block, alpha)))
+    about = {"source": args.src, "target": target, "concept": concept, "metric": "logit_acc"}
+    about |= {"part": "test", "source_block": point.source_block, "block": point.block}
     records = []
-    for arm, found in zip(arms, hits(args, model, test, [move for *_, move in arms])):
-        what = dict(zip(("method", "variant", "alpha"), arm)) | {"concept": args.labels[0]}
-        where = {"source": args.src, "target": target, "source_block": source_block, "block": block}
-        records.append(record(found, metric="logit_acc", part="test", **what, **where))
+    for arm, found in zip(arms, hits(args, models.load(target), test, [arm[3] for arm in arms])):
+        records.append(record(found, **dict(zip(("method", "variant", "alpha"), arm)), **about))
     if args.save_vector:
-        path = args.save_vector / f"v_{args.labels[0]}_{Path(target).name}.safetensors"
-        about = {"concept": args.labels[0], "source": args.src, "target": target, "layer": block}
-        about |= {"method": args.refine, "pairs": len(pairs), "first_prompt": positive[0]}
-        save_concept(path, v_hat, fingerprint=model.fingerprint, **about)
+        method = map_methods(args)[-1]
+        about = {"concept": concept, "source": args.src, "target": target, "layer": point.block}
+        about |= {"method": args.refine, "map": method, "first_prompt": prompts(args, positive)[0]}
+        path = args.save_vector / f"v_{concept}_{Path(target).name}.safetensors"
+        fingerprint = models.fingerprint(target)
+        v_hat = directions[method, None]
+        save_concept(path, v_hat, fingerprint=fingerprint, pairs=len(pairs), **about)
     return records
 
 
-def summarize(args, records: list[dict]) -> list[dict]:
-    """Base, ConTrans and Self-Align, and controls as mean and range, at each alpha."""
-    shown = [each for each in records if not each["variant"]]
-    for alpha in args.alpha:
-        for kind in ("random", "map", "shuffled map"):
-            same = [each for each in records if each["alpha"] == alpha and each["variant"]]
-            shown.append(
-                spread([e for e in same if e["variant"].startswith(kind)], f"{kind}, range")
-            )
-    return shown
-
-
-def label(each: dict) -> str:
-    return each["variant"] or each["method"]
-
-
 def draw(args, records: list[dict]):
-    figure, axis = new_figure(figsize=(5, 3.2))
+    figure, axis = new_figure(figsize=(6, 3.2))
     for name in dict.fromkeys(label(each) for each in records if each["alpha"]):
-        curve = [each for each in records if label(each) in ("base", name)]
+        curve = [each for each in records if label(each) in (METHODS["base"], name)]
         axis.plot([e["alpha"] for e in curve], [e["value"] for e in curve], "o-", label=name)
     axis.set(xlabel="steering strength α", ylabel=f"prefers “{args.labels[0]}”", ylim=(-0.02, 1.02))
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -141,16 +137,16 @@ def main(argv=None):
     for name in [args.src, *args.tgt]:
         models.require_fit(name, prompts(args, [text for pair in pairs for text in pair]), 8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
-    names = [args.src, args.src_base, *args.tgt]
-    path = args.data / "wikisplit" / "validation.tsv"
-    sentences = plain_sentences(path, models, names[1:], args.sentences)
-    inputs = {"models": [models.fingerprint(name) for name in names], "data": [pairs, sentences]}
-    run = Run(__file__, args, inputs | {"first prompt": prompts(args, test)[0]})
+    count = args.maps * args.sentences
+    sentences = plain_texts(args.texts, models, [args.src_base, *args.tgt], count)
+    run = Run(__file__, args, models, [pairs, sentences], prompts(args, test)[:1])
     records, report = [], []
     for target in args.tgt:
         inputs = args, models, pairs[:half], test, sentences, target
         found = run.step(f"steer {target}", steer, *inputs)
-        shown = summarize(args, found)
+        shown = select(found, method="base")
+        for alpha in args.alpha:
+            shown += beside_controls(select(found, alpha=alpha), {})
         run.figure(draw(args, shown), f"strength_{Path(target).name}")
         title = f"{Path(target).name}: prefers “{args.labels[0]}”, in %, by α (n = {len(test)})"
         records, report = records + found, [*report, title, pivot(shown, label, "alpha")]
