@@ -1132,11 +1132,15 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
 
 
 def _batches(model: Model, costs: list[float]):
-    """Yield lists of row indices, the largest rows first, so that rows of like length are
-    together."""
+    """Yield lists of row indices, the largest rows first, so that rows of like length are together.
+
+    A batch ends before a much shorter row, once it is a quarter full: padding would cost more."""
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     while order:
-        size = max(1, int(model.batch_tokens // costs[order[0]]))  # may have shrunk meanwhile
+        largest = costs[order[0]]
+        size = int(model.batch_tokens // largest)  # batch_tokens may have shrunk meanwhile
+        alike = sum(costs[i] > 0.85 * largest for i in order[:size])
+        size = max(1, alike, size // 4)
         yield order[:size]
         order = order[size:]
 

@@ -761,6 +761,8 @@ def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
     data = load_data(args)
+    if not models.same_shape(args.src, args.src_base):
+        fail(f"{args.src} and {args.src_base} differ in width or depth")
     for name in args.tgt:
         check_prompts(args, data, models, name)
     path = args.data / "wikisplit" / "validation.tsv"

@@ -58,6 +58,8 @@ def options(argv=None):
     add("--maps", type=at_least(1), default=5, help="affine maps on different samples of the text")
     add("--save-vector", type=Path, metavar="FOLDER")
     args = parse_options(parser, FAMILIES, argv)
+    if args.layer == "auto":
+        fail("--layer auto has no use here: give a block, or a fraction of the depth")
     return args if "{text}" in args.template else fail("--template needs {text} in it")
 
 
@@ -138,9 +140,12 @@ def main(argv=None):
     pairs = random.Random(args.seed).sample(pairs, len(pairs))
     half = len(pairs) // 2
     test = [negative for _, negative in pairs[half:]][: args.limit if args.limit > 0 else None]
-    for name in [args.src, *args.tgt]:
+    for side, name in enumerate([args.src, *args.tgt]):
+        models.block(name, args.layer, side)  # an impossible --layer ends here
         models.require_fit(name, prompts(args, [text for pair in pairs for text in pair]), 8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
+    if not models.same_shape(args.src, args.src_base):
+        fail(f"{args.src} and {args.src_base} differ in width or depth")
     names = [args.src, args.src_base, *args.tgt]
     path = args.data / "wikisplit" / "validation.tsv"
     sentences = plain_sentences(path, models, names[1:], args.sentences)

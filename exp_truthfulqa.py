@@ -272,7 +272,8 @@ def options(argv=None):
         fail("--save-vector and --generate belong to --table 1")
     if args.tgt != FAMILIES[args.family].get("tgt"):
         args.target3 = args.tgt[0]
-    args.sources = getattr(args, "sources", None) or [(args.src, args.src_base, None)]
+    if not getattr(args, "sources", None):
+        args.sources = [(args.src, args.src_base, None)]
     return args
 
 
@@ -308,10 +309,9 @@ def load_data(args, models, rows) -> Data:
     questions = load_questions(args.data / "truthfulqa" / "mc_task.json")
     learn, test = split(args, fitting(args, models, rows, questions))
     facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")
-    emotions = [
-        read_texts(args.data / "emotions" / f"{each}.json") for each in ("happiness", "sadness")
-    ]
-    scenarios = [[f"Scenario: {text}" for text in pair] for pair in list(zip(*emotions))[:100]]
+    happy = read_texts(args.data / "emotions" / "happiness.json")
+    sad = read_texts(args.data / "emotions" / "sadness.json")
+    scenarios = [[f"Scenario: {a}", f"Scenario: {b}"] for a, b in zip(happy[:100], sad)]
     pool = args.data / "wikisplit" / "validation.tsv"
     bases = [name for row in rows if row.vector for name in (row.base, row.start)]
     sentences = plain_sentences(pool, models, bases, args.sentences)
@@ -357,7 +357,8 @@ def parse_question(item: dict, categories: dict[str, str]) -> Question:
 def load_facts(path: Path) -> list[str]:
     rows = read_table(path, "statement", "label")
     facts = [row["statement"].strip() for row in rows if row["label"].strip() == "1"]
-    return list(filter(None, facts)) or fail(f"{path} has no true statement (label 1)")
+    facts = list(filter(None, facts))
+    return facts or fail(f"{path} has no true statement (label 1)")
 
 
 def split(args, questions: list[Question]):
@@ -408,7 +409,9 @@ def longest(args, models, name: str, question: Question) -> int:
 
 
 def wrap(args, models, name: str, text: str, refining=False) -> str:
-    """What a user says, in the prompt format of this model."""
+    """What a user says, in the prompt format of this model.
+
+    A source model of Table 3 keeps its own, whatever --prompt says."""
     own = {chat: prompt for chat, _, prompt in args.sources if prompt and chat != args.src}
     prompt = own.get(name, args.prompt)
     if prompt != "chat":
@@ -595,12 +598,15 @@ class Lab:
 
     def block_pairs(self, row) -> list[tuple[int, int]]:
         """(source block, block) for each depth that --layer means."""
-        both = [blocks(self.args, self.models, name) for name in (row.source, row.host)]
-        return list(zip(*both))
+        source_blocks = blocks(self.args, self.models, row.source)
+        return list(zip(source_blocks, blocks(self.args, self.models, row.host)))
 
     def v_hat(self, row, point):
         """v_hat [d_target] (Eq. 2)."""
         return self.vectors.at(row.vector, row.base, point)
+
+    def move(self, row, point) -> Transplant:
+        return Transplant.of(self.v_hat(row, point), point.block, point.alpha)
 
     # ------------------------------------------------------------ transplant, score: the steps
 
@@ -624,10 +630,9 @@ class Lab:
 
     def answer(self, row, point) -> dict:
         """The answers to the test questions, with the vector of the row at this point (Eq. 3)."""
-        moves = [BASE]
-        if point:
-            moves = [Transplant.of(self.v_hat(row, point), point.block, point.alpha)]
-        return self.score(row, self.data.test, moves)[0]
+        move = self.move(row, point) if point else BASE
+        [result] = self.score(row, self.data.test, [move])
+        return result
 
     def controls(self, row, point) -> list[dict]:
         """Records of controls: random directions at each alpha, the others at the chosen one."""
@@ -657,15 +662,18 @@ class Lab:
         results = []
         for scores in logprobs.double().numpy():
             marks = map(mark, questions, np.split(scores, ends[:-1]))
-            results.append(dict(zip(("mc1", "mc2", "preferred"), zip(*marks))))
+            mc1, mc2, preferred = zip(*marks)
+            results.append({"mc1": mc1, "mc2": mc2, "preferred": preferred})
         return results
 
     def measure(self, row, point) -> list[dict]:
         """Records: quality of the maps, norms, and perplexity of plain sentences."""
         source_block, block, alpha = point
-        about, records = row.about(point), []
-        v, v_hat = self.vectors.v(row.vector, source_block), self.v_hat(row, point)
+        about = row.about(point)
+        v = self.vectors.v(row.vector, source_block)
+        v_hat = self.v_hat(row, point)
         maps = self.vectors.maps(row.start, row.base)
+        records = []
         for number in range(self.args.maps):
             fit = maps.fit(source_block, block, number)
             what = {"source": row.start, "concept": "map", "part": "held-out", "n": fit.n}
@@ -698,8 +706,9 @@ class Lab:
         questions = self.data.test[: self.args.generate]
         prompts = []
         for question in questions:
-            prompts.append(asked(self.args, self.models, row.host, question)[0][0])
-        move = Transplant.of(self.v_hat(row, point), point.block, point.alpha)
+            pairs = asked(self.args, self.models, row.host, question)
+            prompts.append(pairs[0][0])
+        move = self.move(row, point)
         model = self.models.load(row.host)
         room = context_length(model.config) - max(self.models.lengths(row.host, prompts))
         texts = [generate(model, prompts, each, min(40, room)) for each in (BASE, move)]
@@ -818,16 +827,19 @@ def one_target(args, run, lab, part):
         mine = select(records, metric=metric)
         table += beside_controls(mine, point.alpha) + select(mine, variant="75 % depth")
     mine = select(records, metric="mc1")
-    notes = effect_notes(mine, point.alpha) | row_notes(select(table, n=len(lab.data.test)))
+    rows = [each for each in table if each["variant"] in (None, "75 % depth")]
+    notes = effect_notes(mine, point.alpha) | row_notes(rows)
     run.figure(draw_strength(args, row, mine, point, lab.data.test), f"alpha_{name}")
     run.figure(draw_grid(args, row, grid, point), f"grid_{name}")
 
     # Side effects, categories, texts
     measured = run.step(f"{row.host} maps, norms, perplexity", lab.measure, row, point)
-    groups = category_records(lab.data.test, answered(run, lab, base), base.about())
-    groups += category_records(lab.data.test, answered(run, lab, row, point), row.about(point))
+    groups = []
+    for each, where in ((base, None), (row, point)):
+        result = answered(run, lab, each, where)
+        groups += category_records(lab.data.test, result, each.about(where))
     folders = [folder for folder in (run.folder, args.save_vector) if folder]
-    run.step(f"{row.host} saved in {folders}", lab.save, row, point, *folders)
+    run.step(f"{row.host} saved, {args.save_vector}", lab.save, row, point, *folders)
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
         f"## Table 1: {Path(args.src).name} -> {name}{paper}",
@@ -885,7 +897,7 @@ def row_name(each: dict) -> str:
         return label(each)
     name = f"{Path(each['target']).name}: {label(each)}"
     if each["method"] in ("self-align", "contrans"):
-        name += f", v of {Path(each['source']).name}"
+        name += f", v of {Path(each['source'] or 'its chat model').name}"
     return name
 
 
@@ -953,12 +965,28 @@ def draw_strength(args, row, records, point, test):
     draw_curve(axis, directions, "#777", f"{args.random} random directions, range")
     for method, style in {"align-training": "--", "self-align": "-.", "eft": ":"}.items():
         for each in select(records, method=method):
-            axis.axhline(each["value"], color="#c8352b", lw=1, ls=style, label=METHODS[method])
+            axis.axhline(
+                each["value"],
+                color="#c8352b",
+                lw=1,
+                ls=style,
+                label=METHODS[method],
+            )
     axis.axhline(chance(test), color="#bbb", lw=1, label="chance")
     axis.axvline(point.alpha, color="#bbb", lw=1, ls=":", label="chosen on validation")
     title = f"TruthfulQA: {Path(args.src).name} → {Path(row.host).name}, block {point.block}"
-    axis.set(xlabel="steering strength α", ylabel="MC1 [95 %]", ylim=(0, None), title=title)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set(
+        xlabel="steering strength α",
+        ylabel="MC1 [95 %]",
+        ylim=(0, None),
+        title=title,
+    )
+    axis.legend(
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     return figure
 
 
@@ -969,10 +997,17 @@ def draw_grid(args, row, grid, best):
     shape = len(pairs), len(args.alpha)
     values = np.reshape([100 * each["value"] for each in ours], shape)
     figure, axis = new_figure(figsize=(1.6 + 0.8 * shape[1], 1.4 + 0.5 * shape[0]))
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=2 * max(1, values.max()), aspect="auto")
+    axis.imshow(
+        values,
+        cmap="Blues",
+        vmin=0,
+        vmax=2 * max(1, values.max()),
+        aspect="auto",
+    )
     for each, other in zip(ours, others):
         pair = each["source_block"], each["block"]
-        x, y = args.alpha.index(each["alpha"]), pairs.index(pair)
+        x = args.alpha.index(each["alpha"])
+        y = pairs.index(pair)
         text = f"{100 * each['value']:.0f} ({100 * other['value']:.0f})"
         weight = "bold" if (*pair, each["alpha"]) == best else "normal"
         axis.text(x, y, text, ha="center", va="center", weight=weight)
@@ -1008,15 +1043,17 @@ def main(argv=None):
     data = load_data(args, models, rows)
     prompt, answer = asked(args, models, args.tgt[0], data.test[0])[0]
     first_prompts = [prompt + answer]
-    for vector in sorted({row.vector for row in rows if row.vector} | {happiness(args)}):
+    vectors = {row.vector for row in rows if row.vector}
+    for vector in sorted(vectors | {happiness(args)}):
         positive, negative = refinement_pairs(args, models, data, vector.concept, vector.model)
         models.require_fit(vector.model, positive + negative)
         first_prompts += [positive[0], negative[0]]
-    inputs = [data, [models.fingerprint(name) for name in sorted(names)]]
+    inputs = [data, *map(models.fingerprint, sorted(names))]
     run = Run(__file__, args, models, inputs, first_prompts, ignore=("generate", "save_vector"))
     lab = Lab(args, data, models, rows)
 
-    report, records, examples = [opening(args, data, first_prompts[0])], [], []
+    report = [opening(args, data, first_prompts[0])]
+    records, examples = [], []
     for part in parts:
         score = one_target if part.table == "1" else other_table
         found, answers, text = score(args, run, lab, part)
