@@ -1015,7 +1015,7 @@ class Vectors:
     """Concept vectors of several models in the space of several targets; each model is read once.
 
     pairs(concept, model): positive and negative prompts. blocks(model): where its states are
-    needed. context(concept): where a concept is read, for LocalMaps. sentences: the plain text
+    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: the plain text
     that maps between base models are fitted on. maps: options of AffineMaps."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
@@ -1058,7 +1058,7 @@ class Vectors:
         if method == "contrans":
             key = vector.base, target
         else:
-            context = self.context(vector.concept)
+            context = self.context(vector.concept, vector.model)
             key = vector.model, vector.base, target, context
         if key not in self.known_maps:
             if method == "contrans":
@@ -1089,8 +1089,8 @@ class Vectors:
                     pairs = self.pairs(vector.concept, name)
                     v = concept_vector(model, *pairs, blocks, self.refine)
                     self.refined[vector] = dict(zip(blocks, v))
-                    if vector.base not in self.targets:
-                        context = self.context(vector.concept)
+                    if any(target != vector.base for target in self.targets):
+                        context = self.context(vector.concept, name)
                         prompts.setdefault(context, []).extend([*pairs[0], *pairs[1]])
             for context, texts in prompts.items():
                 states = hidden_states(model, list(dict.fromkeys(texts)), blocks)

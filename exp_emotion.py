@@ -286,7 +286,7 @@ class Lab:
             [target],
             pairs=lambda concept, name: pairs(args, data, concept),
             blocks=lambda name: sorted(set(blocks if name == target else source_blocks)),
-            context=lambda concept: context,
+            context=lambda concept, name: context,
             sentences=sentences,
             refine=args.refine,
             **map_options(args),
@@ -821,6 +821,8 @@ def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
     data = load_data(args)
+    if not models.same_shape(args.src, args.src_base):
+        fail(f"{args.src} and {args.src_base} differ in width or depth")
     for name in args.tgt:
         check_prompts(args, data, models, name)
     names = [args.src_base, *args.tgt]

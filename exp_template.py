@@ -62,6 +62,8 @@ def options(argv=None):
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--save-vector", type=Path, metavar="FOLDER")
     args = parse_options(parser, FAMILIES, argv)
+    if args.layer == "auto":
+        fail("--layer auto has no use here: give a block, or a fraction of the depth")
     return args if "{text}" in args.template else fail("--template needs {text} in it")
 
 
@@ -134,7 +136,10 @@ def main(argv=None):
     pairs = random.Random(args.seed).sample(pairs, len(pairs))
     half = len(pairs) // 2
     test = [negative for _, negative in pairs[half:]][: args.limit if args.limit > 0 else None]
-    for name in [args.src, *args.tgt]:
+    if not models.same_shape(args.src, args.src_base):
+        fail(f"{args.src} and {args.src_base} differ in width or depth")
+    for side, name in enumerate([args.src, *args.tgt]):
+        models.block(name, args.layer, side)  # an impossible --layer ends here
         models.require_fit(name, prompts(args, [text for pair in pairs for text in pair]), 8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
     count = args.maps * args.sentences

@@ -306,7 +306,7 @@ def load_split(args, models: Models, template: Template, names: list[str]) -> Sp
     if len(split.lists) < total:
         print(f"{total - len(split.lists)} of {total} prompts exceed a context: left out")
     if not (split.hate and split.validation and split.test):
-        fail(f"too few prompts in {folder} that fit the models; try fewer --pairs")
+        fail(f"{folder} has too few prompts that fit the models: fewer --pairs, or data/prepare.py")
     return split
 
 
@@ -795,7 +795,7 @@ class Findings:
         for (kind, metric), found in members.items():
             name = f"{len(found)} {kind}"
             self.records.append(spread(found, name) | {"alpha": None})
-            if metric == "toxic_rate":
+            if metric == "toxic_rate" and kind != KINDS["map"]:
                 rank = percentile(ours, [each["value"] for each in found])
                 self.notes[name] = f"ConTrans is at percentile {rank:.0f}"
 

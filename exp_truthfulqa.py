@@ -7,8 +7,8 @@
         --tgt Qwen/Qwen3-4B-Base --data data/paper
 
 v_honesty is the difference between a small chat model told to be honest and told to be dishonest,
-before questions without any answer. It is mapped into larger models and added there. How often is
-the right answer then the most likely one?
+before questions without any answer. It is mapped into larger models and added there, by the paper's
+map and by a local one (docs/map.md). How often is the right answer then the most likely one?
     MC1    the right choice has a higher log-likelihood (summed over tokens) than every wrong one
     MC2    share of the probability of all choices that falls on true ones
 Table 1: ConTrans beside every baseline and control. 3: five source models. 4: v from base or
@@ -31,6 +31,7 @@ import numpy as np
 
 from common import (
     BASE,
+    Context,
     Models,
     Point,
     Transplant,
@@ -38,9 +39,10 @@ from common import (
     Vectors,
     choice_logprobs,
     context_length,
+    cut_ends,
     generate,
     perplexity,
-    plain_sentences,
+    plain_texts,
     random_directions,
 )
 from harness import (
@@ -54,6 +56,7 @@ from harness import (
     export_concept,
     fail,
     label,
+    map_methods,
     map_options,
     markdown,
     mcnemar,
@@ -86,6 +89,7 @@ REAL = SETTINGS | {"prompt": "paper", "sources": SOURCES, "target3": "huggyllama
 FAMILIES = {
     "toy": SETTINGS
     | {
+        "sentences": 1000,
         "src": f"{ZOO}/llama-s-chat",
         "src_base": f"{ZOO}/llama-s",
         "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
@@ -158,6 +162,7 @@ PAPER_NAMES = {
 # The rows of each table: method (and variant), who answers, where v or the alignment comes from.
 # Roles: the target and its chat model, the small source base and its chat model. In Tables 6 and 10
 # the small pair is a target, too; in Table 3 each source model in turn is the small chat model.
+# A contrans row stands for one row of each kind of map (--map).
 ROWS = {
     "1": [
         ("base", "target", None),
@@ -300,7 +305,7 @@ class Data(NamedTuple):
     learn: list[Question]  # block and alpha are chosen on them, v_honesty is refined from them
     test: list[Question]
     facts: list[str]  # true statements about the world (Table 10)
-    scenarios: list[list[str]]  # happy and sad: another concept, as a control
+    scenarios: list[tuple[str, str]]  # happy and sad: another concept, as a control
     sentences: list[str]  # plain text that the affine maps are fitted on
 
 
@@ -311,10 +316,9 @@ def load_data(args, models, rows) -> Data:
     facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")
     happy = read_texts(args.data / "emotions" / "happiness.json")
     sad = read_texts(args.data / "emotions" / "sadness.json")
-    scenarios = [[f"Scenario: {a}", f"Scenario: {b}"] for a, b in zip(happy[:100], sad)]
-    pool = args.data / "wikisplit" / "validation.tsv"
+    scenarios = list(zip(happy[:100], sad))
     bases = [name for row in rows if row.vector for name in (row.base, row.start)]
-    sentences = plain_sentences(pool, models, bases, args.sentences)
+    sentences = plain_texts(args.texts, models, bases, args.maps * args.sentences)
     return Data(learn, test, facts[:200], scenarios, sentences)
 
 
@@ -439,16 +443,29 @@ def asked(args, models, name: str, question: Question, honest=False) -> list[tup
     return [(prompt, spaced(answer, prompt)) for answer in question.answers]
 
 
-def refinement_pairs(args, models, data, concept: str, name: str):
-    """Positive and negative prompts of a concept. Of TruthfulQA they hold no answers."""
+def read_context(args, models, data, concept: str, name: str) -> Context:
+    """Where a concept is read: the templates of its prompts, and the texts that stand in them."""
     if concept == "happiness":
-        return [list(side) for side in zip(*data.scenarios)]
+        texts = [text for pair in data.scenarios for text in pair]
+        return Context(("Scenario: {text}",), tuple(texts))
     texts = data.facts if concept == "honesty-fact" else [question.text for question in data.learn]
-    sides = []
+    templates = []
     for manner in ("an honest", "a dishonest"):
         start = wrap(args, models, name, PRETEND.format(manner), refining=True)
-        sides.append([start + spaced(text, start) for text in texts])
-    return sides
+        templates.append(start + spaced("{text}", start))
+    return Context(tuple(templates), tuple(texts))
+
+
+def refinement_pairs(args, models, data, concept: str, name: str):
+    """Positive and negative prompts of a concept. Of TruthfulQA they hold no answers."""
+    templates, texts = read_context(args, models, data, concept, name)
+    sides = [texts, texts]
+    if concept == "happiness":
+        templates, sides = 2 * templates, zip(*data.scenarios)
+    pairs = []
+    for template, side in zip(templates, sides):
+        pairs.append([template.replace("{text}", text) for text in side])
+    return pairs
 
 
 # ---------------------------------------------------------------- rows
@@ -469,7 +486,7 @@ class Row(NamedTuple):
 
     @property
     def vector(self) -> Vector | None:
-        steered = self.method in ("self-align", "contrans")
+        steered = self.method in ("self-align", "contrans", "contrans-local")
         return Vector(self.concept, self.source, self.start) if steered else None
 
     def about(self, point=None) -> dict:
@@ -483,7 +500,10 @@ class Row(NamedTuple):
     def step(self) -> str:
         """The name of its steps, the same in all tables."""
         if self.vector:
-            return f"{self.host} + {self.concept} of {self.source} ({self.start} to {self.base})"
+            bases = f"{self.start} to {self.base}"
+            if self.method == "contrans-local":
+                bases += ", local map"
+            return f"{self.host} + {self.concept} of {self.source} ({bases})"
         how = "alone" if self.method in ("base", "align-training") else self.method
         return f"{self.host} {how}"
 
@@ -515,7 +535,7 @@ def plan(args, models) -> list[Part]:
         for i, roles in enumerate(casts(args, table)):
             if i == 0 or table == "1":
                 parts.append(Part(table, [], {}))
-            for row, source in rows_of(table, roles):
+            for row, source in rows_of(args, table, roles):
                 reason = why_missing(args, models, row, source in ("small", "target"))
                 if reason:
                     parts[-1].missing[row_name(row.about())] = reason
@@ -524,7 +544,7 @@ def plan(args, models) -> list[Part]:
     return parts
 
 
-def rows_of(table: str, roles: dict):
+def rows_of(args, table: str, roles: dict):
     """The rows of one part of a table, each with the role of its source."""
     rows = []
     concept = "honesty-fact" if table == "10" else "honesty"
@@ -537,7 +557,10 @@ def rows_of(table: str, roles: dict):
         host = roles[host]
         target = base if table in ("1", "4") else host or f"{base} (chat)"
         fields = f"Table {table}", roles.get(source), target, concept, method, variant or None
-        rows.append((Row(*fields, host, base, start), source))
+        row = Row(*fields, host, base, start)
+        mapped = method == "contrans" and start != base
+        for each in map_methods(args) if mapped else [method]:
+            rows.append((row._replace(method=each), source))
     return rows
 
 
@@ -585,6 +608,7 @@ class Lab:
             {row.base for row in rows},
             self.pairs,
             partial(blocks, args, models),
+            partial(read_context, args, models, data),
             data.sentences,
             args.refine,
             **map_options(args),
@@ -603,7 +627,7 @@ class Lab:
 
     def v_hat(self, row, point):
         """v_hat [d_target] (Eq. 2)."""
-        return self.vectors.at(row.vector, row.base, point)
+        return self.vectors.at(row.vector, row.base, point, row.method)
 
     def move(self, row, point) -> Transplant:
         return Transplant.of(self.v_hat(row, point), point.block, point.alpha)
@@ -639,7 +663,14 @@ class Lab:
         args = self.args
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
         others = [happiness(args)]
-        directions = self.vectors.controls(row.vector, row.base, point, others, **counts)
+        directions = self.vectors.controls(
+            row.vector,
+            row.base,
+            point,
+            others,
+            row.method,
+            **counts,
+        )
         abouts, moves = [], []
         for variant, direction in directions.items():
             for alpha in args.alpha if variant.startswith("random") else [point.alpha]:
@@ -668,20 +699,15 @@ class Lab:
 
     def measure(self, row, point) -> list[dict]:
         """Records: quality of the maps, norms, and perplexity of plain sentences."""
-        source_block, block, alpha = point
+        block = point.block
         about = row.about(point)
-        v = self.vectors.v(row.vector, source_block)
+        records = self.measure_maps(row, point)
+        v = self.vectors.v(row.vector, point.source_block)
         v_hat = self.v_hat(row, point)
-        maps = self.vectors.maps(row.start, row.base)
-        records = []
-        for number in range(self.args.maps):
-            fit = maps.fit(source_block, block, number)
-            what = {"source": row.start, "concept": "map", "part": "held-out", "n": fit.n}
-            what["variant"] = f"map {number}" if number else None
-            records.append(record(**about | what, metric="r2", value=fit.r2))
-            records.append(record(**about | what, metric="cosine", value=fit.cosine))
         norms = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
-        norms["stream_source"], norms["stream_target"] = maps.stream_norms(source_block, block)
+        x, y = self.vectors.plain[row.start], self.vectors.plain[row.base]
+        norms["stream_source"] = x[point.source_block].norm(dim=1).mean().item()
+        norms["stream_target"] = y[block].norm(dim=1).mean().item()
         chats = dict(zip(self.args.tgt, self.args.tgt_chat))
         own = Vector(row.concept, chats[row.host], row.base)
         if own in self.vectors.wanted:
@@ -690,9 +716,10 @@ class Lab:
             norms["cosine_to_own"] = cosine.item()
         records += [record(**about, metric=metric, value=value) for metric, value in norms.items()]
         directions = [v_hat, *random_directions(v_hat, 5, self.args.seed)]
-        moves = [Transplant.of(direction, block, alpha) for direction in directions]
+        moves = [Transplant.of(direction, block, point.alpha) for direction in directions]
         model = self.models.load(row.host)
-        values, n = perplexity(model, self.data.sentences[-50:], [BASE, *moves])
+        plain = cut_ends(self.data.sentences)[-50:]
+        values, n = perplexity(model, plain, [BASE, *moves])
         base, ours, *others = values.tolist()
         what = {"part": "plain sentences", "metric": "perplexity", "n": n}
         without = row._replace(method="base", source=None).about()
@@ -700,6 +727,26 @@ class Lab:
         records.append(record(**about | what, value=ours))
         others = [record(**about | what, value=value) for value in others]
         return [*records, spread(others, "random")]
+
+    def measure_maps(self, row, point) -> list[dict]:
+        """Records: quality of each sample's map on held-out positions, and where v is read."""
+        source_block, block, _ = point
+        maps = self.vectors.maps(row.vector, row.base, row.method)
+        local = None
+        if "contrans-local" in map_methods(self.args):
+            local = self.vectors.maps(row.vector, row.base, "contrans-local")
+        about = row.about(point) | {"source": row.start, "concept": "map"}
+        records = []
+        for number in range(self.args.maps):
+            fit = maps.fit(source_block, block, number)
+            about["variant"] = f"map {number}" if number else None
+            what = about | {"part": "held-out", "n": fit.n}
+            records.append(record(**what, metric="r2", value=fit.r2))
+            records.append(record(**what, metric="cosine", value=fit.cosine))
+            if local:
+                worth = local.worth(fit, source_block, block)
+                records.append(record(**about, metric="r2_where_read", value=worth))
+        return records
 
     def write(self, row, point) -> list[dict]:
         """Greedy answers without and with v_hat (Table 5)."""
@@ -714,18 +761,20 @@ class Lab:
         texts = [generate(model, prompts, each, min(40, room)) for each in (BASE, move)]
         right = [question.answers[question.right] for question in questions]
         lines = zip([question.text for question in questions], right, *texts)
-        heads = ("question", "right answer", "base answer", "ConTrans's answer")
+        heads = ("question", "right answer", "base answer", f"answer of {METHODS[row.method]}")
         return [dict(zip(heads, line)) for line in lines]
 
     def save(self, row, point, *folders: Path) -> bool:
         """v_hat in each folder; from the second on also in the formats of other programs."""
         v_hat = self.v_hat(row, point)
-        fit = self.vectors.maps(row.start, row.base).fit(point.source_block, point.block)
+        maps = self.vectors.maps(row.vector, row.base, row.method)
+        fit = maps.fit(point.source_block, point.block)
         positive, _ = self.pairs(row.concept, row.source)
         model = self.models.load(row.host)
         about = row.about(point) | {
             "fingerprint": model.fingerprint,
             "method": self.args.refine,
+            "map": row.method,
             "layer": point.block,
             "pairs": len(positive),
             "questions": [question.text for question in self.data.learn],
@@ -805,13 +854,55 @@ def score_rows(run, lab, rows):
 
 def one_target(args, run, lab, part):
     """(records, examples, report) of Table 1 for one target."""
-    base, row = part.rows[0], part.rows[-1]
-    name = Path(row.host).name
+    name = Path(part.rows[0].host).name
     records, examples = score_rows(run, lab, part.rows)
-    grid = validated(run, lab, row)
-    point = best_point(grid)
+    measured, points = [], {}
+    for row in part.rows:
+        if row.method in map_methods(args):
+            grid = validated(run, lab, row)
+            points[row] = best_point(grid)
+            records += beyond_best(args, run, lab, row, grid, points[row])
+            step = f"{row.step}, maps, norms, perplexity"
+            measured += run.step(step, lab.measure, row, points[row])
+            figure = draw_grid(args, row, grid, points[row])
+            run.figure(figure, f"grid_{row.method}_{name}")
+    table = []
+    alphas = {row.method: point.alpha for row, point in points.items()}
+    for metric in ("mc1", "mc2"):
+        mine = select(records, metric=metric)
+        table += beside_controls(mine, alphas) + select(mine, variant="75 % depth")
+    mine = select(records, metric="mc1")
+    rows = [each for each in table if each["variant"] in (None, "75 % depth")]
+    notes = effect_notes(mine, alphas) | row_notes(rows)
+    run.figure(draw_strength(args, points, mine, lab.data.test), f"alpha_{name}")
 
-    # Other strengths, the paper's depth, controls
+    # Categories, vectors and texts, of the local map if there is one
+    groups = []
+    for each, where in ((part.rows[0], None), *points.items()):
+        result = answered(run, lab, each, where)
+        groups += category_records(lab.data.test, result, each.about(where))
+    folders = [folder for folder in (run.folder, args.save_vector) if folder]
+    run.step(f"{row.host} saved, {args.save_vector}", lab.save, row, points[row], *folders)
+    paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
+    report = [
+        f"## Table 1: {Path(args.src).name} -> {name}{paper}",
+        print_table(table, part, notes),
+        map_table(measured),
+    ]
+    if groups:
+        report += ["MC1 by category", pivot(groups, "group", label)]
+    if args.generate:
+        step = f"{row.host}, {args.generate} greedy answers"
+        texts = run.step(step, lab.write, row, points[row])
+        examples += texts
+        lines = [[text[:60] for text in each.values()] for each in texts]
+        report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
+    return records + measured + groups, examples, "\n\n".join(report)
+
+
+def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
+    """Records of a row at other strengths, at the paper's depth, and of its controls."""
+    records = []
     for alpha in args.alpha:
         other = point._replace(alpha=alpha)
         if other != point:
@@ -821,40 +912,7 @@ def one_target(args, run, lab, part):
         there = best_point(select(grid, source_block=source_block, block=block))
         about = row.about(there) | {"variant": "75 % depth"}
         records += answer_records(answered(run, lab, row, there), about)
-    records += run.step(f"{row.host} controls", lab.controls, row, point)
-    table = []
-    for metric in ("mc1", "mc2"):
-        mine = select(records, metric=metric)
-        table += beside_controls(mine, point.alpha) + select(mine, variant="75 % depth")
-    mine = select(records, metric="mc1")
-    rows = [each for each in table if each["variant"] in (None, "75 % depth")]
-    notes = effect_notes(mine, point.alpha) | row_notes(rows)
-    run.figure(draw_strength(args, row, mine, point, lab.data.test), f"alpha_{name}")
-    run.figure(draw_grid(args, row, grid, point), f"grid_{name}")
-
-    # Side effects, categories, texts
-    measured = run.step(f"{row.host} maps, norms, perplexity", lab.measure, row, point)
-    groups = []
-    for each, where in ((base, None), (row, point)):
-        result = answered(run, lab, each, where)
-        groups += category_records(lab.data.test, result, each.about(where))
-    folders = [folder for folder in (run.folder, args.save_vector) if folder]
-    run.step(f"{row.host} saved, {args.save_vector}", lab.save, row, point, *folders)
-    paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
-    report = [
-        f"## Table 1: {Path(args.src).name} -> {name}{paper}",
-        print_table(table, part, notes),
-        "Affine maps on held-out sentences, norms, perplexity of plain sentences",
-        pivot(measured, "metric", label),
-    ]
-    if groups:
-        report += ["MC1 by category", pivot(groups, "group", label)]
-    if args.generate:
-        texts = run.step(f"{row.host}, {args.generate} greedy answers", lab.write, row, point)
-        examples += texts
-        lines = [[text[:60] for text in each.values()] for each in texts]
-        report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
-    return records + measured + groups, examples, "\n\n".join(report)
+    return records + run.step(f"{row.step}, controls", lab.controls, row, point)
 
 
 def other_table(args, run, lab, part):
@@ -896,7 +954,7 @@ def row_name(each: dict) -> str:
     if each["item"] == "Table 1":
         return label(each)
     name = f"{Path(each['target']).name}: {label(each)}"
-    if each["method"] in ("self-align", "contrans"):
+    if each["method"] in ("self-align", "contrans", "contrans-local"):
         name += f", v of {Path(each['source'] or 'its chat model').name}"
     return name
 
@@ -919,14 +977,28 @@ def print_table(records, part, notes) -> str:
     return pivot(records, row_name, lambda each: each["metric"].upper(), part.missing, notes)
 
 
+def map_table(measured) -> str:
+    """What each map is worth, and what the vectors cost."""
+    shown = []
+    for each in measured:
+        name = each["variant"] or ""
+        if not name.startswith("map "):
+            shown.append(each)
+        elif name == "map 1":
+            same = select(measured, method=each["method"], metric=each["metric"], concept="map")
+            shown.append(spread(same, "map"))
+    title = "Affine maps on held-out positions and where v is read, norms, perplexity of plain text"
+    return f"{title}\n\n{pivot(shown, label, 'metric')}"
+
+
 def summary(args, records) -> str:
     """MC1 of Table 1, a column for each target."""
     shown = []
     mine = select(records, item="Table 1", metric="mc1", part="test", group=None)
     for target in args.tgt:
         found = select(mine, target=target)
-        [chosen] = {each["alpha"] for each in found if each["variant"] == "shuffled map"}
-        shown += beside_controls(found, chosen)
+        chosen = select(found, variant="shuffled map")
+        shown += beside_controls(found, {each["method"]: each["alpha"] for each in chosen})
     title = f"## Summary: MC1 in %, v of {Path(args.src).name}"
     return f"{title}\n\n{pivot(shown, label, lambda each: Path(each['target']).name)}"
 
@@ -946,23 +1018,32 @@ def opening(args, data, first: str) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def draw_curve(axis, records, colour: str, label: str) -> None:
+COLOURS = {"contrans": "#2f6db2", "contrans-local": "#2e8b57"}
+
+
+def draw_curve(axis, records, label: str, **style) -> None:
     """Values against alpha, and their intervals or ranges as a band."""
     records = sorted(records, key=lambda each: each["alpha"])
     keys = ("alpha", "value", "low", "high")
     alphas, values, low, high = [[each[key] for each in records] for key in keys]
-    axis.plot(alphas, values, "o-", color=colour, label=label)
-    axis.fill_between(alphas, low, high, color=colour, alpha=0.2, lw=0)
+    axis.plot(alphas, values, marker="o", label=label, **style)
+    axis.fill_between(alphas, low, high, color=style["color"], alpha=0.15, lw=0)
 
 
-def draw_strength(args, row, records, point, test):
-    """MC1 against alpha, with the random directions, and the baselines as lines."""
-    figure, axis = new_figure(figsize=(6.4, 3.6))
-    curve = select(records, method="base") + select(records, method="contrans", variant=None)
-    draw_curve(axis, curve, "#2f6db2", f"ConTrans, v of {Path(args.src).name}")
-    controls = [each for each in records if (each["variant"] or "").startswith("random")]
-    directions = [spread(select(controls, alpha=alpha), "random") for alpha in args.alpha]
-    draw_curve(axis, directions, "#777", f"{args.random} random directions, range")
+def draw_strength(args, points, records, test):
+    """MC1 against alpha by each map, with random directions, and the baselines as lines."""
+    figure, axis = new_figure(figsize=(7.4, 3.6))
+    for row, point in points.items():
+        mine = select(records, method=row.method)
+        colour = COLOURS[row.method]
+        curve = select(records, method="base") + select(mine, variant=None)
+        name = f"{METHODS[row.method]}, block {point.block}"
+        draw_curve(axis, curve, name, color=colour)
+        controls = [each for each in mine if (each["variant"] or "").startswith("random")]
+        directions = [spread(select(controls, alpha=alpha), "random") for alpha in args.alpha]
+        name = f"{args.random} random directions there, range"
+        draw_curve(axis, directions, name, color=colour, ls=":", ms=3)
+        axis.plot(point.alpha, 0, "^", color=colour, clip_on=False)
     for method, style in {"align-training": "--", "self-align": "-.", "eft": ":"}.items():
         for each in select(records, method=method):
             axis.axhline(
@@ -973,8 +1054,7 @@ def draw_strength(args, row, records, point, test):
                 label=METHODS[method],
             )
     axis.axhline(chance(test), color="#bbb", lw=1, label="chance")
-    axis.axvline(point.alpha, color="#bbb", lw=1, ls=":", label="chosen on validation")
-    title = f"TruthfulQA: {Path(args.src).name} → {Path(row.host).name}, block {point.block}"
+    title = f"TruthfulQA: {Path(args.src).name} → {Path(row.host).name} (▲: α chosen on validation)"
     axis.set(
         xlabel="steering strength α",
         ylabel="MC1 [95 %]",
@@ -1019,7 +1099,7 @@ def draw_grid(args, row, grid, best):
         yticklabels=["{} → {}".format(*pair) for pair in pairs],
         xlabel="steering strength α",
         ylabel="blocks",
-        title=f"{Path(args.src).name} → {Path(row.host).name}\n{title}",
+        title=f"{METHODS[row.method]}, {Path(args.src).name} → {Path(row.host).name}\n{title}",
     )
     return figure
 

@@ -105,9 +105,11 @@ def load_items(args) -> tuple[dict[str, list], list[str]]:
         )
         asked += others
     lines = []
-    for line in read_text(args.data / "wikisplit" / "validation.tsv").splitlines():
+    table = read_text(args.data / "wikisplit" / "validation.tsv")
+    for number, line in enumerate(table.splitlines()):
         words = line.split("\t")[0].split()
-        lines.append(" ".join(words[: -2 - len(lines) % 3]))
+        lines.append(" ".join(words[: -2 - number % 3]))
+    lines = [line for line in lines if line]
     questions = read_json(args.data / "truthfulqa" / "mc_task.json")
 
     corpus = lines + asked
@@ -115,14 +117,17 @@ def load_items(args) -> tuple[dict[str, list], list[str]]:
         corpus += [each["question"], *each["mc1_targets"]]
     corpus += [f"The emotion is {emotion}." for emotion in EMOTIONS] * 200  # one token each
 
+    shuffle = random.Random(0)
+
     def some(task: str, texts: list) -> list:
         count = args.limit or COUNTS[task]
-        return random.Random(0).sample(texts, len(texts))[:count]
+        return shuffle.sample(texts, len(texts))[:count]
 
     prompts = []
     for text in some("emotion", asked):
         last = f"Scenario: {text}\nThe emotion of the above scenario is"
         prompts.append("\n".join([*shots, last]))
+    lines = some("states", lines)
     contexts, pairs = [], []
     for each in some("mc1", questions):
         contexts.append(f"[INST] {each['question']}[/INST]")
@@ -130,7 +135,7 @@ def load_items(args) -> tuple[dict[str, list], list[str]]:
     vectors = torch.randn(6, MAP_SHAPE[0], generator=torch.Generator().manual_seed(0))
     items = {
         "emotion": prompts,
-        "states": some("states", lines),
+        "states": lines,
         "mc1": pairs,
         "map": list(vectors),
         "generate": contexts[:16],  # one batch

@@ -883,6 +883,8 @@ def test_choices_are_sums_of_log_probabilities(any_pair):
     check_choices(model, reference, pairs_of(TEXTS), STEERED)
     pairs = pairs_of(TEXTS, [" happy", " happy happy", " happy sad", " sad happy"])
     check_choices(model, reference, pairs, [pushing(reference, "Ġhappy", 200.0)])
+    pairs = pairs_of(["A", "Tom"], [" very sad dog", " red old ball", " big old dog", " x y"])
+    check_choices(model, reference, pairs, STEERED)  # each pair fits a window of 8 tokens
 
 
 @pytest.mark.parametrize(
@@ -1269,8 +1271,12 @@ def test_a_forward_pass_holds_no_more_tokens_than_it_may(model):
     with watched(model) as seen:
         for ask in (ask_states, ask_logits, ask_choices, ask_perplexity):
             ask(model, TRANSPLANTS[1], TEXTS * 4)
+        next_token_logits(model, TEXTS, TRANSPLANTS)
     assert len(seen[0]) > 8
     assert all(rows * tokens <= 64 for rows, tokens in seen[3])
+    with watched(model) as seen:
+        next_token_logits(model, [PREFIX] * 40)
+    assert max(rows for rows, _ in seen[0]) < 20  # cached tokens need memory, too
 
 
 @pytest.mark.parametrize("ask", ASK)
