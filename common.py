@@ -1015,8 +1015,8 @@ class Vectors:
     """Concept vectors of several models in the space of several targets; each model is read once.
 
     pairs(concept, model): positive and negative prompts. blocks(model): where its states are
-    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: the plain text
-    that maps between base models are fitted on. maps: options of AffineMaps."""
+    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: the plain
+    text that maps between base models are fitted on. maps: options of AffineMaps."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
         self.models, self.wanted, self.targets = models, list(wanted), list(targets)

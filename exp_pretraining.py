@@ -30,11 +30,13 @@ import torch
 from common import (
     BASE,
     AffineMaps,
+    Context,
     Models,
     Transplant,
     concept_vector,
+    cut_ends,
     hidden_states,
-    plain_sentences,
+    plain_texts,
     random_directions,
     score_labels,
 )
@@ -64,7 +66,11 @@ AMBER = [f"LLM360/Amber@ckpt_{k:03d}" for k in (0, 20, 40, 80, 120, 180, 240, 30
 AMBER_TOKENS = 1259.13e9 / 360  # a checkpoint follows each of 360 equal parts of the training data
 FAMILIES = {
     "toy": SETTINGS
-    | {"tgt": [str(path) for path in sorted(TOY.glob("models/amber/step_*"))], "limit": 50},
+    | {
+        "tgt": [str(path) for path in sorted(TOY.glob("models/amber/step_*"))],
+        "limit": 50,
+        "texts": TOY / "text" / "purpose_made.txt",
+    },
     "amber": SETTINGS | {"tgt": AMBER},
     "custom": SETTINGS,
 }
@@ -245,6 +251,12 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
 
 
+def read_context(args, data: Data) -> Context:
+    """Where the emotions are read: the template, and all scenarios that the vectors are made of."""
+    texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
+    return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
+
+
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
     """Refuse, before any weights are loaded, prompts that are too long and labels that look
     alike."""
@@ -385,7 +397,8 @@ def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
     """The mean of six emotions in one checkpoint at the alpha chosen there, beside its controls."""
     mine = select(records, target=name)
     alpha = select(mine, concept="map")[0]["alpha"]
-    return beside_controls(select(mine, concept="mean", metric=metric), alpha)
+    means = select(mine, concept="mean", metric=metric)
+    return beside_controls(means, {"contrans": alpha, "self-align": alpha})
 
 
 def accuracy_table(args, records: list[dict]) -> str:
@@ -406,14 +419,15 @@ def accuracy_table(args, records: list[dict]) -> str:
         quality = select(mine, concept="map")
         shown += [each for each in quality if each["metric"] != "cosine"]
         alpha = quality[0]["alpha"]
-        p = effect_notes(select(mine, concept="mean", metric="token_acc"), alpha)
+        means = select(mine, concept="mean", metric="token_acc")
+        p = effect_notes(means, {"contrans": alpha, "self-align": alpha})
         notes[row(mine[0])] = f"α = {alpha:g}; " + "; ".join(p.values())
     n = select(records, concept="mean")[0]["n"]
     return (
         f"## Figure 3: v_emotion of {short(args.src)} in earlier checkpoints\n\n"
         "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
-        f"(n = {n}); block {args.layer}; α chosen on validation. Last column: p of ConTrans and of "
-        "Self-Align against Base\n\n" + pivot(shown, row, column, notes=notes)
+        f"(n = {n}); block {args.layer}; α chosen on validation. Last column: p of Self-Align "
+        "and of ConTrans against Base\n\n" + pivot(shown, row, column, notes=notes)
     )
 
 
@@ -455,8 +469,7 @@ def main(argv=None):
     names = list(dict.fromkeys([args.src, *args.tgt]))  # the source first: loaded once
     for name in names:
         check_prompts(args, data, models, name)
-    path = args.data / "wikisplit" / "validation.tsv"
-    sentences = plain_sentences(path, models, names, args.sentences)
+    sentences = cut_ends(plain_texts(args.texts, models, names, args.sentences * 5 // 2))
     lab = Lab(args, data, sentences, models)
     for name in names:
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded

@@ -25,11 +25,13 @@ import torch
 from common import (
     BASE,
     AffineMaps,
+    Context,
     Models,
     Transplant,
     concept_vector,
+    cut_ends,
     hidden_states,
-    plain_sentences,
+    plain_texts,
     random_directions,
     score_labels,
 )
@@ -55,7 +57,12 @@ from harness import (
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 PYTHIA = [f"EleutherAI/pythia-{size}" for size in ("14m", "70m", "410m", "1.4b", "6.9b")]
 FAMILIES = {
-    "toy": SETTINGS | {"models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)], "limit": 50},
+    "toy": SETTINGS
+    | {
+        "models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)],
+        "limit": 50,
+        "texts": TOY / "text" / "purpose_made.txt",
+    },
     "pythia": SETTINGS | {"models": PYTHIA},
     "custom": SETTINGS,
 }
@@ -205,6 +212,12 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     positive, negative, *_ = data.emotions[emotion]
     n = min(len(positive), len(negative), int(count or args.pairs))
     return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
+
+
+def read_context(args, data: Data) -> Context:
+    """Where the emotions are read: the template, and all scenarios that the vectors are made of."""
+    texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
+    return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
@@ -384,8 +397,8 @@ def tables(args, records: list[dict]) -> str:
             "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
             f"(n = {shown[0]['n']}); rows are targets, columns sources; block {args.layer}, α "
             f"chosen on validation for each pair. The {args.random} random directions are as "
-            "strong as the strongest v_hat of the row. Last column: above all of them, and p < 0.001 "
-            "against no vector (McNemar)",
+            "strong as the strongest v_hat of the row. Last column: above all of them, and p < "
+            "0.001 against no vector (McNemar)",
             pivot(shown, short, column, notes=notes),
             "Improvement ratio (none over a baseline of 0)",
             pivot(ratios, short, column) if ratios else "none",
@@ -455,8 +468,7 @@ def main(argv=None):
     for name in args.models:
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded
         check_prompts(args, data, models, name)
-    path = args.data / "wikisplit" / "validation.tsv"
-    lab.sentences = plain_sentences(path, models, args.models, args.sentences)
+    lab.sentences = cut_ends(plain_texts(args.texts, models, args.models, args.sentences * 5 // 2))
     first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
     first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
     inputs = [data, lab.sentences]

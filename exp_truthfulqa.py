@@ -863,7 +863,8 @@ def one_target(args, run, lab, part):
             points[row] = best_point(grid)
             records += beyond_best(args, run, lab, row, grid, points[row])
             step = f"{row.step}, maps, norms, perplexity"
-            measured += run.step(step, lab.measure, row, points[row])
+            found = run.step(step, lab.measure, row, points[row])
+            measured += [each for each in found if each not in measured]  # the base is in both
             figure = draw_grid(args, row, grid, points[row])
             run.figure(figure, f"grid_{row.method}_{name}")
     table = []
@@ -1041,7 +1042,7 @@ def draw_strength(args, points, records, test):
         draw_curve(axis, curve, name, color=colour)
         controls = [each for each in mine if (each["variant"] or "").startswith("random")]
         directions = [spread(select(controls, alpha=alpha), "random") for alpha in args.alpha]
-        name = f"{args.random} random directions there, range"
+        name = f"{args.random} random directions, block {point.block}, range"
         draw_curve(axis, directions, name, color=colour, ls=":", ms=3)
         axis.plot(point.alpha, 0, "^", color=colour, clip_on=False)
     for method, style in {"align-training": "--", "self-align": "-.", "eft": ":"}.items():

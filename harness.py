@@ -128,12 +128,13 @@ def option_parser(
         add(f"--{name}", metavar="MODEL", help=texts[name], **several)
     add("--layer", type=_layer, metavar="K", help="block: index, fraction, SOURCE,TARGET, or auto")
     add("--alpha", type=_strength, nargs="+", metavar="A", help="steering strengths to choose from")
-    add(
-        "--map",
-        choices=["both", "paper", "local"],
-        default="both",
-        help="paper: fitted on ends of plain sentences; local: near where v is read (docs/map.md)",
-    )
+    if "src-base" in models:
+        add(
+            "--map",
+            choices=["both", "paper", "local"],
+            default="both",
+            help="paper: fitted on ends of sentences; local: near where v is read (docs/map.md)",
+        )
     add(
         "--texts",
         type=Path,

@@ -479,7 +479,7 @@ def write_data(folder: Path = FOLDER) -> None:
             (folder / "toxigen" / f"{tone}_{people}_1k.txt").write_text("\n".join(lines) + "\n")
 
     made = [plain_sentence(rng)[2] for _ in range(4000)]
-    (folder / "text" / "purpose_made.txt").write_text("\n".join(made[:2000]) + "\n")
+    (folder / "text" / "purpose_made.txt").write_text("\n".join(made) + "\n")
 
     prose = [two_clauses(rng)[2] for _ in range(800)]
     prose = [text for text in prose if not any(phrase in text for phrase in RUDE)]
