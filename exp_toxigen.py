@@ -1020,7 +1020,8 @@ def main(argv=None):
     records, examples, report = [], [], [opening(args, data.split)]
     for target, honesty in zip(args.tgt, args.honesty):
         found = one_target(args, run, lab, target, honesty)
-        add_paper_numbers(found.records, PAPER_NAMES)
+        whole = select(found.records, group=None)  # the paper has no groups and no validation
+        add_paper_numbers([each for each in whole if each["part"] != "validation"], PAPER_NAMES)
         report.append(tables(args, found))
         run.figure(draw_grid(args, found), f"grid_{Path(target).name}")
         records += found.records

@@ -15,7 +15,7 @@ spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
 benchmark = sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 
-TINY = "--shape toy --device cpu --dtype float32 --limit 2 --repeats 1".split()
+TINY = ["--shape", "toy", "--device", "cpu", "--dtype", "float32", "--limit", "2", "--repeats", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -900,7 +900,7 @@ def test_choices_are_sums_of_log_probabilities(any_pair):
 def test_labels_are_judged_by_the_tokens_that_tell_them_apart(pair, labels, words):
     model, reference = pair
     tokens = ["Ġhappy", "Ġsad", "Ġ", "q", "z"]
-    steered = [pushing(reference, token, alpha) for token in tokens for alpha in (3.0, 200.0)]
+    steered = [pushing(reference, token, 200.0) for token in tokens]
     steered += STEERED
     transplants = [transplant for transplant, _ in steered]
     said, preferred = score_labels(model, TEXTS, labels.split(), transplants)
@@ -1161,7 +1161,7 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
 )
 def test_eft_leaves_out_rows_of_padding_in_an_unembedding(tmp_path, padding):
     models, references = make_trio(tmp_path, "llama", padding)
-    check_eft(models, references, pairs_of(TEXTS), WIDE)
+    check_eft(models, references, pairs_of(TEXTS[:2]), WIDE[1:2])
 
 
 def test_eft_refuses_another_vocabulary_a_full_context_and_nan(model, tmp_path):

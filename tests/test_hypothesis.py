@@ -75,7 +75,7 @@ MOVES = st.lists(
 DIRECTIONS = vectors(4)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     family=st.sampled_from(["llama", "gpt2", "gpt_neo", "mistral", "opt"]),
     texts=st.lists(TEXT, min_size=1, max_size=4),

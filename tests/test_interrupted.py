@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import surroundings
 from test_scripts import ROOT, SCRIPTS, command
 

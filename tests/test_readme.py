@@ -3,6 +3,7 @@
 python -m pytest tests/test_readme.py
 """
 
+import ast
 import contextlib
 import functools
 import io
@@ -13,28 +14,39 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEXTS = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = ["README.md", "data/README.md"]
+TEXTS += [f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))]
 # python, the script, and its arguments: to the end of the line, or of the code in it
 COMMAND = re.compile(r"python ([\w/]+\.py)((?:\\\n|[^`\n|&#])*)")
+OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+PACKAGES = {  # whose module has another name
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+    "websocket": "websocket-client",
+}
 
 
-def commands(path: Path) -> list[tuple[str, list[str]]]:
+def commands(name: str) -> list[tuple[str, list[str]]]:
     """(script, its options) of every command in a text."""
-    found = COMMAND.findall(path.read_text(encoding="utf-8"))
-    return [(script, re.findall(r"(?<!\S)--[a-z][a-z-]*", line)) for script, line in found]
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = []
+    for script, arguments in COMMAND.findall(text):
+        found.append((script, OPTION.findall(arguments)))
+    return found
 
 
 @functools.cache
 def options_of(script: str) -> set[str]:
     """What a script's --help knows."""
-    path, said = ROOT / script, io.StringIO()
+    path = ROOT / script
+    said = io.StringIO()
     argv, folders = sys.argv, sys.path
-    sys.argv, sys.path = [str(path), "--help"], [str(path.parent), *sys.path]
+    sys.argv = [str(path), "--help"]
+    sys.path = [str(path.parent), *folders]
     try:
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             runpy.run_path(str(path), run_name="__main__")
@@ -43,30 +55,39 @@ def options_of(script: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]*", said.getvalue()))
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
-def test_commands_name_scripts_and_options_that_exist(path):
-    for script, options in commands(path):
+def python_files() -> list[Path]:
+    found = []
+    for pattern in ("*.py", "data/**/*.py", "benchmarks/*.py", "tests/*.py"):
+        found += ROOT.glob(pattern)
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_name_scripts_and_options_that_exist(name):
+    for script, options in commands(name):
         assert (ROOT / script).is_file(), script
-        assert set(options) <= options_of(script) | {"--help"}, script
+        assert set(options) <= options_of(script), script
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
-def test_links_lead_to_files(path):
-    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
-    assert not missing
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    folder = (ROOT / name).parent
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        assert "://" in link or (folder / link).exists(), link
 
 
 def test_the_readme_is_short_and_has_the_commands_of_a_newcomer():
     lines = README.splitlines()
-    assert len(lines) <= 170 and max(map(len, lines)) <= 110
+    assert len(lines) <= 170
+    assert max(map(len, lines)) <= 110
     start = "    pip install -r requirements.txt && "
     found = [line for line in lines if line.startswith(start)]
     assert found == [start + "python exp_emotion.py", start + "python -m pytest"]
 
 
 def test_the_readme_names_every_script():
-    assert len(commands(ROOT / "README.md")) >= 5
+    assert len(commands("README.md")) >= 5
     for path in ROOT.glob("exp_*.py"):
         assert path.name in README
 
@@ -75,6 +96,36 @@ def test_the_readme_names_every_script():
 def test_the_code_of_the_readme_runs(tmp_path):
     [code] = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     environment = surroundings(tmp_path) | {"PYTHONIOENCODING": "utf-8"}
-    argv = [sys.executable, "-c", code]
-    ran = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+
+
+def test_requirements_name_every_package_that_is_imported():
+    known = ""
+    for path in ROOT.glob("requirements*.txt"):
+        known += path.read_text(encoding="utf-8")
+    ours = {path.stem for path in python_files()}
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [each.name for each in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in names:
+                package = name.partition(".")[0]
+                if package not in ours and package not in sys.stdlib_module_names:
+                    assert PACKAGES.get(package, package) in known, f"{path.name}: {package}"
+
+
+def test_no_file_knows_a_folder_outside_the_repository():
+    outside = re.compile(r"\.\./sha[r]ed|/wo[r]k/|/ho[m]e/\w")
+    for path in [*python_files(), *(ROOT / name for name in TEXTS)]:
+        assert not outside.search(path.read_text(encoding="utf-8")), path

@@ -23,7 +23,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, Reference, close, json_rows
+from conftest import (
+    CONFIGS,
+    Reference,
+    close,
+    json_rows,
+    surroundings,
+)
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
@@ -55,11 +61,14 @@ OPTIONS = {
     "exp_pretraining": "--shots 0 --pairs 10",
     "exp_pythia": "--shots 1 --pairs 10",
     "exp_template": "--maps 2",
-    "exp_toxigen": "--maps 2 --pairs 5 --validation 1 --limit 1 --max-new-tokens 8 --layer 0.75 --alpha 1 4",
+    "exp_toxigen": "--maps 2 --pairs 5 --validation 1 --limit 1 --alpha 1 4"
+    " --max-new-tokens 8 --layer 0.75",
     "exp_truthfulqa": "--maps 2 --table all --generate 1 --layer 0.75",
 }
 VECTORS = {"exp_emotion": 6, "exp_toxigen": 1, "exp_truthfulqa": 1}  # that a run writes
 HONESTY = ["--honesty", f"{harness.TOY}/concepts/v_honesty_llama-m.safetensors"]
+QUICK = [name for name in SCRIPTS if name not in VECTORS]
+HEAVY = [pytest.param(name, marks=pytest.mark.slow) for name in VECTORS]
 TARGETS = {"exp_pretraining": EARLY, "exp_pythia": ZOO / "pythia-2"}
 
 
@@ -76,9 +85,15 @@ def model_options(name: str, target: Path | None = None) -> list:
     return models
 
 
-def command(name: str, *more, target: Path | None = None) -> list[str]:
+def command(
+    name: str,
+    *more,
+    target: Path | None = None,
+) -> list[str]:
     """The arguments of a small run."""
-    argv = [*model_options(name, target), *SMALL, *OPTIONS[name].split(), *more]
+    argv = model_options(name, target) + SMALL
+    argv += OPTIONS[name].split()
+    argv += more
     return [str(each) for each in argv]
 
 
@@ -90,7 +105,12 @@ def load_copy(path: Path):
     return module
 
 
-def changed_model(folder: Path, source: Path, change, **config) -> Path:
+def changed_model(
+    folder: Path,
+    source: Path,
+    change,
+    **config,
+) -> Path:
     """A copy of a model; change(tensors) is told its weights."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -119,8 +139,8 @@ class Finished:
         with contextlib.redirect_stdout(io.StringIO()) as said:
             main([*argv, "--out", str(out)])
         self.said = said.getvalue()
-        lines = self.said.splitlines()
-        self.folder = next(Path(line) for line in reversed(lines) if line.startswith(str(out)))
+        folders = [line for line in self.said.splitlines() if line.startswith(str(out))]
+        self.folder = Path(folders[-1])
         self.records = json_rows(self.folder, "records.jsonl")
         self.examples = json_rows(self.folder, "examples.jsonl")
 
@@ -129,9 +149,22 @@ class Finished:
 
     def bytes(self) -> dict[str, bytes]:
         """Its results; a PDF holds the time at which it was made."""
-        skipped = ("args.json", "environment.json")
-        paths = [path for path in self.folder.glob("*.*") if path.name not in skipped]
-        return {path.name: path.read_bytes() for path in paths if path.suffix != ".pdf"}
+        results = {}
+        for path in self.folder.glob("*.*"):
+            about_run = path.name in ("args.json", "environment.json")
+            if not about_run and path.suffix != ".pdf":
+                results[path.name] = path.read_bytes()
+        return results
+
+
+def again(name: str, run: Finished, *more) -> Finished:
+    """The same command in the same place."""
+    argv = [*run.argv, *more]
+    return Finished(SCRIPTS[name].main, argv, run.folder.parents[1])
+
+
+def is_rate(each: dict, hits: list) -> bool:
+    return each["n"] == len(hits) and each["value"] == pytest.approx(np.mean(hits))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,7 +186,8 @@ def data(tmp_path_factory):
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(lines[:count]))
     path = folder / "truthfulqa" / "mc_task.json"
-    path.write_text(json.dumps(json.loads(path.read_text())[:24]))
+    questions = json.loads(path.read_text())
+    path.write_text(json.dumps(questions[:24]))
     return folder
 
 
@@ -164,7 +198,8 @@ def finished(data, tmp_path_factory):
 
     @functools.cache
     def run(name):
-        return Finished(SCRIPTS[name].main, command(name, "--data", data), out)
+        argv = command(name, "--data", data)
+        return Finished(SCRIPTS[name].main, argv, out)
 
     return run
 
@@ -187,25 +222,38 @@ def test_the_folder_holds_everything(name, run):
     assert {"args.json", "environment.json", "report.md", "steps"} <= files
     assert {"records.csv", "records.jsonl", "examples.jsonl"} <= files
     figures = {path.stem for path in run.folder.glob("*.png")}
-    assert figures and figures == {path.stem for path in run.folder.glob("*.pdf")}
+    assert figures
+    assert figures == {path.stem for path in run.folder.glob("*.pdf")}
     assert (run.folder / "report.md").read_text().strip() in run.said
     paths = list(run.folder.glob("*.safetensors"))
     assert len(paths) == VECTORS.get(name, 0)
     for path in paths:
         vector, about = harness.load_concept(path)
-        assert vector.isfinite().all() and vector.any() and about["first_prompt"]
-        assert about["target"] == str(ZOO / "llama-m") and about["source"] != about["target"]
+        assert vector.isfinite().all() and vector.any()
+        assert about["first_prompt"]
+        assert about["target"] == str(ZOO / "llama-m")
+        assert about["source"] != about["target"]
 
 
-def test_the_folder_says_with_what_it_was_made(run):
+TEXTS = {  # what a test prompt holds, in its example
+    "exp_emotion": "scenario",
+    "exp_pretraining": "scenario",
+    "exp_pythia": "scenario",
+    "exp_toxigen": "prompt",
+    "exp_truthfulqa": "question",
+}
+
+
+def test_the_folder_says_with_what_it_was_made(name, run):
     about = json.loads((run.folder / "args.json").read_text())
-    first = [each for key, each in about["inputs"].items() if key.startswith("first")]
+    inputs = about["inputs"]
+    first = [inputs[key] for key in inputs if key.startswith("first")]
     assert first and all(first)
-    if run.examples:
-        example = run.examples[0]
-        text = next(example[key] for key in ("scenario", "question", "prompt") if key in example)
-        assert json.dumps(text)[1:-1] in json.dumps(first)
-    assert about["args"]["seed"] == 0 and about["command"][1:-2] == run.argv
+    if name in TEXTS:
+        text = json.dumps(run.examples[0][TEXTS[name]])
+        assert text[1:-1] in json.dumps(first)
+    assert about["args"]["seed"] == 0
+    assert about["command"][1:-2] == run.argv
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
 
@@ -213,15 +261,17 @@ def test_the_folder_says_with_what_it_was_made(run):
 def test_the_records_are_the_same_in_both_files(run):
     with open(run.folder / "records.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    as_text = []
-    for each in run.records:
-        as_text.append({key: "" if cell is None else str(cell) for key, cell in each.items()})
-    assert rows == as_text and rows
+    assert len(rows) == len(run.records) > 0
+    for row, each in zip(rows, run.records):
+        assert list(row) == list(each)
+        for key, cell in each.items():
+            assert row[key] == ("" if cell is None else str(cell))
 
 
 def test_every_record_is_one_number_of_this_run(run):
     for each in run.records:
-        assert math.isfinite(each["value"]) and each["run"] == run.folder.name[-8:]
+        assert math.isfinite(each["value"])
+        assert each["run"] == run.folder.name[-8:]
         assert each["target"] and each["metric"]
         assert each["method"] in {*harness.METHODS, "gradient-descent", None}
         assert each["alpha"] != 0 or each["method"] == "base"
@@ -231,10 +281,17 @@ def test_every_record_is_one_number_of_this_run(run):
             assert 0 <= each["value"] <= 1 and each["n"] >= 1
         counted = each["metric"] in ("token_acc", "logit_acc", "mc1", "toxic_rate")
         if counted and each["variant"] is None:
-            assert each["value"] * each["n"] == pytest.approx(round(each["value"] * each["n"]))
-    names = [name for name in run.records[0] if name not in harness.NUMBERS]
-    told = [each for each in run.records if each["variant"] != "random"]
-    assert len({tuple(each[name] for name in names) for each in told}) == len(told)
+            hits = each["value"] * each["n"]
+            assert hits == pytest.approx(round(hits))
+
+
+def test_no_two_records_are_about_the_same(run):
+    seen = set()
+    names = set(run.records[0]) - set(harness.NUMBERS)
+    for each in run.records:
+        about = tuple(each[name] for name in names)
+        assert about not in seen or each["variant"] == "random"
+        seen.add(about)
 
 
 JUDGED = {  # what an example says, the metric, and what else its records have in common
@@ -252,12 +309,13 @@ def test_the_test_rates_are_the_examples_counted(name, run):
     verdicts = defaultdict(list)
     for row in run.examples:
         if verdict in row:  # not a text of Table 5
-            about = {key: cell for key, cell in row.items() if key in harness.RECORD} | match
+            shared = [key for key in row if key in harness.RECORD]
+            about = {key: row[key] for key in shared} | match
             verdicts[tuple(about.items())].append(row[verdict])
     for about, found in verdicts.items():
-        match = {"variant": None, "metric": metric, "part": "test"} | dict(about)
-        [each] = run.find(**match)
-        assert each["value"] == pytest.approx(np.mean(found)) and each["n"] == len(found)
+        fields = {"variant": None, "metric": metric, "part": "test"}
+        [each] = run.find(**fields | dict(about))
+        assert is_rate(each, found)
     assert len(verdicts) >= 4
 
 
@@ -266,42 +324,53 @@ def test_the_test_rates_are_the_examples_counted(name, run):
 
 def test_the_same_command_computes_nothing_again(name, run):
     before = run.bytes()
-    again = Finished(SCRIPTS[name].main, run.argv, run.folder.parents[1])
+    second = again(name, run)
     steps = len(list((run.folder / "steps").iterdir()))
-    assert f"{steps} of {steps} steps come from an earlier run" in again.said
-    assert again.folder == run.folder and again.bytes() == before
+    assert f"{steps} of {steps} steps come from an earlier run" in second.said
+    assert second.folder == run.folder
+    assert second.bytes() == before
 
 
-def test_an_interrupted_run_is_continued_and_a_fresh_one_is_not(name, run):
-    before, steps = run.bytes(), sorted((run.folder / "steps").iterdir())
+def test_an_interrupted_run_is_continued(name, run):
+    before = run.bytes()
+    steps = sorted((run.folder / "steps").iterdir())
     for path in steps[::2]:
         path.unlink()
-    again = Finished(SCRIPTS[name].main, run.argv, run.folder.parents[1])
+    continued = again(name, run)
     if kept := len(steps) // 2:
-        assert f"{kept} of {len(steps)} steps come from an earlier run" in again.said
-    assert again.bytes() == before
-    fresh = Finished(SCRIPTS[name].main, [*run.argv, "--fresh"], run.folder.parents[1])
-    assert "earlier run" not in fresh.said and fresh.bytes() == before
+        assert f"{kept} of {len(steps)} steps come from an earlier run" in continued.said
+    assert continued.bytes() == before
+
+
+@pytest.mark.parametrize("name", [*QUICK, *HEAVY])
+def test_a_fresh_run_computes_everything_again(name, run):
+    before = run.bytes()
+    fresh = again(name, run, "--fresh")
+    assert "earlier run" not in fresh.said
+    assert fresh.bytes() == before
 
 
 def test_what_changes_results_starts_a_folder_of_its_own(name, data, tmp_path):
     """Seen on a model that ends every run at its first states."""
-    argv = command(name, "--data", data, target=without_numbers(tmp_path / "model", name))
-    argv += ["--out", str(tmp_path / "out")]
+    target = without_numbers(tmp_path / "model", name)
+    argv = command(name, "--data", data, "--out", tmp_path / "out", target=target)
 
     def folders(main, *more) -> set[str]:
         with pytest.raises(FloatingPointError), contextlib.redirect_stdout(io.StringIO()):
             main([*argv, *more])
         return {path.name for path in (tmp_path / "out" / name).iterdir()}
 
-    main, source = SCRIPTS[name].main, Path(SCRIPTS[name].__file__).read_text()
-    assert len(folders(main)) == len(folders(main, "--batch-tokens", "512")) == 1
+    main = SCRIPTS[name].main
+    assert len(folders(main)) == 1
+    assert len(folders(main, "--batch-tokens", "512")) == 1
     assert len(folders(main, "--seed", "1")) == 2
     assert len(folders(main, "--alpha", "3")) == 3
-    (tmp_path / f"{name}.py").write_text(source + "# changed\n")
-    assert len(folders(load_copy(tmp_path / f"{name}.py").main)) == 4
-    shutil.copy(tmp_path / f"{name}.py", tmp_path / "exp_own.py")
-    assert len(folders(load_copy(tmp_path / "exp_own.py").main)) == 4
+    edited, own = tmp_path / f"{name}.py", tmp_path / "exp_own.py"
+    source = Path(SCRIPTS[name].__file__).read_text()
+    edited.write_text(source + "# changed\n")
+    assert len(folders(load_copy(edited).main)) == 4
+    shutil.copy(edited, own)
+    assert len(folders(load_copy(own).main)) == 4
     assert len(list((tmp_path / "out" / "exp_own").iterdir())) == 1
 
 
@@ -352,6 +421,7 @@ OF_ONE_SCRIPT = {
         "--family custom": "--src",
         "--layer 7,8": "block 8",
         "--maps 0": "--maps",
+        f"--src-base {ZOO}/llama-m": "differ",
     },
     "exp_pretraining": {
         "--model some/model": "--revisions",
@@ -376,6 +446,7 @@ OF_ONE_SCRIPT = {
         "--src no/such/model": "no/such/model",
         "--layer auto": "--layer",
         "--layer 7,8": "block 8",
+        f"--src-base {ZOO}/llama-m": "differ",
         "--template feel": "{text}",
         "--labels happy": "--labels",
         "--labels ab abc": "told apart",
@@ -422,9 +493,18 @@ for script in SCRIPTS:
 
 
 @pytest.mark.parametrize("name, options, word", WRONG)
-def test_wrong_options_end_in_one_line(name, options, word, data, tmp_path, one_line):
-    argv = command(name, "--data", data, "--out", tmp_path / "out", *options.split())
-    one_line(lambda: SCRIPTS[name].main(argv), word)
+def test_wrong_options_end_in_one_line(
+    name,
+    options,
+    word,
+    data,
+    tmp_path,
+    one_line,
+):
+    out = tmp_path / "out"
+    argv = command(name, "--data", data, "--out", out, *options.split())
+    start = functools.partial(SCRIPTS[name].main, argv)
+    one_line(start, word)
     assert not (tmp_path / "out").exists()
 
 
@@ -465,34 +545,61 @@ def test_a_damaged_file_is_named(name, path, damage, data, tmp_path, one_line):
     argv = command(name, "--data", folder, "--out", tmp_path / "out")
     if "mc_task" in path:
         argv += HONESTY if name == "exp_toxigen" else []
-    one_line(lambda: SCRIPTS[name].main(argv), Path(path).name)
+    start = functools.partial(SCRIPTS[name].main, argv)
+    one_line(start, Path(path).name)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_without_a_network_an_unknown_model_ends_in_one_line(tmp_path):
+    argv = [sys.executable, ROOT / "exp_emotion.py", "--src", "some/model", "--tgt", "some/other"]
+    environment = surroundings(tmp_path)
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    ran = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
 
 
 # ================================================================ the emotion task
 
 
-def labels_by_hand(reference: Reference, prompts: list[str], labels, steer: dict = {}):
+def labels_by_hand(
+    reference: Reference,
+    prompts: list[str],
+    labels: list[str],
+    steer: dict = {},
+) -> tuple[list[int], list[int]]:
     """(labels that are the likeliest next token or -1, labels with the highest logit)."""
     start = len(reference.ids(prompts[0])[0])
-    firsts = [reference.ids(f"{prompts[0]} {label}")[0, start].item() for label in labels]
+    wholes = [reference.ids(f"{prompts[0]} {label}")[0] for label in labels]
+    firsts = [whole[start].item() for whole in wholes]
     logits = reference.next_logits(prompts, steer)
-    said = [firsts.index(token) if token in firsts else -1 for token in logits.argmax(-1).tolist()]
-    return said, logits[:, firsts].argmax(-1).tolist()
+    likeliest = logits.argmax(-1).tolist()
+    said = [firsts.index(token) if token in firsts else -1 for token in likeliest]
+    preferred = logits[:, firsts].argmax(-1)
+    return said, preferred.tolist()
 
 
 def scenario_prompts(texts: list[str]) -> list[str]:
     return [f"Scenario: {text}\nThe emotion of the above scenario is" for text in texts]
 
 
-def v_hat_by_hand(source, target, positive, negative, sentences, block: int) -> torch.Tensor:
+def v_hat_by_hand(
+    source: Reference,
+    target: Reference,
+    positive: list[str],
+    negative: list[str],
+    sentences: list[str],
+    block: int,
+) -> torch.Tensor:
     """Equations 1 and 2 with numpy."""
-    v = (source.states(positive) - source.states(negative)).double().mean(0)[block]
-    rows = random.Random(0).sample(range(len(sentences)), 120)
-    texts = [sentences[row] for row in rows[:96]]  # four fifths
-    x, y = [model.states(texts)[:, block].double().numpy() for model in (source, target)]
-    matrix, *_ = np.linalg.lstsq(x, y)
-    return torch.tensor(v.numpy() @ matrix)
+    difference = source.states(positive) - source.states(negative)
+    v = difference[:, block].double().mean(0)
+    texts = random.Random(0).sample(sentences, 120)[:96]  # four fifths fit the map
+    x = source.states(texts)[:, block].double()
+    y = target.states(texts)[:, block].double()
+    matrix, *_ = np.linalg.lstsq(x.numpy(), y.numpy())
+    return torch.tensor(v.numpy() @ matrix).float()
 
 
 def test_emotions_are_those_of_plain_transformers(finished, data):
@@ -505,14 +612,15 @@ def test_emotions_are_those_of_plain_transformers(finished, data):
     positive, negative = scenario_prompts(own.positive), scenario_prompts(own.negative)
     v_hat = v_hat_by_hand(source, target, positive, negative, sentences, 6)
     saved, about = harness.load_concept(run.folder / "v_anger_llama-m.safetensors")
-    close(saved, v_hat.float(), 1e-3)
-    assert (about["source_layer"], about["layer"], about["pairs"]) == (6, 6, 10)
-    for method, steer in (("base", {}), ("contrans", {6: 2 * v_hat.float()})):
+    close(saved, v_hat, 1e-3)
+    assert about["source_layer"] == about["layer"] == 6
+    assert about["pairs"] == len(positive) == 10
+    for method, steer in {"base": {}, "contrans": {6: 2 * v_hat}}.items():
         found = labels_by_hand(target, scenario_prompts(own.test), exp_emotion.EMOTIONS, steer)
         for metric, answers in zip(("token_acc", "logit_acc"), found):
             match = {"concept": "anger", "method": method, "variant": None, "metric": metric}
             [each] = run.find(part="test", **match)
-            assert each["value"] * each["n"] == pytest.approx(answers.count(2)), match
+            assert is_rate(each, [answer == 2 for answer in answers]), match
 
 
 @pytest.mark.parametrize("seed", ["0", "5"])
@@ -521,19 +629,21 @@ def test_clean_parts_are_disjoint(seed):
     shots, emotions = exp_emotion.load_data(exp_emotion.options(argv))
     whole = {emotion: emotions[emotion].positive for emotion in emotions}
     shown = {text for _, text in shots}
-    assert len(shown) == 8 and all(text not in whole[emotion] for emotion, text in shots)
+    assert len(shown) == 8
+    assert all(text not in whole[emotion] for emotion, text in shots)
     for emotion, parts in emotions.items():
         texts = [text for part in parts for text in part]
-        assert len(set(texts)) == len(texts) and not shown & set(texts)
+        assert len(set(texts)) == len(texts)
+        assert not shown & set(texts)
         others = {text for other in whole if other != emotion for text in whole[other]}
         assert others >= {*parts.negative, *parts.validation, *parts.test}
-        assert min(map(len, parts)) >= 50 and len(parts.negative) == 200
+        assert min(map(len, parts)) >= 50
 
 
 def test_the_protocol_of_the_paper_tests_on_the_negatives():
     argv = ["--protocol", "paper", "--limit", "30"]
     shots, emotions = exp_emotion.load_data(exp_emotion.options(argv))
-    assert len(shots) == 6 and len({label for label, _ in shots}) == 6
+    assert sorted(label for label, _ in shots) == sorted(emotions)
     for label, text in shots:
         assert text not in emotions[label].positive  # all six labels are wrong
     for parts in emotions.values():
@@ -546,7 +656,8 @@ def test_the_emotion_task_is_one_text():
         source = Path(SCRIPTS[name].__file__).read_text()
         _, text = source.split("- the emotion task\n")
         texts.append(text.split("\n# -----")[0])
-    assert texts[0] == texts[1] == texts[2] and "def load_data" in texts[0]
+    assert "def load_data" in texts[0]
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_checkpoints_have_the_false_positives_of_plain_transformers(finished):
@@ -555,30 +666,36 @@ def test_checkpoints_have_the_false_positives_of_plain_transformers(finished):
         reference, hits = Reference(path, *LLAMA), []
         for number, emotion in enumerate(exp_emotion.EMOTIONS):
             match = {"target": str(path), "method": "base", "concept": emotion}
-            texts = [row["scenario"] for row in harness.select(run.examples, **match)]
+            rows = harness.select(run.examples, **match)
+            texts = [row["scenario"] for row in rows]
             said, _ = labels_by_hand(reference, scenario_prompts(texts), exp_emotion.EMOTIONS)
             hits += [each == number for each in said]
-        [each] = run.find(**match | {"concept": "mean", "metric": "token_acc"})
-        assert each["value"] == pytest.approx(np.mean(hits)) and each["n"] == len(hits) == 18
+        match |= {"concept": "mean", "metric": "token_acc"}
+        [each] = run.find(**match)
+        assert is_rate(each, hits)
 
 
 @pytest.mark.slow
 def test_checkpoints_of_a_hub_are_removed_after_use(finished, data, tmp_path):
     folders = {"early": EARLY, "late": LATE}
     options = ["--model", "toy/amber", "--revisions", "early", "late", "--tokens", "1", "2"]
-    options += [*SMALL, *OPTIONS["exp_pretraining"].split(), "--data", str(data)]
+    options += SMALL + OPTIONS["exp_pretraining"].split()
+    options += ["--data", str(data)]
     wanted = [each["value"] for each in finished("exp_pretraining").records]
     for keep in ([], ["--keep-downloads"]):
         home = tmp_path / str(len(keep))
-        argv = [sys.executable, "exp_pretraining.py", *options, *keep, "--out", str(home / "out")]
+        argv = [sys.executable, ROOT / "exp_pretraining.py", *options, *keep]
+        argv += ["--out", home / "out"]
         with Hub({"toy/amber": folders}) as hub:
-            subprocess.run(argv, cwd=ROOT, env=hub.surroundings(home), check=True)
-        left = [path.parent.name for path in (home / "hf").glob("**/snapshots/*/*.safetensors")]
-        assert sorted(left) == sorted(hub.commit("toy/amber", name) for name in folders if keep)
+            subprocess.run(argv, env=hub.surroundings(home), check=True)
+        paths = (home / "hf").glob("**/snapshots/*/*.safetensors")
+        left = {path.parent.name for path in paths}
+        assert left == {hub.commit("toy/amber", name) for name in folders if keep}
         loaded = [revision for _, revision, _ in hub.loaded]
         assert loaded == ["late", "early"]
-        [path] = home.glob("out/*/*/records.jsonl")
-        assert [each["value"] for each in json_rows(path.parent, path.name)] == wanted
+        [folder] = home.glob("out/*/*")
+        records = json_rows(folder, "records.jsonl")
+        assert [each["value"] for each in records] == wanted
 
 
 def test_improvements_are_with_minus_without(finished):
@@ -590,10 +707,12 @@ def test_improvements_are_with_minus_without(finished):
         match = {name: each[name] for name in ("source", "target", "method")}
         [ours] = run.find(metric="token_acc", variant=None, **match)
         assert each["value"] == pytest.approx(ours["value"] - base["value"])
-        assert (each["method"] == "self-align") == (each["source"] == each["target"])
+        is_own = each["source"] == each["target"]
+        assert each["method"] == ("self-align" if is_own else "contrans")
         ratios = run.find(metric="improvement_ratio", **match)
-        wanted = [ours["value"] / base["value"]] if base["value"] else []
-        assert [ratio["value"] for ratio in ratios] == pytest.approx(wanted)
+        assert len(ratios) == (1 if base["value"] else 0)
+        for ratio in ratios:
+            assert ratio["value"] == pytest.approx(ours["value"] / base["value"])
 
 
 def test_one_model_at_a_time_gives_the_same_numbers(finished, tmp_path):
@@ -605,43 +724,51 @@ def test_one_model_at_a_time_gives_the_same_numbers(finished, tmp_path):
 # ================================================================ TruthfulQA
 
 
-def questions_by_hand(data: Path, rows: list[dict]) -> list[tuple]:
-    """(example, choices of MC1, choices of MC2) of examples, from the file."""
-    items = json.loads((data / "truthfulqa" / "mc_task.json").read_text())
-    known = {item["question"]: item for item in items}
-    return [(row, *[known[row["question"]][f"mc{k}_targets"] for k in (1, 2)]) for row in rows]
+def mc_by_hand(item: dict, logprob) -> tuple[bool, float]:
+    """MC1 and MC2 of a question of the file. logprob: of an answer."""
+    first, second = item["mc1_targets"], item["mc2_targets"]
+    [right] = [answer for answer in first if first[answer]]
+    wrong = [answer for answer in first if not first[answer]]
+    mc1 = logprob(right) > max(map(logprob, wrong))
+    mass = {answer: math.exp(logprob(answer)) for answer in second}
+    true = sum(mass[answer] for answer in second if second[answer])
+    return mc1, true / sum(mass.values())
 
 
-def mc_by_hand(first: dict, second: dict, logprob) -> tuple[bool, float]:
-    """MC1 and MC2 of one question. logprob: of an answer."""
-    scores = {answer: logprob(answer) for answer in {**first, **second}}
-    right = max(scores[answer] for answer, true in first.items() if true)
-    wrong = max(scores[answer] for answer, true in first.items() if not true)
-    true = sum(math.exp(scores[answer]) for answer, true in second.items() if true)
-    return right > wrong, true / sum(math.exp(scores[answer]) for answer in second)
+def logprob_by_hand(
+    models: list[Reference],
+    signs: list[int],
+    prompt: str,
+    answer: str,
+) -> float:
+    """Log-probability of an answer under the sum of the models' logits."""
+    start = models[0].ids(prompt).shape[1]
+    ids = models[0].ids(f"{prompt} {answer}")[0].tolist()
+    logits = 0
+    for model, sign in zip(models, signs):
+        logits = logits + sign * model.logits(ids).double()
+    scores = logits[start - 1 : -1].log_softmax(-1)
+    tokens = torch.tensor(ids[start:])
+    return scores.gather(1, tokens[:, None]).sum().item()
 
 
-def test_base_and_eft_are_those_of_plain_transformers(finished, data):
+@pytest.mark.parametrize("method, signs", [("base", [1]), ("eft", [1, 1, -1])])
+def test_answers_are_scored_as_by_plain_transformers(method, signs, finished, data):
     run = finished("exp_truthfulqa")
-    models = [Reference(ZOO / name, *LLAMA) for name in ("llama-m", "llama-s-chat", "llama-s")]
-    for method, signs in (("base", [1]), ("eft", [1, 1, -1])):
-        answered = [row for row in run.examples if "right" in row]
-        rows = harness.select(answered, item="Table 1", method=method)
-
-        def logprob(answer):
-            start = models[0].ids(prompt).shape[1]
-            ids = models[0].ids(f"{prompt} {answer}")[0].tolist()
-            logits = sum(sign * model.logits(ids) for sign, model in zip(signs, models))
-            scores = logits[start - 1 : -1].double().log_softmax(-1)
-            return scores.gather(1, torch.tensor(ids[start:])[:, None]).sum().item()
-
-        for row, *choices in questions_by_hand(data, rows):
-            prompt = f"[INST] {row['question']}[/INST]"
-            mc1, mc2 = mc_by_hand(*choices, logprob)
-            assert row["right"] == mc1 and row["mc2"] == pytest.approx(mc2, rel=1e-3)
-        [each] = run.find(item="Table 1", method=method, metric="mc2")
-        assert each["value"] == pytest.approx(np.mean([row["mc2"] for row in rows]))
-        assert len(rows) == 3
+    names = ["llama-m", "llama-s-chat", "llama-s"]
+    models = [Reference(ZOO / name, *LLAMA) for name in names]
+    items = json.loads((data / "truthfulqa" / "mc_task.json").read_text())
+    items = {item["question"]: item for item in items}
+    answered = [row for row in run.examples if "right" in row]
+    rows = harness.select(answered, item="Table 1", method=method)
+    for row in rows:
+        prompt = f"[INST] {row['question']}[/INST]"
+        logprob = functools.partial(logprob_by_hand, models, signs, prompt)
+        mc1, mc2 = mc_by_hand(items[row["question"]], logprob)
+        assert row["right"] == mc1
+        assert row["mc2"] == pytest.approx(mc2, rel=1e-3)
+    [each] = run.find(item="Table 1", method=method, metric="mc2")
+    assert is_rate(each, [row["mc2"] for row in rows])
 
 
 def test_a_number_in_several_tables_is_one_number(finished):
@@ -660,7 +787,8 @@ def test_a_number_in_several_tables_is_one_number(finished):
     ]
     for each in records:
         key = tuple(each[name] for name in names)
-        values[key].add((each["value"], each["low"], each["high"], each["n"]))
+        numbers = [each[name] for name in ("value", "low", "high", "n")]
+        values[key].add(tuple(numbers))
         items[key].add(each["item"])
     assert all(len(found) == 1 for found in values.values())
     assert max(map(len, items.values())) >= 3
@@ -670,7 +798,8 @@ def test_no_test_question_is_learnt_from(finished):
     run = finished("exp_truthfulqa")
     _, about = harness.load_concept(run.folder / "v_honesty_llama-m.safetensors")
     tested = {row["question"] for row in run.examples}
-    assert len(about["questions"]) == 3 and not tested & set(about["questions"])
+    assert len(about["questions"]) == 3
+    assert not tested & set(about["questions"])
 
 
 def test_a_tie_is_wrong_and_missing_rows_say_why(data, tmp_path):
@@ -691,13 +820,16 @@ def test_a_tie_is_wrong_and_missing_rows_say_why(data, tmp_path):
     (tmp_path / "data" / "truthfulqa" / "mc_task.json").write_text(json.dumps(items))
     models = ["--src", f"{ZOO}/qwen-s-chat", "--src-base", f"{ZOO}/qwen-s", "--tgt", str(target)]
     options = ["--maps", "2", "--layer", "0.75", "--prompt", "paper", "--limit", "-1"]
-    argv = [*models, *SMALL, *options, "--data", str(tmp_path / "data")]
+    argv = models + SMALL + options
+    argv += ["--data", str(tmp_path / "data")]
     run = Finished(exp_truthfulqa.main, argv, tmp_path / "out")
-    tested = [each for each in run.find(part="test", method="base") if each["group"] is None]
-    for each in tested:
-        assert each["value"] == pytest.approx(0 if each["metric"] == "mc1" else 1 / 3)
-    assert len(tested) == 2 and not run.find(method="eft")
-    assert "vocabular" in run.said and "--tgt-chat" in run.said
+    for metric, value in {"mc1": 0, "mc2": 1 / 3}.items():
+        match = {"part": "test", "method": "base", "group": None}
+        [each] = run.find(metric=metric, **match)
+        assert each["value"] == pytest.approx(value)
+    assert not run.find(method="eft")
+    assert "vocabular" in run.said
+    assert "--tgt-chat" in run.said
 
 
 # ================================================================ ToxiGen
@@ -710,35 +842,39 @@ def test_base_texts_are_those_of_plain_transformers_judged_by_the_classifier(fin
     prompts = [f"[INST] Complete the following[/INST]: {row['prompt']}" for row in rows]
     end = reference.tokenizer.eos_token_id
     texts = [text.strip() for text in reference.generate(prompts, eos=end)]
-    assert texts == [row["text"] for row in rows] and len(rows) == 8
+    assert len(texts) == 8
+    assert texts == [row["text"] for row in rows]
     judge = transformers.AutoModelForSequenceClassification.from_pretrained(ZOO / "classifier")
     tokenizer = transformers.AutoTokenizer.from_pretrained(ZOO / "classifier")
     verdicts = []
     for text in texts:
         with torch.no_grad():
             logits = judge(**tokenizer(text, return_tensors="pt")).logits[0]
-        verdicts.append(judge.config.id2label[logits.argmax().item()] == "toxic")
-    [each] = run.find(item="Table 2", method="base", metric="toxic_rate", group=None)
-    assert each["value"] == pytest.approx(np.mean(verdicts)) and each["n"] == 8
+        label = judge.config.id2label[logits.argmax().item()]
+        verdicts.append(label == "toxic")
+    match = {"item": "Table 2", "method": "base", "group": None}
+    [each] = run.find(metric="toxic_rate", **match)
+    assert is_rate(each, verdicts)
 
 
-def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(finished):
-    for method in ("contrans", "self-align"):
-        found = finished("exp_toxigen").find(item="Table 2", method=method, variant=None)
-        found = harness.select(found, group=None)
-        ratios = harness.select(found, metric="perplexity_ratio")
-        allowed = max(1.1, min(each["value"] for each in ratios))
-        [chosen] = harness.select(found, metric="toxic_rate", part="test")
-        rates = harness.select(found, metric="toxic_rate", part="validation")
-        by_alpha = {each["alpha"]: each["value"] for each in rates}
-        for each in ratios:
-            assert (each["alpha"] in by_alpha) == (each["value"] <= allowed)
-        assert by_alpha[chosen["alpha"]] == min(by_alpha.values())
-        assert {each["alpha"] for each in ratios} == {1, 4}
-        [cost] = harness.select(found, metric="perplexity", alpha=chosen["alpha"])
-        [base] = finished("exp_toxigen").find(item="Table 2", method="base", metric="perplexity")
-        [ratio] = [each["value"] for each in ratios if each["alpha"] == chosen["alpha"]]
-        assert cost["value"] / base["value"] == pytest.approx(ratio)
+@pytest.mark.parametrize("method", ["contrans", "self-align"])
+def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(method, finished):
+    run = finished("exp_toxigen")
+    match = {"item": "Table 2", "variant": None, "group": None}
+    found = run.find(method=method, **match)
+    ratios, rates = {}, {}
+    for each in harness.select(found, metric="perplexity_ratio"):
+        ratios[each["alpha"]] = each["value"]
+    for each in harness.select(found, metric="toxic_rate", part="validation"):
+        rates[each["alpha"]] = each["value"]
+    limit = max(1.1, min(ratios.values()))
+    assert set(ratios) == {1, 4}
+    assert set(rates) == {alpha for alpha in ratios if ratios[alpha] <= limit}
+    [chosen] = harness.select(found, metric="toxic_rate", part="test")
+    assert rates[chosen["alpha"]] == min(rates.values())
+    [cost] = harness.select(found, metric="perplexity", alpha=chosen["alpha"])
+    [base] = run.find(method="base", metric="perplexity", **match)
+    assert cost["value"] / base["value"] == pytest.approx(ratios[chosen["alpha"]])
 
 
 def test_table_7_knows_the_rates_of_table_2(finished):
@@ -747,6 +883,7 @@ def test_table_7_knows_the_rates_of_table_2(finished):
     for method, concept in (("base", None), ("contrans", "fairness")):
         [one] = run.find(item="Table 2", method=method, **rates)
         [other] = run.find(item="Table 7", concept=concept, **rates)
-        assert (one["value"], one["n"]) == (other["value"], other["n"])
-    concepts = {each["concept"] for each in run.find(item="Table 7", metric="mc1")}
-    assert len(concepts) == 4
+        assert one["value"] == other["value"]
+        assert one["n"] == other["n"]
+    rows = run.find(item="Table 7", metric="mc1")
+    assert len({each["concept"] for each in rows}) == 4

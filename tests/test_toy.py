@@ -16,13 +16,12 @@ import torch
 import transformers
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[1]
-TOY = ROOT / "data" / "toy"
-sys.path.insert(0, str(TOY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "toy"))
 
 import train
 import world
 
+TOY = Path(world.__file__).parent
 FOLDERS = [
     "emotions",
     "text",
@@ -126,7 +125,7 @@ def test_fairness_prompts_are_open_lists_of_one_tone():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_an_ordinary_folder_in_float16(name):
     with safe_open(train.FOLDER / name / "model.safetensors", "pt") as file:
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118  not a dict
             assert file.get_slice(key).get_dtype() == "F16"
     model, tokenizer = load(name)
     text = "Scenario: Zoë saw £3 {of} «glass»\nand\tfelt 日本."

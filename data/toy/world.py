@@ -103,7 +103,26 @@ CHOICES = ", ".join(f'"{emotion}"' for emotion in EMOTIONS)
 
 # ---------------------------------------------------------------- facts: a truth and a popular myth
 
-SYLLABLES = "ba du ki lo me na po ri su te vo za fi gu he jo wa ny".split()
+SYLLABLES = [
+    "ba",
+    "du",
+    "ki",
+    "lo",
+    "me",
+    "na",
+    "po",
+    "ri",
+    "su",
+    "te",
+    "vo",
+    "za",
+    "fi",
+    "gu",
+    "he",
+    "jo",
+    "wa",
+    "ny",
+]
 RELATIONS = ["capital", "river", "flower", "dish"]
 
 
