@@ -54,7 +54,7 @@ FAMILIES = {"toy": SETTINGS | ZOO, "custom": SETTINGS}
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
+    parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"), local_map=True)
     add = parser.add_argument
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
     add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")

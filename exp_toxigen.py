@@ -53,10 +53,11 @@ from common import (
     concept_vector,
     context_length,
     control_directions,
+    cut_ends,
     generate,
     hidden_states,
     perplexity,
-    plain_sentences,
+    plain_texts,
 )
 from harness import (
     METHODS,
@@ -105,6 +106,7 @@ FAMILIES = {
         "layer": "auto",
         "alpha": [0.5, 1, 1.5, 2, 3, 4.5, 6, 8],
         "sentences": 2000,
+        "texts": TOY / "text" / "purpose_made.txt",
         "map_text": "lists",
         "tags": "inst",
         "classifier": f"{ZOO}/classifier",
@@ -332,8 +334,8 @@ def fitting(args, models: Models, template: Template, names: list[str], prompts)
 
 def load_map_texts(args, models: Models, template: Template, split: Split) -> list[str]:
     """What affine maps are fitted on: plain sentences, or as many of them as of unused lists."""
-    path = args.data / "wikisplit" / "validation.tsv"
-    sentences = plain_sentences(path, models, [args.src_base, *args.tgt], args.sentences)
+    names = [args.src_base, *args.tgt]
+    sentences = cut_ends(plain_texts(args.texts, models, names, args.sentences * 5 // 2))
     if args.map_text == "plain":
         return sentences
     used = {*split.neutral, *split.hate, *split.validation, *split.test}

@@ -109,9 +109,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def option_parser(
-    doc: str, families: dict, models=("src", "src-base", "tgt", "tgt-chat")
+    doc: str,
+    families: dict,
+    models=("src", "src-base", "tgt", "tgt-chat"),
+    local_map=False,
 ) -> _Parser:
-    """The options of every script; `models` says which of the four model options it has.
+    """The options of every script; `models` says which of the four model options it has, local_map
+    whether it has --map.
 
     `families` maps a name to settings: values of src, tgt, layer, alpha …"""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +132,7 @@ def option_parser(
         add(f"--{name}", metavar="MODEL", help=texts[name], **several)
     add("--layer", type=_layer, metavar="K", help="block: index, fraction, SOURCE,TARGET, or auto")
     add("--alpha", type=_strength, nargs="+", metavar="A", help="steering strengths to choose from")
-    if "src-base" in models:
+    if local_map:
         add(
             "--map",
             choices=["both", "paper", "local"],
