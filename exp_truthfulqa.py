@@ -240,7 +240,7 @@ PAPER_DEPTH = "0.75"
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES)
+    parser = option_parser(__doc__, FAMILIES, local_map=True)
     add = parser.add_argument
     add("--table", choices=[*ROWS, "all"], default="1", help="of the paper")
     add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
