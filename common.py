@@ -736,7 +736,7 @@ def cut_ends(texts: list[str]) -> list[str]:
 # test item is used (docs/map.md).
 
 WINDOWS = 2.0  # pieces of plain text inside the refinement templates, for each plain text
-POSITIONS = 3200  # that a local map is fitted on
+POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
 LOCAL_RIDGE = 0.01
 
 
@@ -819,7 +819,8 @@ class LocalMaps:
         where = [(i, other) for i, each in enumerate(places) for _, other in each]
         chosen = {}
         for number, block in enumerate(source_blocks):
-            chosen[block] = nearest_positions(x[:, number], self.near[block], POSITIONS)
+            count = int(POSITIONS * len(plain))
+            chosen[block] = nearest_positions(x[:, number], self.near[block], count)
         wanted = sorted({row for rows in chosen.values() for row in rows})
         kept: dict[int, list[int]] = {}  # only these texts and positions are read in the target
         for row in wanted:
