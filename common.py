@@ -592,8 +592,8 @@ def fit_affine(
     x_mean, y_mean = torch.zeros_like(x[0]), torch.zeros_like(y[0])
     if intercept:
         x_mean, y_mean = x[:n].mean(0), y[:n].mean(0)
-    x_inverse = _pseudo_inverse(x[:n] - x_mean, rcond, ridge)
-    fitted = AffineMap(x_inverse, y[:n] - y_mean, x_mean, y_mean, n=n)
+    x_fit, y_fit = (x[:n] - x_mean, y[:n] - y_mean) if intercept else (x[:n], y[:n])
+    fitted = AffineMap(_pseudo_inverse(x_fit, rcond, ridge), y_fit, x_mean, y_mean, n=n)
     if n == len(x):
         return fitted
     r2, cosine = fit_quality(fitted.states(x[n:]), y[n:], y[:n].mean(0))
@@ -790,9 +790,10 @@ class LocalMaps:
         return self.fit(source_block, block, **which).vector(v)
 
     def worth(self, other: AffineMap, source_block: int, block: int) -> float:
-        """R² of another map between these blocks, at the positions where v is read."""
+        """R² of a map between these blocks at positions where v is read, those held out here."""
         x, y = self.states(source_block, block)
-        return fit_quality(other.states(x), y.double(), y.double().mean(0))[0]
+        n = self.fit(source_block, block).n
+        return fit_quality(other.states(x[n:]), y[n:].double(), y[:n].double().mean(0))[0]
 
     def _read(self, sample: int) -> dict:
         """{source block: (x, {block: y})} at the positions chosen for it."""
@@ -803,7 +804,8 @@ class LocalMaps:
         windows = [
             templates[i % len(templates)].replace("{text}", piece) for i, piece in enumerate(pieces)
         ]
-        texts = plain + windows
+        fits = self.models.fits(self.base, windows) & self.models.fits(self.target, windows)
+        texts = plain + [window for window, fit in zip(windows, fits) if fit]
         places = shared_token_ends(
             self.models.tokenizer(self.base), self.models.tokenizer(self.target), texts
         )
@@ -835,8 +837,10 @@ class LocalMaps:
         order = {row: k for k, row in enumerate(wanted)}
         found = {}
         for number, block in enumerate(source_blocks):
-            own = [order[row] for row in chosen[block]]
-            found[block] = x[chosen[block], number], dict(zip(blocks, y[own].unbind(1)))
+            # In random order: the last fifth is held out.
+            rows = random.Random(sample).sample(chosen[block], len(chosen[block]))
+            own = [order[row] for row in rows]
+            found[block] = x[rows, number], dict(zip(blocks, y[own].unbind(1)))
         return found
 
 

@@ -529,16 +529,13 @@ class Run:
 
     def __init__(self, script, args, models, data=None, first_prompts=(), ignore=()):
         # ignore: options that change no result of a step
-        if isinstance(models, dict):
-            inputs = models
-        else:
-            names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
-            names = [name for name in dict.fromkeys(names) if name]
-            inputs = {
-                "models": {name: models.fingerprint(name) for name in names},
-                "data": _digest(json.loads(json.dumps(data))),
-                "first prompts": first_prompts,
-            }
+        names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
+        names = [name for name in dict.fromkeys(names) if name]
+        inputs = {
+            "models": {name: models.fingerprint(name) for name in names},
+            "data": _digest(json.loads(json.dumps(data))),
+            "first prompts": first_prompts,
+        }
         skipped = {"command", "out", "fresh", "no_cache", "batch_tokens", *ignore}
         settings = {k: v for k, v in vars(args).items() if k not in skipped}
         settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
@@ -793,6 +790,8 @@ def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
     An empty cell of the file matches anything; the first row that matches is taken."""
     known = read_table(Path(__file__).with_name("data") / "paper.csv", "item", "value")
     for each in records:
+        if each["group"] or each["part"] == "validation":
+            continue  # the paper has no such numbers
         ours = each | {key: names.get(each[key], each[key]) for key in ("source", "target")}
         for row in known:
             cells = [(key, cell) for key, cell in row.items() if key != "value" and cell]

@@ -34,22 +34,30 @@ from common import (
     BASE,
     BRANCH_TOKENS,
     AffineMaps,
+    Context,
     Models,
+    Point,
     Transplant,
+    Vector,
+    Vectors,
     choice_logprobs,
     concept_vector,
     control_directions,
+    cut_ends,
+    cut_windows,
     fit_affine,
     generate,
     hidden_states,
     load_model,
     logit_lens,
+    nearest_positions,
     next_token_logits,
     perplexity,
-    plain_sentences,
+    plain_texts,
     random_directions,
     refine,
     score_labels,
+    shared_token_ends,
 )
 
 TOY = Path(__file__).resolve().parents[1] / "data" / "toy"
@@ -713,15 +721,16 @@ def make_maps(n_sentences: int = 50, **options) -> AffineMaps:
 
 
 V = vectors(6, 12, seed=30)
+LOCAL = "contrans-local"
 
 
-def test_each_sample_of_the_sentences_is_random_and_repeatable():
-    samples = [make_maps().rows(number) for number in range(5)]
-    for number, rows in enumerate(samples):
-        assert len(set(rows)) == 50
-        assert set(rows) < set(range(60))
-        assert rows == make_maps().rows(number)
-    assert len({frozenset(rows) for rows in samples}) == 5
+def test_samples_of_the_sentences_are_disjoint_while_they_last():
+    samples = [make_maps(20).rows(number) for number in range(3)]
+    assert sorted(row for rows in samples for row in rows) == list(range(60))
+    assert samples[0] != list(range(20))  # in random order
+    assert samples[1] == make_maps(20).rows(1)
+    assert make_maps(20).rows(3) == samples[0]
+    assert len(set(make_maps().rows(1))) == 50
     assert sorted(make_maps(100).rows(1)) == list(range(60))
 
 
@@ -775,15 +784,28 @@ def test_norm_match_keeps_the_ratio_of_vector_to_stream_and_the_direction():
         )
 
 
-def test_plain_sentences_lose_two_to_four_words_as_in_the_released_code(capsys):
-    path = TOY / "wikisplit" / "validation.tsv"
+def test_plain_texts_are_lines_first_columns_or_json_lines(tmp_path, capsys, one_line):
     names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
-    drop, wanted = np.random.RandomState(42), []
-    for line in path.read_text().splitlines()[:500]:
-        words = line.split("\t")[0].split(" ")
-        wanted.append(" ".join(words[: -drop.randint(2, 5)]))
-    assert plain_sentences(path, Models(), names, 200) == wanted
+    texts = [f"the old cat number {n} sat in the park" for n in range(30)]
+    files = {
+        "a.txt": "\n".join(texts),
+        "a.tsv": "\n".join(f"{text}\tthe rest" for text in texts),
+        "a.jsonl": "\n".join(json.dumps({"text": text}) for text in texts),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        assert plain_texts(tmp_path / name, Models(), names, 20) == texts[:20]
     assert capsys.readouterr().out == ""
+    (tmp_path / "b.jsonl").write_text(files["a.jsonl"] + "\n{}")
+    one_line(lambda: plain_texts(tmp_path / "b.jsonl", Models(), names, 50), "b.jsonl, line 31")
+
+
+def test_cut_ends_drops_two_to_four_words_as_in_the_released_code():
+    drop = np.random.RandomState(42)
+    texts = [f"one two three four five six {n}" for n in range(50)]
+    wanted = [" ".join(text.split()[: -drop.randint(2, 5)]) for text in texts]
+    assert cut_ends(texts) == wanted
+    assert {len(text.split()) for text in wanted} == {3, 4, 5}
 
 
 def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
@@ -795,15 +817,104 @@ def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
     path.write_text("".join(f"{line}\tOne . <::::> Two .\n" for line in lines))
     short = str(save_llama(tmp_path / "short", max_position_embeddings=20))
     names = [llama[0].name, short]
-    texts = plain_sentences(path, Models(), names, 400)
+    texts = plain_texts(path, Models(), names, 400)
     assert len(texts) == 12
     assert all(text.startswith("The old cat sat") for text in texts)
     assert "2 of 14" in capsys.readouterr().out
-    assert len(plain_sentences(path, Models(), names[:1], 400)) == 13
-    one_line(
-        lambda: plain_sentences(path, Models(), names, 4),
-        "only 8 sentences",
+    assert len(plain_texts(path, Models(), names[:1], 400)) == 13
+    one_line(lambda: plain_texts(path, Models(), names, 10), "only 8 texts")
+
+
+# ---------------------------------------------------------------- fitted where v is read
+
+
+def test_states_at_any_positions_are_those_of_plain_transformers(any_pair):
+    model, reference = any_pair
+    texts = ["Tom felt very", "Lily lost her old cat in the park. Lily felt very"]
+    counts = [len(reference.ids(text)[0]) for text in texts]
+    positions = [[0, counts[0] - 1], [1, -1, 3]]
+    states = hidden_states(model, texts, [1, 2], positions=positions)
+    assert states.shape == (5, 2, 32)
+    starts = [reference.model.get_input_embeddings(), None]
+    assert starts[0] is not None
+    close(states[1], reference.states(texts[:1])[0, [1, 2]])
+    close(states[3], reference.states(texts[1:])[0, [1, 2]])
+    whole = hidden_states(model, [reference.tokenizer.decode(reference.ids(texts[1])[0][1:4])])
+    close(states[4], whole[0, [1, 2]])
+
+
+def test_shared_token_ends_are_the_same_places_of_the_text():
+    names = ("llama-s", "qwen-s")
+    tokenizers = [Models().tokenizer(str(TOY / "models" / name)) for name in names]
+    texts = ["The dish of Kipori is Kiza.", "Tom saw a cliff in Vogudu."]
+    for text, places in zip(texts, shared_token_ends(*tokenizers, texts)):
+        encoded = [each(text, return_offsets_mapping=True).offset_mapping for each in tokenizers]
+        assert len(places) >= 5
+        for one, other in places:
+            assert encoded[0][one][1] == encoded[1][other][1]
+
+
+def test_nearest_positions_take_turns_among_the_states():
+    x = vectors(200, 12, seed=1) * torch.arange(1.0, 13)
+    states = x[[7, 50]] * 1.01
+    standard = torch.nn.functional.normalize((x - x.mean(0)) / x.std(0), dim=1)
+    wanted = torch.nn.functional.normalize((states - x.mean(0)) / x.std(0), dim=1)
+    ranked = (standard @ wanted.T).argsort(0, descending=True)
+    chosen = nearest_positions(x, states, 30)
+    assert chosen[:2] == [7, 50]
+    assert chosen == list(dict.fromkeys(ranked.flatten().tolist()))[:30]
+    assert sorted(nearest_positions(x, states, 500)) == list(range(200))
+
+
+def test_windows_are_pieces_of_the_text_as_long_as_the_concepts_texts():
+    plain = ["the quick brown fox jumps over the lazy dog today", "one two three four five six"]
+    pieces = cut_windows(plain, ["a b c!", "d e"], 200)
+    assert {len(piece.split()) for piece in pieces} == {2, 3}
+    assert {piece[-1] for piece in pieces if not piece[-1].isalnum()} == {"!"}
+    for piece in pieces:
+        words = piece.rstrip("!").split()
+        words[0] = words[0].lower()
+        assert any(" ".join(words) in text for text in plain)
+    assert pieces == cut_windows(plain, ["a b c!", "d e"], 200)
+
+
+def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
+    names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
+    models = Models(device="cpu")
+    texts = plain_texts(TOY / "wikisplit" / "validation.tsv", models, names, 600)
+    template = "Scenario: {text}\nThe emotion of the above scenario is"
+    lists = []
+    for emotion in ("fear", "happiness"):
+        scenarios = json.loads((TOY / "emotions" / f"{emotion}.json").read_text())[:60]
+        lists.append([template.replace("{text}", text) for text in scenarios])
+    scenarios = [text[10:].split("\n")[0] for each in lists for text in each]
+    vector, own = Vector("fear", names[0], names[0]), Vector("fear", names[1], names[1])
+    found = Vectors(
+        models,
+        wanted=[vector, own],
+        targets=names[1:],
+        pairs=lambda *_: lists,
+        blocks=lambda name: [6],
+        context=lambda *_: Context((template,), tuple(scenarios)),
+        sentences=texts,
+        refine="mean",
+        n_sentences=600,
     )
+    point = Point(6, 6, 1.0)
+    v_hat = {method: found.at(vector, names[1], point, method) for method in ("contrans", LOCAL)}
+    cosine = {k: torch.cosine_similarity(v, found.v(own, 6), dim=0) for k, v in v_hat.items()}
+    assert cosine[LOCAL] > 0.7 > 0.4 > cosine["contrans"]
+    local = found.maps(vector, names[1], LOCAL)
+    x, y = local.states(6, 6)
+    assert len(x) == len(y) == 960
+    spread = [(each - each.mean(0)).norm() for each in (x, y)]
+    length = found.v(vector, 6).norm() * spread[1] / spread[0]
+    close(v_hat[LOCAL].norm(), length, 1e-3)
+    paper = found.maps(vector, names[1]).fit(6, 6)
+    assert paper.r2 > 0.9
+    fitted = local.fit(6, 6)
+    assert local.worth(paper, 6, 6) < 0 < fitted.r2
+    close(torch.tensor(local.worth(fitted, 6, 6)), torch.tensor(fitted.r2), 1e-4)
 
 
 # ================================================================ 5  Transplant

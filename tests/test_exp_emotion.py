@@ -83,7 +83,9 @@ def test_parts_are_disjoint_and_no_test_scenario_is_of_the_target_emotion(scenar
         texts = [text for part in parts.values() for text in part]
         assert len(texts) == len(set(texts))
         assert set(parts["positive"]) <= set(scenarios[emotion])
-        assert not set(parts["negative"] + parts["validation"] + parts["test"]) & set(scenarios[emotion])
+        assert not set(parts["negative"] + parts["validation"] + parts["test"]) & set(
+            scenarios[emotion]
+        )
 
 
 def test_negatives_validation_and_test_have_equally_many_of_each_other_emotion(scenarios):
@@ -91,7 +93,10 @@ def test_negatives_validation_and_test_have_equally_many_of_each_other_emotion(s
     for emotion in EMOTIONS:
         for part in ("negative", "validation", "test"):
             found = counts(data[emotion][part], scenarios)
-            assert set(found) == set(EMOTIONS) - {emotion} and max(found.values()) - min(found.values()) <= 1
+            assert (
+                set(found) == set(EMOTIONS) - {emotion}
+                and max(found.values()) - min(found.values()) <= 1
+            )
         assert len(data[emotion]["positive"]) == len(data[emotion]["negative"]) == 200
         assert len(data[emotion]["validation"]) == 50 and len(data[emotion]["test"]) == 52
 
@@ -99,42 +104,64 @@ def test_negatives_validation_and_test_have_equally_many_of_each_other_emotion(s
 @pytest.mark.parametrize("shots", [0, 1, 4, 6, 8, 12])
 def test_shots_carry_the_label_that_they_have(scenarios, shots):
     data = exp_emotion.split(scenarios, options("--shots", shots))
-    assert len(data["shots"]) == shots and all(text in scenarios[label] for label, text in data["shots"])
+    assert len(data["shots"]) == shots and all(
+        text in scenarios[label] for label, text in data["shots"]
+    )
     labels = Counter(label for label, _ in data["shots"])
     assert not shots or max(labels.values()) <= -(-shots // 6)
 
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])
 def test_the_split_follows_the_seed(scenarios, protocol):
-    first, again, other = (exp_emotion.split(scenarios, options("--protocol", protocol, "--seed", seed))
-                           for seed in (0, 0, 1))
+    first, again, other = (
+        exp_emotion.split(scenarios, options("--protocol", protocol, "--seed", seed))
+        for seed in (0, 0, 1)
+    )
     assert first == again
-    assert all(first[emotion][part] != other[emotion][part] for emotion in EMOTIONS for part in first[emotion])
+    assert all(
+        first[emotion][part] != other[emotion][part]
+        for emotion in EMOTIONS
+        for part in first[emotion]
+    )
 
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])
 def test_limit_cuts_the_shuffled_list_and_minus_one_takes_all(scenarios, protocol):
     def parts(limit):
         return exp_emotion.split(scenarios, options("--protocol", protocol, "--limit", limit))
+
     every, few, many = parts(-1), parts(7), parts(10000)
     for emotion in EMOTIONS:
-        assert few[emotion]["test"] == every[emotion]["test"][:7] and many[emotion]["test"] == every[emotion]["test"]
+        assert (
+            few[emotion]["test"] == every[emotion]["test"][:7]
+            and many[emotion]["test"] == every[emotion]["test"]
+        )
         assert len(every[emotion]["test"]) >= 200
-        assert few[emotion]["positive"] == every[emotion]["positive"] and few["shots"] == every["shots"]
+        assert (
+            few[emotion]["positive"] == every[emotion]["positive"]
+            and few["shots"] == every["shots"]
+        )
 
 
 def test_the_paper_s_shots_are_six_with_the_wrong_labels(scenarios):
     data = exp_emotion.split(scenarios, options("--protocol", "paper"))
     assert [label for label, _ in data["shots"]] == [label for label, _ in SHOTS.values()]
-    assert all(text in scenarios[true] for (_, text), (_, true) in zip(data["shots"], SHOTS.values()))
+    assert all(
+        text in scenarios[true] for (_, text), (_, true) in zip(data["shots"], SHOTS.values())
+    )
     assert not any(text in scenarios[label] for label, text in data["shots"])
 
 
 def test_the_paper_s_test_scenarios_are_those_that_made_the_vector(scenarios):
     data = exp_emotion.split(scenarios, options("--protocol", "paper", "--limit", -1))
     for emotion in EMOTIONS:
-        assert data[emotion]["test"] == data[emotion]["negative"] and len(data[emotion]["negative"]) == 200
-        assert len(data[emotion]["positive"]) == 200 and set(data[emotion]["positive"]) <= set(scenarios[emotion])
+        assert (
+            data[emotion]["test"] == data[emotion]["negative"]
+            and len(data[emotion]["negative"]) == 200
+        )
+        assert len(data[emotion]["positive"]) == 200 and set(data[emotion]["positive"]) <= set(
+            scenarios[emotion]
+        )
         assert not set(data[emotion]["negative"]) & set(scenarios[emotion])
 
 
@@ -164,26 +191,46 @@ CHOICES = '"happiness", "sadness", "anger", "fear", "disgust", "surprise"'
 
 
 def test_a_prompt_without_shots_is_the_refinement_prompt():
-    wanted = ["Scenario: You win.\nThe emotion of the above scenario is",
-              "Scenario: You lose.\nThe emotion of the above scenario is"]
+    wanted = [
+        "Scenario: You win.\nThe emotion of the above scenario is",
+        "Scenario: You lose.\nThe emotion of the above scenario is",
+    ]
     assert exp_emotion.prompts(DATA, ["You win.", "You lose."], options(), shots=False) == wanted
-    assert exp_emotion.prompts({"shots": []}, ["You win.", "You lose."], options(), shots=True) == wanted
+    assert (
+        exp_emotion.prompts({"shots": []}, ["You win.", "You lose."], options(), shots=True)
+        == wanted
+    )
 
 
 def test_a_prompt_with_shots_is_that_of_the_released_code():
     assert exp_emotion.prompts(DATA, ["You win."], options(), shots=True) == [
         f"Scenario: You see a wolf.\nThe emotion ({CHOICES}) of the above scenario is fear.\n"
         f"Scenario: You meet {{label}} a liar.\nThe emotion ({CHOICES}) of the above scenario is anger.\n"
-        "Scenario: You win.\nThe emotion of the above scenario is"]
+        "Scenario: You win.\nThe emotion of the above scenario is"
+    ]
 
 
 def test_own_template_and_labels_take_the_place_of_the_paper_s():
-    args = options("--template", "{scenario} I feel", "--labels", "glad", "low", "mad", "afraid", "sick", "amazed")
+    args = options(
+        "--template",
+        "{scenario} I feel",
+        "--labels",
+        "glad",
+        "low",
+        "mad",
+        "afraid",
+        "sick",
+        "amazed",
+    )
     assert exp_emotion.prompts(DATA, ["You win."], args, shots=True) == [
-        "You see a wolf. I feel afraid.\nYou meet {label} a liar. I feel mad.\nYou win. I feel"]
+        "You see a wolf. I feel afraid.\nYou meet {label} a liar. I feel mad.\nYou win. I feel"
+    ]
     args.template = exp_emotion.TEMPLATE
-    prompt, = exp_emotion.prompts(DATA, ["You win."], args, shots=True)
-    assert 'The emotion ("glad", "low", "mad", "afraid", "sick", "amazed") of the above scenario is afraid.' in prompt
+    (prompt,) = exp_emotion.prompts(DATA, ["You win."], args, shots=True)
+    assert (
+        'The emotion ("glad", "low", "mad", "afraid", "sick", "amazed") of the above scenario is afraid.'
+        in prompt
+    )
 
 
 # ================================================================ choices and controls
@@ -191,12 +238,14 @@ def test_own_template_and_labels_take_the_place_of_the_paper_s():
 
 def choosing(monkeypatch, hits: dict) -> dict:
     """validate() on two pairs of blocks, where (pair, alpha) gets so many of ten validation scenarios right."""
+
     def score_labels(model, prompts, labels, transplants, label):
         said = torch.full((len(transplants), 10), -1)
         for row, transplant in enumerate(transplants):
-            (block, alpha, _), = transplant.parts
-            said[row, :hits[block, alpha]] = EMOTIONS.index(label.split()[-1])
+            ((block, alpha, _),) = transplant.parts
+            said[row, : hits[block, alpha]] = EMOTIONS.index(label.split()[-1])
         return said, said
+
     monkeypatch.setattr(exp_emotion, "score_labels", score_labels)
     args = options("--alpha", 1, 2, 3)
     data = {emotion: {"validation": ["You win."] * 10} for emotion in EMOTIONS} | {"shots": []}
@@ -208,24 +257,41 @@ def test_validation_takes_the_most_hits_and_of_equals_the_smallest_alpha(monkeyp
     hits = {(4, 1): 1, (4, 2): 5, (4, 3): 4, (6, 1): 2, (6, 2): 8, (6, 3): 8}
     result = choosing(monkeypatch, hits)
     assert {(row["target_block"], row["alpha"]): row["hits"] for row in result["grid"]} == {
-        cell: 6 * n for cell, n in hits.items()}
-    assert result["chosen"] == {"i": 1, "source_block": 5, "target_block": 6, "alpha": 2, "hits": 48, "n": 60}
+        cell: 6 * n for cell, n in hits.items()
+    }
+    assert result["chosen"] == {
+        "i": 1,
+        "source_block": 5,
+        "target_block": 6,
+        "alpha": 2,
+        "hits": 48,
+        "n": 60,
+    }
 
 
 def test_every_control_has_the_norm_of_the_mapped_vector_and_the_chosen_strength(monkeypatch):
     generator, seen = torch.Generator().manual_seed(0), []
-    vectors = {key: torch.randn(6, 8, generator=generator) * 3 for key in ("mapped", "own", "shuffled", "map", "pairs")}
+    vectors = {
+        key: torch.randn(6, 8, generator=generator) * 3
+        for key in ("mapped", "own", "shuffled", "map", "pairs")
+    }
 
     def mapped(i, pairs=None, number=0, shuffled=False):
-        return vectors["shuffled" if shuffled else "pairs" if pairs else "map" if number else "mapped"]
+        return vectors[
+            "shuffled" if shuffled else "pairs" if pairs else "map" if number else "mapped"
+        ]
 
     def score_labels(model, prompts, labels, transplants, label):
         seen.extend(transplants)
         return (torch.zeros(len(transplants), len(prompts), dtype=torch.long),) * 2
+
     monkeypatch.setattr(exp_emotion, "score_labels", score_labels)
     args = options("--alpha", 1, 2, "--random", 25, "--maps", 3)
     pair = SimpleNamespace(mapped=mapped, own=vectors["own"][:, None], model=None)
-    data, chosen = {"fear": {"test": ["You win."]}, "shots": []}, {"i": 0, "target_block": 4, "alpha": 2.0}
+    data, chosen = (
+        {"fear": {"test": ["You win."]}, "shots": []},
+        {"i": 0, "target_block": 4, "alpha": 2.0},
+    )
     arms = exp_emotion.score(pair, args, data, "fear", chosen)
 
     found = {}
@@ -234,23 +300,40 @@ def test_every_control_has_the_norm_of_the_mapped_vector_and_the_chosen_strength
         found.setdefault(kind, []).append((arm, transplant))
     assert [len(t.parts) for _, t in found["base"]] == [0] and found["base"][0][0]["alpha"] == 0
     v = vectors["mapped"][3]
-    for method, vector in (("contrans", v), ("self-align", vectors["own"][3]), ("map 1", vectors["map"][3])):
+    for method, vector in (
+        ("contrans", v),
+        ("self-align", vectors["own"][3]),
+        ("map 1", vectors["map"][3]),
+    ):
         for arm, transplant in found[method]:
-            assert transplant.parts[0][:2] == (4, arm["alpha"]) and torch.equal(transplant.parts[0][2], vector)
-    assert [arm["alpha"] for arm, _ in found["contrans"]] == [arm["alpha"] for arm, _ in found["self-align"]] == [1, 2]
+            assert transplant.parts[0][:2] == (4, arm["alpha"]) and torch.equal(
+                transplant.parts[0][2], vector
+            )
+    assert (
+        [arm["alpha"] for arm, _ in found["contrans"]]
+        == [arm["alpha"] for arm, _ in found["self-align"]]
+        == [1, 2]
+    )
     for method, count in (("random", 25), ("other-concept", 5), ("shuffled-map", 1)):
         assert len(found[method]) == count
         for _, transplant in found[method]:
-            (block, alpha, vector), = transplant.parts
+            ((block, alpha, vector),) = transplant.parts
             assert (block, alpha) == (4, 2.0) and torch.isclose(vector.norm(), v.norm())
     assert len({tuple(t.parts[0][2].tolist()) for _, t in found["random"]}) == 25
 
 
-@pytest.mark.parametrize("layer, wanted", [
-    ("0.75", [(6, 7)]), ("3", [(3, 3)]), ("2,9", [(2, 9)]), ("0.5,0.9", [(4, 9)]),
-    ("auto", [(3, 4), (4, 5), (4, 6), (5, 7), (6, 8), (7, 9)])])
+@pytest.mark.parametrize(
+    "layer, wanted",
+    [
+        ("0.75", [(6, 7)]),
+        ("3", [(3, 3)]),
+        ("2,9", [(2, 9)]),
+        ("0.5,0.9", [(4, 9)]),
+        ("auto", [(3, 4), (4, 5), (4, 6), (5, 7), (6, 8), (7, 9)]),
+    ],
+)
 def test_layer_means_blocks_of_source_and_target(layer, wanted):
-    args, target = options("--layer", layer), f"{exp_emotion.ZOO}/llama-l"      # 8 and 10 blocks
+    args, target = options("--layer", layer), f"{exp_emotion.ZOO}/llama-l"  # 8 and 10 blocks
     assert exp_emotion.block_grid(args, target) == wanted
 
 
@@ -265,16 +348,20 @@ LINES = [json.dumps({"positive": f"You win {n}.", "negative": f"You lose {n}."})
 
 def own(*lines: str, labels: tuple[str, ...] = ("glad", "low")):
     """The options for a file that holds these lines."""
+
     def make(tmp: Path) -> list:
         (tmp / "my.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return ["--labels", *labels, "--pairs", tmp / "my.jsonl"]
+
     return make
 
 
 def test_pairs_are_read_without_margins_and_empty_lines_and_may_hold_any_character(tmp_path):
     path = tmp_path / "my.jsonl"
-    path.write_bytes('\ufeff{"positive": " Ja\u2028é ", "negative": "Nein", "id": 3}\r\n\r\n'
-                     '{"negative": "no\\n", "positive": "yes"}'.encode())
+    path.write_bytes(
+        '\ufeff{"positive": " Ja\u2028é ", "negative": "Nein", "id": 3}\r\n\r\n'
+        '{"negative": "no\\n", "positive": "yes"}'.encode()
+    )
     assert exp_emotion.load_pairs(path) == [("Ja\u2028é", "Nein"), ("yes", "no")]
 
 
@@ -285,52 +372,92 @@ def test_a_pair_is_in_one_part_and_each_class_is_tested_on_texts_of_the_other(tm
     glad, low = data["glad"], data["low"]
     assert args.concepts == ["glad", "low"] and set(data) == {"shots", "glad", "low"}
     assert low["positive"] == glad["negative"] and low["negative"] == glad["positive"]
-    assert [text.replace("win", "lose") for text in glad["positive"]] == glad["negative"]          # still pairs
+    assert [text.replace("win", "lose") for text in glad["positive"]] == glad[
+        "negative"
+    ]  # still pairs
     assert all("lose" in text for part in ("negative", "validation", "test") for text in glad[part])
     assert all("win" in text for part in ("negative", "validation", "test") for text in low[part])
-    parts = [{text.split()[-1] for text in texts} for texts in (
-        [text for _, text in data["shots"]], glad["positive"], glad["validation"], glad["test"])]
+    parts = [
+        {text.split()[-1] for text in texts}
+        for texts in (
+            [text for _, text in data["shots"]],
+            glad["positive"],
+            glad["validation"],
+            glad["test"],
+        )
+    ]
     assert sum(map(len, parts)) == len(set.union(*parts)) and len(set.union(*parts)) == 40
-    assert all(("win" in text) == (label == "glad") for label, text in data["shots"]) and len(data["shots"]) == shots
-    assert abs(len(glad["positive"]) - 20) <= 2 and len(glad["validation"]) >= 5 and len(glad["test"]) >= 12
+    assert (
+        all(("win" in text) == (label == "glad") for label, text in data["shots"])
+        and len(data["shots"]) == shots
+    )
+    assert (
+        abs(len(glad["positive"]) - 20) <= 2
+        and len(glad["validation"]) >= 5
+        and len(glad["test"]) >= 12
+    )
     assert exp_emotion.split_pairs(exp_emotion.load_pairs(args.pair_file), args) == data
     args.seed, args.limit = 1, 3
     other = exp_emotion.split_pairs(exp_emotion.load_pairs(args.pair_file), args)
-    assert other["glad"]["positive"] != glad["positive"] and len(other["glad"]["test"]) == len(other["low"]["test"]) == 3
+    assert (
+        other["glad"]["positive"] != glad["positive"]
+        and len(other["glad"]["test"]) == len(other["low"]["test"]) == 3
+    )
 
 
 def test_the_labels_are_the_words_of_the_shots(tmp_path):
     args = options(*own(*LINES)(tmp_path), "--template", "{scenario} I feel")
     shots = {"shots": [("low", "You lose."), ("glad", "You win.")]}
     assert exp_emotion.prompts(shots, ["So?"], args, shots=True) == [
-        "You lose. I feel low.\nYou win. I feel glad.\nSo? I feel"]
+        "You lose. I feel low.\nYou win. I feel glad.\nSo? I feel"
+    ]
 
 
 # ================================================================ records
 
 
-def arm(emotion: str, method: str, alpha: float, said: list[int], preferred: list[int], detail: str = "") -> dict:
-    return {"emotion": emotion, "wanted": EMOTIONS.index(emotion), "method": method, "alpha": alpha, "detail": detail,
-            "said": said, "preferred": preferred}
+def arm(
+    emotion: str, method: str, alpha: float, said: list[int], preferred: list[int], detail: str = ""
+) -> dict:
+    return {
+        "emotion": emotion,
+        "wanted": EMOTIONS.index(emotion),
+        "method": method,
+        "alpha": alpha,
+        "detail": detail,
+        "said": said,
+        "preferred": preferred,
+    }
 
 
-ARMS = [arm("happiness", "base", 0.0, [1, 2, -1, 0], [1, 2, 0, 0]),
-        arm("fear", "base", 0.0, [1, 1, 1, 1], [1, 1, 1, 3]),
-        arm("happiness", "contrans", 2.0, [0, 0, 0, -1], [0, 0, 0, 0]),
-        arm("fear", "contrans", 2.0, [3, 3, 0, 0], [3, 3, 3, 0]),
-        arm("fear", "contrans", 3.0, [3, 3, 3, 3], [3, 3, 3, 3]),
-        arm("fear", "random", 2.0, [0, 0, 0, 0], [0, 3, 0, 0], "direction 0"),
-        arm("fear", "contrans", 2.0, [3, 0, 0, 0], [3, 0, 0, 0], "pairs 20"),
-        arm("fear", "contrans", 2.0, [3, 3, 3, 3], [3, 3, 3, 3], "map 1")]
-VALIDATION = {"grid": [{"i": 0, "source_block": 6, "target_block": 7, "alpha": 2.0, "hits": 3, "n": 12}],
-              "chosen": {"i": 0, "source_block": 6, "target_block": 7, "alpha": 2.0, "hits": 3, "n": 12}}
-FITTED = {"closed form": [{"r2": 0.8, "cosine": 0.9}, {"r2": 0.7, "cosine": 0.85}], "fitted on": 240,
-          "gradient descent": {"r2": -0.1, "cosine": 0.2}, "shuffled": {"r2": -0.6, "cosine": 0.01}}
+ARMS = [
+    arm("happiness", "base", 0.0, [1, 2, -1, 0], [1, 2, 0, 0]),
+    arm("fear", "base", 0.0, [1, 1, 1, 1], [1, 1, 1, 3]),
+    arm("happiness", "contrans", 2.0, [0, 0, 0, -1], [0, 0, 0, 0]),
+    arm("fear", "contrans", 2.0, [3, 3, 0, 0], [3, 3, 3, 0]),
+    arm("fear", "contrans", 3.0, [3, 3, 3, 3], [3, 3, 3, 3]),
+    arm("fear", "random", 2.0, [0, 0, 0, 0], [0, 3, 0, 0], "direction 0"),
+    arm("fear", "contrans", 2.0, [3, 0, 0, 0], [3, 0, 0, 0], "pairs 20"),
+    arm("fear", "contrans", 2.0, [3, 3, 3, 3], [3, 3, 3, 3], "map 1"),
+]
+VALIDATION = {
+    "grid": [{"i": 0, "source_block": 6, "target_block": 7, "alpha": 2.0, "hits": 3, "n": 12}],
+    "chosen": {"i": 0, "source_block": 6, "target_block": 7, "alpha": 2.0, "hits": 3, "n": 12},
+}
+FITTED = {
+    "closed form": [{"r2": 0.8, "cosine": 0.9}, {"r2": 0.7, "cosine": 0.85}],
+    "fitted on": 240,
+    "gradient descent": {"r2": -0.1, "cosine": 0.2},
+    "shuffled": {"r2": -0.6, "cosine": 0.01},
+}
 
 
 def test_pooled_counts_the_target_emotion_over_all_arms_that_match():
     assert exp_emotion.pooled(ARMS, emotion="happiness", method="base")[::3] == (1 / 4, 4)
-    assert exp_emotion.pooled(ARMS, "preferred", emotion="happiness", method="base")[::3] == (2 / 4, 4)
+    assert exp_emotion.pooled(ARMS, "preferred", emotion="happiness", method="base")[::3] == (
+        2 / 4,
+        4,
+    )
     rate, low, high, n = exp_emotion.pooled(ARMS, method="contrans", alpha=2.0, detail="")
     assert (rate, n) == (5 / 8, 8) and (low, high) == common.wilson(5, 8)
     assert exp_emotion.pooled(ARMS)[::3] == (15 / 32, 32)
@@ -349,26 +476,47 @@ def find(rows: list[dict], **match) -> list[dict]:
 def test_every_record_has_all_fields_and_says_what_it_is_about(rows):
     for row in rows:
         assert list(row) == common.RECORD
-        assert (row["experiment"], row["source"], row["target"], row["layer"]) == ("emotion", SOURCE, TARGET, "6->7")
+        assert (row["experiment"], row["source"], row["target"], row["layer"]) == (
+            "emotion",
+            SOURCE,
+            TARGET,
+            "6->7",
+        )
         assert row["concept"] in [*EMOTIONS, "map", "mean of six"]
         assert row["metric"] in ("token_acc", "logit_acc", "r2", "cosine")
-    assert len(find(rows, metric="token_acc")) == len(ARMS) + 1 and len(find(rows, metric="logit_acc")) == len(ARMS)
+    assert len(find(rows, metric="token_acc")) == len(ARMS) + 1 and len(
+        find(rows, metric="logit_acc")
+    ) == len(ARMS)
 
 
 def test_rates_come_with_n_and_their_interval(rows):
-    row, = find(rows, concept="fear", method="contrans", alpha=2.0, split="test", metric="token_acc")
+    (row,) = find(
+        rows, concept="fear", method="contrans", alpha=2.0, split="test", metric="token_acc"
+    )
     assert (row["value"], row["n"], row["low"], row["high"]) == (0.5, 4, *common.wilson(2, 4))
-    row, = find(rows, concept="fear", method="contrans", alpha=2.0, split="test", metric="logit_acc")
+    (row,) = find(
+        rows, concept="fear", method="contrans", alpha=2.0, split="test", metric="logit_acc"
+    )
     assert row["value"] == 0.75
-    row, = find(rows, split="validation")
+    (row,) = find(rows, split="validation")
     assert (row["value"], row["n"], row["low"], row["high"]) == (0.25, 12, *common.wilson(3, 12))
 
 
 def test_the_paper_s_number_stands_where_the_paper_has_one_and_nowhere_else(rows):
-    published = {(row["concept"], row["alpha"]): row["paper"] for row in rows if row["paper"] is not None}
-    assert published == {("happiness", 0.0): .11, ("fear", 0.0): .035, ("happiness", 2.0): .92, ("fear", 2.0): .84}
-    assert all(row["metric"] == "token_acc" and row["split"] == "test" and row["item"] == "Figure 2a"
-               for row in rows if row["paper"] is not None)
+    published = {
+        (row["concept"], row["alpha"]): row["paper"] for row in rows if row["paper"] is not None
+    }
+    assert published == {
+        ("happiness", 0.0): 0.11,
+        ("fear", 0.0): 0.035,
+        ("happiness", 2.0): 0.92,
+        ("fear", 2.0): 0.84,
+    }
+    assert all(
+        row["metric"] == "token_acc" and row["split"] == "test" and row["item"] == "Figure 2a"
+        for row in rows
+        if row["paper"] is not None
+    )
     assert {row["item"] for row in find(rows, method="random")} == {""}
     assert {row["item"] for row in find(rows, split="test pairs 20")} == {"Figure 5"}
 
@@ -380,20 +528,34 @@ def test_a_target_that_is_not_in_the_paper_gets_no_number_of_it():
 
 def test_the_published_numbers_are_those_of_the_figures():
     assert exp_emotion.PAPER == {
-        "13B": {0: [.11, 0, .20, .035, 0, 0], 1: [.41, .455, .575, .475, .025, 0],
-                2: [.92, .91, .895, .84, .13, .045], 5: [.985, 1, 1, 1, 1, .575]},
-        "65B": {0: [0, .82, 0, .005, .15, 0], 1: [.895, 1, .765, .81, .895, 0],
-                2: [1, 1, 1, .99, .99, 0], 5: [1, 1, 1, 1, 1, 0]}}
+        "13B": {
+            0: [0.11, 0, 0.20, 0.035, 0, 0],
+            1: [0.41, 0.455, 0.575, 0.475, 0.025, 0],
+            2: [0.92, 0.91, 0.895, 0.84, 0.13, 0.045],
+            5: [0.985, 1, 1, 1, 1, 0.575],
+        },
+        "65B": {
+            0: [0, 0.82, 0, 0.005, 0.15, 0],
+            1: [0.895, 1, 0.765, 0.81, 0.895, 0],
+            2: [1, 1, 1, 0.99, 0.99, 0],
+            5: [1, 1, 1, 1, 1, 0],
+        },
+    }
     assert EMOTIONS == ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 
 
 def test_maps_are_recorded_with_their_held_out_fit(rows):
     fits = find(rows, concept="map")
     assert {(row["method"], row["split"][-1], row["metric"]): row["value"] for row in fits} == {
-        ("contrans", "0", "r2"): 0.8, ("contrans", "0", "cosine"): 0.9,
-        ("contrans", "1", "r2"): 0.7, ("contrans", "1", "cosine"): 0.85,
-        ("gradient-descent", "0", "r2"): -0.1, ("gradient-descent", "0", "cosine"): 0.2,
-        ("shuffled-map", "0", "r2"): -0.6, ("shuffled-map", "0", "cosine"): 0.01}
+        ("contrans", "0", "r2"): 0.8,
+        ("contrans", "0", "cosine"): 0.9,
+        ("contrans", "1", "r2"): 0.7,
+        ("contrans", "1", "cosine"): 0.85,
+        ("gradient-descent", "0", "r2"): -0.1,
+        ("gradient-descent", "0", "cosine"): 0.2,
+        ("shuffled-map", "0", "r2"): -0.6,
+        ("shuffled-map", "0", "cosine"): 0.01,
+    }
     assert all(row["n"] == 240 and row["split"].startswith("held-out map ") for row in fits)
 
 
@@ -410,8 +572,10 @@ def broken(folder: Path, change) -> list:
 
 def spoilt(path: str, text: str | None):
     """The options for data in which one file holds this text, or is missing."""
+
     def change(folder: Path) -> None:
         (folder / path).unlink() if text is None else (folder / path).write_text(text)
+
     return lambda tmp: broken(tmp / "data", change)
 
 
@@ -422,20 +586,32 @@ WRONG = {
     "JSON of numbers": (spoilt(FEAR, "[1, 2]"), "fear.json"),
     "JSON that is no list": (spoilt(FEAR, "7"), "fear.json"),
     "a list is missing": (spoilt(FEAR, None), "fear.json"),
-    "lists too short": (spoilt(FEAR, json.dumps([f"You see {n}." for n in range(40)])), "has 40 scenarios"),
+    "lists too short": (
+        spoilt(FEAR, json.dumps([f"You see {n}." for n in range(40)])),
+        "has 40 scenarios",
+    ),
     "no plain sentences": (spoilt(SENTENCES, None), "validation.tsv"),
     "too few sentences": (spoilt(SENTENCES, "a b c d e f\n"), "1 sentences"),
     "template without scenario": (lambda tmp: ["--template", "I feel"], "{scenario}"),
     "two labels alike": (lambda tmp: ["--labels", *"abcdea"], "six different words"),
-    "labels with a common start": (lambda tmp: ["--labels", "ab", "abc", *"defg"], "cannot be told apart"),
+    "labels with a common start": (
+        lambda tmp: ["--labels", "ab", "abc", *"defg"],
+        "cannot be told apart",
+    ),
     "an empty label": (lambda tmp: ["--labels", "", *"abcde"], "--labels"),
     "five labels": (lambda tmp: ["--labels", *"abcde"], "--labels"),
     "block out of range": (lambda tmp: ["--layer", "8"], "block 8 does not exist"),
     "block of the target out of range": (lambda tmp: ["--layer", "7,8"], "block 8 does not exist"),
     "the whole depth": (lambda tmp: ["--layer", "1.0"], "block 8 does not exist"),
     "prompt longer than the context": (lambda tmp: ["--shots", "20"], "do not fit the context"),
-    "prompt too long for a target that is the source": (lambda tmp: ["--src", TARGET, "--shots", "20"], "do not fit"),
-    "template longer than the context": (lambda tmp: ["--template", "salt " * 600 + "{scenario}"], "do not fit"),
+    "prompt too long for a target that is the source": (
+        lambda tmp: ["--src", TARGET, "--shots", "20"],
+        "do not fit",
+    ),
+    "template longer than the context": (
+        lambda tmp: ["--template", "salt " * 600 + "{scenario}"],
+        "do not fit",
+    ),
     "no such model folder": (lambda tmp: ["--src", tmp / "no" / "model"], "no model folder"),
     "folder without a model": (lambda tmp: ["--src", tmp], "config.json"),
     "source without target": (lambda tmp: ["--src", SOURCE, "only"], "--src and --tgt go together"),
@@ -449,36 +625,75 @@ WRONG = {
     "pairs a word": (lambda tmp: ["--pairs", "many"], "--pairs many: give a number"),
     "fewer than no pairs": (lambda tmp: ["--pairs", "-3"], "--pairs -3: give a number"),
     "two labels for six emotions": (lambda tmp: ["--labels", "good", "bad"], "six different words"),
-    "no file of pairs": (lambda tmp: ["--labels", "a", "b", "--pairs", tmp / "no.jsonl"], "no.jsonl"),
+    "no file of pairs": (
+        lambda tmp: ["--labels", "a", "b", "--pairs", tmp / "no.jsonl"],
+        "no.jsonl",
+    ),
     "pairs without labels": (lambda tmp: own(*LINES)(tmp)[3:], "two different words"),
     "pairs with one label": (own(*LINES, labels=("glad",)), "two different words"),
     "pairs with one label twice": (own(*LINES, labels=("glad", "glad")), "two different words"),
     "a label that is no file name": (own(*LINES, labels=("glad", "not/glad")), "must not hold a /"),
     "a label of our own": (own(*LINES, labels=("glad", "shots")), "shots"),
-    "pairs under the paper's protocol": (lambda tmp: [*own(*LINES)(tmp), "--protocol", "paper"], "--protocol paper"),
-    "too few pairs": (own(*LINES[:22]), "has 22 pairs; shots, refinement, validation and test need 23"),
+    "pairs under the paper's protocol": (
+        lambda tmp: [*own(*LINES)(tmp), "--protocol", "paper"],
+        "--protocol paper",
+    ),
+    "too few pairs": (
+        own(*LINES[:22]),
+        "has 22 pairs; shots, refinement, validation and test need 23",
+    ),
     "an empty file of pairs": (own(), "has 0 pairs"),
-    "a line that is not JSON": (own(*LINES, "{'positive': 'a', 'negative': 'b'}"), "line 41 is not JSON"),
+    "a line that is not JSON": (
+        own(*LINES, "{'positive': 'a', 'negative': 'b'}"),
+        "line 41 is not JSON",
+    ),
     "a line of JSON that is not a pair": (own(*LINES, '["a", "b"]'), 'line 41 has no "positive"'),
     "a line without negative": (own(*LINES, '{"positive": "a"}'), 'line 41 has no "negative"'),
-    "a line with another word": (own(*LINES[:2], "", '{"pos": "a", "negative": "b"}', *LINES), 'line 4 has no "positive"'),
-    "a number for a text": (own('{"positive": "a", "negative": 3}', *LINES), 'line 1: "negative" must be a text'),
-    "no text": (own(*LINES, '{"positive": " ", "negative": "b"}'), 'line 41: "positive" must be a text'),
-    "one text twice in a pair": (own(*LINES, '{"positive": "a", "negative": "a"}'), 'line 41: "negative" is a text'),
-    "one text in two pairs": (own(*LINES, '{"positive": "a", "negative": "You win 6."}'), "stands in line 7 already"),
-    "texts that do not fit": (own(*LINES, '{"positive": "%s", "negative": "b"}' % ("a " * 900)), "do not fit the context"),
+    "a line with another word": (
+        own(*LINES[:2], "", '{"pos": "a", "negative": "b"}', *LINES),
+        'line 4 has no "positive"',
+    ),
+    "a number for a text": (
+        own('{"positive": "a", "negative": 3}', *LINES),
+        'line 1: "negative" must be a text',
+    ),
+    "no text": (
+        own(*LINES, '{"positive": " ", "negative": "b"}'),
+        'line 41: "positive" must be a text',
+    ),
+    "one text twice in a pair": (
+        own(*LINES, '{"positive": "a", "negative": "a"}'),
+        'line 41: "negative" is a text',
+    ),
+    "one text in two pairs": (
+        own(*LINES, '{"positive": "a", "negative": "You win 6."}'),
+        "stands in line 7 already",
+    ),
+    "texts that do not fit": (
+        own(*LINES, '{"positive": "%s", "negative": "b"}' % ("a " * 900)),
+        "do not fit the context",
+    ),
     "unknown option": (lambda tmp: ["--layers", "3"], "--layers"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_ends_in_one_line_before_any_weights_are_loaded(case, tmp_path, monkeypatch, capsys):
+def test_wrong_input_ends_in_one_line_before_any_weights_are_loaded(
+    case, tmp_path, monkeypatch, capsys
+):
     make, says = WRONG[case]
     argv = [str(option) for option in make(tmp_path)]
     models = [] if argv[-1] == "only" else ["--family", "toy", "--tgt", TARGET]
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as stopped:
-        exp_emotion.main([*models, *[option for option in argv if option != "only"], "--out", str(tmp_path / "out")])
+        exp_emotion.main(
+            [
+                *models,
+                *[option for option in argv if option != "only"],
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.err.count("\n") == 1
     assert printed.err.startswith("error: ") and says in printed.err
@@ -494,11 +709,16 @@ def surroundings(cache: Path) -> dict:
 
 
 def run(cache: Path, *argv) -> subprocess.CompletedProcess:
-    return subprocess.run([*SCRIPT, *map(str, argv)], env=surroundings(cache), capture_output=True, text=True)
+    return subprocess.run(
+        [*SCRIPT, *map(str, argv)], env=surroundings(cache), capture_output=True, text=True
+    )
 
 
-@pytest.mark.parametrize("argv", [["--shots", 20, "--family", "toy"], ["--alpha", "nan"], ["--data", "nowhere"]],
-                         ids=["long prompt", "alpha", "data"])
+@pytest.mark.parametrize(
+    "argv",
+    [["--shots", 20, "--family", "toy"], ["--alpha", "nan"], ["--data", "nowhere"]],
+    ids=["long prompt", "alpha", "data"],
+)
 def test_a_process_says_one_line_on_stderr_and_ends_with_2(argv, tmp_path):
     result = run(tmp_path / "cache", *argv, "--out", tmp_path / "out")
     assert (result.returncode, result.stdout) == (2, "")
@@ -523,8 +743,27 @@ def test_help_answers_at_once_and_does_not_load_torch(tmp_path):
 
 # ================================================================ a whole run
 
-TINY = ["--family", "toy", "--tgt", TARGET, "--data", str(TOY), "--limit", "5", "--random", "3", "--maps", "2",
-        "--sentences", "300", "--pairs", "20", "--alpha", "1", "2"]
+TINY = [
+    "--family",
+    "toy",
+    "--tgt",
+    TARGET,
+    "--data",
+    str(TOY),
+    "--limit",
+    "5",
+    "--random",
+    "3",
+    "--maps",
+    "2",
+    "--sentences",
+    "300",
+    "--pairs",
+    "20",
+    "--alpha",
+    "1",
+    "2",
+]
 FILES = ["records.csv", "records.jsonl", "examples.jsonl", "tables.md"]
 
 
@@ -534,7 +773,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
     result = run(out / "cache", *TINY, "--out", out / "results")
     assert result.returncode == 0, result.stderr
-    folder, = (out / "results" / "exp_emotion").iterdir()
+    (folder,) = (out / "results" / "exp_emotion").iterdir()
     return SimpleNamespace(folder=folder, printed=result.stdout, out=out / "results")
 
 
@@ -543,13 +782,17 @@ def continued(tmp_path_factory):
     """The same run with another cache, killed after its first step and continued here: its folder, its exit code,
     the steps that were there, and the results that should not have been."""
     out = tmp_path_factory.mktemp("continued")
-    process = subprocess.Popen([*SCRIPT, *TINY, "--out", str(out)], env=surroundings(out / "cache"),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*SCRIPT, *TINY, "--out", str(out)],
+        env=surroundings(out / "cache"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list(out.glob("exp_emotion/*/steps/*.json")) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     code = process.wait()
-    folder, = (out / "exp_emotion").iterdir()
+    (folder,) = (out / "exp_emotion").iterdir()
     steps = {path: path.read_bytes() for path in folder.glob("steps/*.json")}
     left = [name for name in FILES if (folder / name).exists()]
     exp_emotion.main([*TINY, "--out", str(out)])
@@ -573,25 +816,42 @@ def json_rows(folder: Path, name: str) -> list[dict]:
 def test_the_run_folder_holds_all_that_the_readme_says(finished):
     files = {path.name for path in finished.folder.iterdir()}
     vectors = {f"v_{emotion}_llama-m.safetensors" for emotion in EMOTIONS}
-    figures = {f"{name}.{kind}": start for name in ("accuracy_llama-m", "pca_llama-m", "tsne_source", "pairs")
-               for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"))}
+    figures = {
+        f"{name}.{kind}": start
+        for name in ("accuracy_llama-m", "pca_llama-m", "tsne_source", "pairs")
+        for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"))
+    }
     assert files == {"args.json", "environment.json", "steps", *FILES, *figures, *vectors}
-    assert all((finished.folder / name).read_bytes().startswith(start) for name, start in figures.items())
+    assert all(
+        (finished.folder / name).read_bytes().startswith(start) for name, start in figures.items()
+    )
 
 
 def test_what_is_printed_last_is_the_folder_and_before_it_the_tables(finished):
     assert finished.printed.splitlines()[-1] == str(finished.folder)
     assert (finished.folder / "tables.md").read_text().strip() in finished.printed
-    parts = ["random", "other-concept", "shuffled-map", "Self-Align", "percentile", "Table 5", "Table 8"]
+    parts = [
+        "random",
+        "other-concept",
+        "shuffled-map",
+        "Self-Align",
+        "percentile",
+        "Table 5",
+        "Table 8",
+    ]
     for part in EMOTIONS + parts:
-        assert part in finished.printed     # every effect beside its controls
+        assert part in finished.printed  # every effect beside its controls
 
 
 def test_the_folder_says_with_what_it_was_made(finished):
     about = json.loads((finished.folder / "args.json").read_text())
     args = options(*TINY)
     data = exp_emotion.split(exp_emotion.load_scenarios(TOY), args)
-    assert about["args"]["alpha"] == [1, 2] and about["args"]["src"] == SOURCE and about["args"]["pairs"] == 20
+    assert (
+        about["args"]["alpha"] == [1, 2]
+        and about["args"]["src"] == SOURCE
+        and about["args"]["pairs"] == 20
+    )
     assert about["inputs"][TARGET] == common.fingerprint(TARGET)
     first, *_ = exp_emotion.prompts(data, data["happiness"]["test"], args, shots=True)
     assert about["inputs"]["first test prompt"] == first
@@ -603,57 +863,98 @@ def test_the_folder_says_with_what_it_was_made(finished):
 def test_records_agree_with_the_examples(finished):
     examples, arms = json_rows(finished.folder, "examples.jsonl"), {}
     for row in examples:
-        arms.setdefault((row["emotion"], row["method"], row["alpha"], f"test {row['detail']}".strip()), []).append(row)
-    records = [row for row in json_rows(finished.folder, "records.jsonl") if row["split"].startswith("test")]
+        arms.setdefault(
+            (row["emotion"], row["method"], row["alpha"], f"test {row['detail']}".strip()), []
+        ).append(row)
+    records = [
+        row
+        for row in json_rows(finished.folder, "records.jsonl")
+        if row["split"].startswith("test")
+    ]
     assert len(records) == 2 * len(arms)
     for row in records:
         key = {"token_acc": "said", "logit_acc": "preferred"}[row["metric"]]
-        answers = [example[key] for example in arms[row["concept"], row["method"], row["alpha"], row["split"]]]
+        answers = [
+            example[key]
+            for example in arms[row["concept"], row["method"], row["alpha"], row["split"]]
+        ]
         hits = answers.count(EMOTIONS.index(row["concept"]))
-        assert (row["value"], row["n"]) == (hits / 5, 5) and (row["low"], row["high"]) == common.wilson(hits, 5)
+        assert (row["value"], row["n"]) == (hits / 5, 5) and (
+            row["low"],
+            row["high"],
+        ) == common.wilson(hits, 5)
 
 
 def test_csv_and_jsonl_hold_the_same_records(finished):
     rows = json_rows(finished.folder, "records.jsonl")
-    assert csv_rows(finished.folder) == [{name: "" if value is None else str(value) for name, value in row.items()}
-                                         for row in rows]
+    assert csv_rows(finished.folder) == [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
+    ]
     assert all(list(row) == common.RECORD for row in rows)
 
 
 def test_alpha_zero_and_base_are_the_same_thing(finished):
     rows = json_rows(finished.folder, "records.jsonl")
-    assert all((row["method"] == "base") == (row["alpha"] == 0) for row in rows if row["alpha"] is not None)
-    assert {row["method"] for row in rows} == {"base", "contrans", "self-align", "random", "other-concept",
-                                               "shuffled-map", "gradient-descent"}
+    assert all(
+        (row["method"] == "base") == (row["alpha"] == 0) for row in rows if row["alpha"] is not None
+    )
+    assert {row["method"] for row in rows} == {
+        "base",
+        "contrans",
+        "self-align",
+        "random",
+        "other-concept",
+        "shuffled-map",
+        "gradient-descent",
+    }
 
 
 def test_perplexities_are_those_of_plain_sentences_under_the_vector_on_disk(finished, target):
     sentences = common.plain_sentences(options(*TINY), [SOURCE, TARGET])[-50:]
     rows = find(json_rows(finished.folder, "records.jsonl"), metric="perplexity")
-    base, = find(rows, method="base")
+    (base,) = find(rows, method="base")
     assert len(rows) == 1 + 6 * (2 + 3) and {row["n"] for row in rows} == {base["n"]}
     vector, about = common.load_concept(finished.folder / "v_fear_llama-m.safetensors", target)
-    steered, = find(rows, method="contrans", concept="fear", alpha=2)
+    (steered,) = find(rows, method="contrans", concept="fear", alpha=2)
     transplants = [common.BASE, common.Transplant.of(vector, about["layer"], 2)]
     values, tokens = common.perplexity(target, sentences, transplants)
-    assert tokens == base["n"] and values.tolist() == pytest.approx([base["value"], steered["value"]], rel=1e-4)
+    assert tokens == base["n"] and values.tolist() == pytest.approx(
+        [base["value"], steered["value"]], rel=1e-4
+    )
     assert all(row["value"] > 1 and row["low"] is None for row in rows)
 
 
 def test_no_vector_is_said_to_come_of_more_pairs_than_there_are(finished):
-    splits = {row["split"] for row in json_rows(finished.folder, "records.jsonl") if row["item"] == "Figure 5"}
+    splits = {
+        row["split"]
+        for row in json_rows(finished.folder, "records.jsonl")
+        if row["item"] == "Figure 5"
+    }
     assert splits and all(int(split.split()[-1]) <= 20 for split in splits)
 
 
 def test_concept_vectors_are_for_the_target_and_say_what_they_are(finished, target):
     for emotion in EMOTIONS:
-        vector, about = common.load_concept(finished.folder / f"v_{emotion}_llama-m.safetensors", target)
-        assert vector.shape == (target.config.hidden_size,) and torch.isfinite(vector).all() and vector.norm() > 0
+        vector, about = common.load_concept(
+            finished.folder / f"v_{emotion}_llama-m.safetensors", target
+        )
+        assert (
+            vector.shape == (target.config.hidden_size,)
+            and torch.isfinite(vector).all()
+            and vector.norm() > 0
+        )
         assert [about[name] for name in ("concept", "source", "target", "layer", "pairs")] == [
-            emotion, SOURCE, TARGET, 6, 20]
+            emotion,
+            SOURCE,
+            TARGET,
+            6,
+            20,
+        ]
         assert about["first_prompt"].endswith("\nThe emotion of the above scenario is")
     with pytest.raises(ValueError, match="was made for"):
-        common.load_concept(finished.folder / "v_fear_llama-m.safetensors", common.load_model(SOURCE, device="cpu"))
+        common.load_concept(
+            finished.folder / "v_fear_llama-m.safetensors", common.load_model(SOURCE, device="cpu")
+        )
 
 
 def test_the_vector_on_disk_is_the_one_that_was_scored(finished, target):
@@ -661,7 +962,9 @@ def test_the_vector_on_disk_is_the_one_that_was_scored(finished, target):
     data = exp_emotion.split(exp_emotion.load_scenarios(TOY), args)
     examples = json_rows(finished.folder, "examples.jsonl")
     for emotion in EMOTIONS:
-        vector, about = common.load_concept(finished.folder / f"v_{emotion}_llama-m.safetensors", target)
+        vector, about = common.load_concept(
+            finished.folder / f"v_{emotion}_llama-m.safetensors", target
+        )
         for alpha in (1, 2):
             rows = find(examples, emotion=emotion, method="contrans", alpha=alpha, detail="")
             assert len(rows) == 5 and [row["scenario"] for row in rows] == data[emotion]["test"]
@@ -678,7 +981,9 @@ def test_the_same_command_draws_a_finished_run_again_without_a_model(finished, m
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     exp_emotion.main([*TINY, "--out", str(finished.out)])
     assert {name: (finished.folder / name).read_bytes() for name in FILES} == before
-    assert (finished.folder / "pairs.png").exists() and capsys.readouterr().out.splitlines()[-1] == str(finished.folder)
+    assert (finished.folder / "pairs.png").exists() and capsys.readouterr().out.splitlines()[
+        -1
+    ] == str(finished.folder)
     assert len(list(finished.folder.parent.iterdir())) == 1
 
 
@@ -700,11 +1005,13 @@ def test_no_model_is_kept_after_a_run(continued):
 
 def inputs_of(monkeypatch, argv: list) -> dict:
     """What a run would say its numbers depend on."""
+
     class Stopped(Exception):
         pass
 
     def stop(script, args, inputs):
         raise Stopped(inputs)
+
     monkeypatch.setattr(exp_emotion, "Run", stop)
     with pytest.raises(Stopped) as stopped:
         exp_emotion.main([str(option) for option in argv])
@@ -715,7 +1022,10 @@ def test_a_run_depends_on_every_text_that_it_reads(monkeypatch, tmp_path):
     argv = ["--family", "toy", "--tgt", TARGET, *broken(tmp_path / "data", lambda folder: None)]
     before = inputs_of(monkeypatch, argv)
     assert before == inputs_of(monkeypatch, argv)
-    for path in (tmp_path / "data" / "wikisplit" / "validation.tsv", tmp_path / "data" / "emotions" / "fear.json"):
+    for path in (
+        tmp_path / "data" / "wikisplit" / "validation.tsv",
+        tmp_path / "data" / "emotions" / "fear.json",
+    ):
         text = path.read_text()
         path.write_text(text.replace(" the ", " one ", 1))
         assert path.read_text() != text and inputs_of(monkeypatch, argv) != before
@@ -730,10 +1040,13 @@ def chosen(tmp_path_factory, toy):
     """A tiny run on happiness and sadness as if they were somebody's own pairs: its folder, its command."""
     out = tmp_path_factory.mktemp("own")
     pairs = zip(toy["happiness"][:70], toy["sadness"][:70], strict=True)
-    argv = own(*(json.dumps({"positive": good, "negative": bad}) for good, bad in pairs), labels=("happiness", "sadness"))(out)
-    argv = [*TINY[:TINY.index("--pairs")], "--alpha", "1", "2", *map(str, argv), "--out", str(out)]
+    argv = own(
+        *(json.dumps({"positive": good, "negative": bad}) for good, bad in pairs),
+        labels=("happiness", "sadness"),
+    )(out)
+    argv = [*TINY[: TINY.index("--pairs")], "--alpha", "1", "2", *map(str, argv), "--out", str(out)]
     exp_emotion.main(argv)
-    folder, = (out / "exp_emotion").iterdir()
+    (folder,) = (out / "exp_emotion").iterdir()
     return SimpleNamespace(folder=folder, argv=argv)
 
 
@@ -744,20 +1057,37 @@ def test_both_classes_are_named_under_their_own_vector_and_under_no_control(chos
     for concept in ("happiness", "sadness"):
         test = [row for row in find(rows, concept=concept) if row["split"].startswith("test")]
         assert {row["n"] for row in test} == {5}
-        assert all(row["value"] == 1 for row in find(test, method="contrans", alpha=2, split="test"))
-        controls = [row["value"] for row in test if row["method"] in ("base", "random", "other-concept", "shuffled-map")]
+        assert all(
+            row["value"] == 1 for row in find(test, method="contrans", alpha=2, split="test")
+        )
+        controls = [
+            row["value"]
+            for row in test
+            if row["method"] in ("base", "random", "other-concept", "shuffled-map")
+        ]
         assert len(controls) == 1 + 3 + 1 + 1 and max(controls) <= 0.2
-    assert {row["split"] for row in rows if "pairs" in row["split"]} == {"test pairs 20", "test pairs 33"}
+    assert {row["split"] for row in rows if "pairs" in row["split"]} == {
+        "test pairs 20",
+        "test pairs 33",
+    }
 
 
 def test_examples_are_of_the_other_class_and_unseen(chosen, toy):
     pairs = dict(zip(toy["happiness"][:70], toy["sadness"][:70], strict=True))
     prompt = json.loads((chosen.folder / "args.json").read_text())["inputs"]["first test prompt"]
     for concept, others in (("happiness", set(pairs.values())), ("sadness", set(pairs))):
-        tested = {row["scenario"] for row in json_rows(chosen.folder, "examples.jsonl") if row["emotion"] == concept}
+        tested = {
+            row["scenario"]
+            for row in json_rows(chosen.folder, "examples.jsonl")
+            if row["emotion"] == concept
+        }
         assert len(tested) == 5 and tested <= others
-        assert not [text for text in tested if text in prompt.rsplit("Scenario", 1)[0]]            # no few-shot example
-    assert '("happiness", "sadness")' in prompt and {"anger", "fear", "disgust"}.isdisjoint(re.findall(r"\w+", prompt))
+        assert not [
+            text for text in tested if text in prompt.rsplit("Scenario", 1)[0]
+        ]  # no few-shot example
+    assert '("happiness", "sadness")' in prompt and {"anger", "fear", "disgust"}.isdisjoint(
+        re.findall(r"\w+", prompt)
+    )
 
 
 def test_the_folder_is_about_the_two_classes_alone(chosen, target):
@@ -766,13 +1096,17 @@ def test_the_folder_is_about_the_two_classes_alone(chosen, target):
     assert not re.search("emotion|six|five|LLaMA|paper", tables)
     vectors = {path.name for path in chosen.folder.glob("*.safetensors")}
     assert vectors == {"v_happiness_llama-m.safetensors", "v_sadness_llama-m.safetensors"}
-    (good, about), (bad, _) = (common.load_concept(chosen.folder / name, target) for name in sorted(vectors))
+    (good, about), (bad, _) = (
+        common.load_concept(chosen.folder / name, target) for name in sorted(vectors)
+    )
     assert torch.allclose(good, -bad, atol=1e-4) and about["pairs"] == 33
     figures = {path.stem for path in chosen.folder.glob("*.png")}
     assert figures == {"accuracy_llama-m", "pca_llama-m", "tsne_source", "pairs"}
 
 
-def test_the_same_file_continues_the_run_and_a_changed_one_is_refused(chosen, monkeypatch, capsys, tmp_path):
+def test_the_same_file_continues_the_run_and_a_changed_one_is_refused(
+    chosen, monkeypatch, capsys, tmp_path
+):
     before = (chosen.folder / "records.jsonl").read_bytes()
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     exp_emotion.main(chosen.argv)
@@ -795,10 +1129,14 @@ def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("measured")
     result = run(out / "cache", "--out", out)
     assert result.returncode == 0, result.stderr
-    folder, = (out / "exp_emotion").iterdir()
-    steps = [json.loads(path.read_text()) for path in sorted(folder.glob("steps/*validation*.json"))]
+    (folder,) = (out / "exp_emotion").iterdir()
+    steps = [
+        json.loads(path.read_text()) for path in sorted(folder.glob("steps/*validation*.json"))
+    ]
     chosen = [step["chosen"]["alpha"] for step in steps]
-    return json_rows(folder, "records.jsonl"), dict(zip(exp_emotion.FAMILIES["toy"]["tgt"], chosen, strict=True))
+    return json_rows(folder, "records.jsonl"), dict(
+        zip(exp_emotion.FAMILIES["toy"]["tgt"], chosen, strict=True)
+    )
 
 
 def mean(records: list[dict], target: str, **match) -> float:
@@ -817,9 +1155,15 @@ def test_emotions_are_transplanted_and_the_controls_are_not(measured, name):
     assert mean(records, target, method="contrans", alpha=measured[1][target], split="test") >= 0.8
     for method in ("random", "other-concept", "shuffled-map"):
         assert mean(records, target, method=method) <= 0.1
-    directions = [mean(records, target, method="random", split=f"test direction {number}") for number in range(20)]
+    directions = [
+        mean(records, target, method="random", split=f"test direction {number}")
+        for number in range(20)
+    ]
     assert max(directions) < 0.3
-    assert all(mean(records, target, method="contrans", split=f"test map {number}") >= 0.7 for number in range(1, 5))
+    assert all(
+        mean(records, target, method="contrans", split=f"test map {number}") >= 0.7
+        for number in range(1, 5)
+    )
 
 
 @pytest.mark.slow
@@ -829,6 +1173,11 @@ def test_the_readme_s_table_is_what_the_command_measures(measured, name):
     row = re.search(rf"^\| `{name}` \| Token Acc \|(.*)\|$", text, re.MULTILINE).group(1)
     published = [float(cell.split()[0]) for cell in row.split("|")]
     target = f"{exp_emotion.ZOO}/{name}"
-    got = [100 * mean(measured[0], target, method="contrans" if alpha else "base", alpha=alpha, split="test")
-           for alpha in (0, 1, 2, 3, 5)]
-    assert got == pytest.approx(published, abs=2)        # other processors round otherwise
+    got = [
+        100
+        * mean(
+            measured[0], target, method="contrans" if alpha else "base", alpha=alpha, split="test"
+        )
+        for alpha in (0, 1, 2, 3, 5)
+    ]
+    assert got == pytest.approx(published, abs=2)  # other processors round otherwise

@@ -7,6 +7,7 @@ import math
 import resource
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -265,13 +266,14 @@ def start(tmp_path):
     script = tmp_path / "exp_test.py"
     script.write_text("# a script")
 
-    def begin(words="", inputs={"models": ("m", 1)}):
+    def begin(words="", inputs=("m", 1)):
         args = parse(tmp_path, words, "--out", str(tmp_path / "out"))
-        return Run(script, args, inputs)
+        return Run(script, args, MODELS, inputs)
 
     return begin
 
 
+MODELS = SimpleNamespace(fingerprint=lambda name: f"sha256:{name}")
 VALUE = {"α": [1.5, None, True], "text": "ü\n", "n": 3}
 
 
@@ -287,7 +289,7 @@ def test_a_step_is_computed_once_and_read_back_by_the_same_command(start):
         for _ in range(2):
             assert run.step("steer α 2 / x", compute, 1, more=2) == VALUE
     assert calls == [((1,), {"more": 2})]
-    assert (run.reused, run.computed) == (2, 0)
+    assert (len(run.reused), len(run.computed)) == (1, 0)
     assert run.done("steer α 2 / x")
     assert not run.done("steer α 3 / x")
     assert run.step("pair", lambda: (1, {2: 3})) == [1, {"2": 3}]  # as it will be read back
@@ -335,7 +337,7 @@ def test_what_changes_results_starts_another_folder(start, tmp_path):
         assert start(words).folder == folder
     for words in ("--alpha 3", "--seed 1", "--intercept", "--src c --tgt b"):
         assert start(words).folder != folder
-    assert start(inputs={"models": ("m", 2)}).folder != folder
+    assert start(inputs=("m", 2)).folder != folder
     (tmp_path / "exp_test.py").write_text("# another script")
     assert start().folder != folder
 
@@ -394,7 +396,7 @@ def test_saved_records_read_back(start, capsys):
 def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, one_line):
     (tmp_path / "file").write_text("")
     args = parse(tmp_path, "", "--out", str(tmp_path / "file"))
-    one_line(lambda: Run(__file__, args, {}), "cannot write")
+    one_line(lambda: Run(__file__, args, MODELS, []), "cannot write")
 
 
 # ================================================================ 5  Records
