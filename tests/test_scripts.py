@@ -557,7 +557,8 @@ def test_without_a_network_an_unknown_model_ends_in_one_line(tmp_path):
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     ran = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2
-    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
+    assert ran.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in ran.stderr
 
 
 # ================================================================ the emotion task
@@ -794,42 +795,55 @@ def test_a_number_in_several_tables_is_one_number(finished):
     assert max(map(len, items.values())) >= 3
 
 
-def test_no_test_question_is_learnt_from(finished):
-    run = finished("exp_truthfulqa")
-    _, about = harness.load_concept(run.folder / "v_honesty_llama-m.safetensors")
-    tested = {row["question"] for row in run.examples}
-    assert len(about["questions"]) == 3
-    assert not tested & set(about["questions"])
-
-
-def test_a_tie_is_wrong_and_missing_rows_say_why(data, tmp_path):
-    """A model whose logits are all equal, beside a source with another tokenizer."""
+@pytest.fixture(scope="module")
+def flat(data, tmp_path_factory):
+    """A run on eight questions of a model whose logits are all equal, from another tokenizer."""
 
     def unembed_nothing(tensors):
         tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
 
+    folder = tmp_path_factory.mktemp("flat")
     target = changed_model(
-        tmp_path / "flat", ZOO / "llama-m", unembed_nothing, tie_word_embeddings=False
+        folder / "model",
+        ZOO / "llama-m",
+        unembed_nothing,
+        tie_word_embeddings=False,
     )
+    shutil.copytree(data, folder / "data")
     answers = {"dog": 0, "house": 1, "park": 0}  # a token each
-    shutil.copytree(data, tmp_path / "data")
     items = []
     for number in range(8):
         question = {"question": f"What is in house {number}?"}
         items.append(question | {"mc1_targets": answers, "mc2_targets": answers})
-    (tmp_path / "data" / "truthfulqa" / "mc_task.json").write_text(json.dumps(items))
+    path = folder / "data" / "truthfulqa" / "mc_task.json"
+    path.write_text(json.dumps(items))
     models = ["--src", f"{ZOO}/qwen-s-chat", "--src-base", f"{ZOO}/qwen-s", "--tgt", str(target)]
     options = ["--maps", "2", "--layer", "0.75", "--prompt", "paper", "--limit", "-1"]
     argv = models + SMALL + options
-    argv += ["--data", str(tmp_path / "data")]
-    run = Finished(exp_truthfulqa.main, argv, tmp_path / "out")
+    argv += ["--data", str(folder / "data")]
+    return Finished(exp_truthfulqa.main, argv, folder / "out")
+
+
+def test_a_tie_is_wrong(flat):
     for metric, value in {"mc1": 0, "mc2": 1 / 3}.items():
         match = {"part": "test", "method": "base", "group": None}
-        [each] = run.find(metric=metric, **match)
+        [each] = flat.find(metric=metric, **match)
         assert each["value"] == pytest.approx(value)
-    assert not run.find(method="eft")
-    assert "vocabular" in run.said
-    assert "--tgt-chat" in run.said
+
+
+def test_the_report_says_why_a_row_is_missing(flat):
+    assert not flat.find(method="eft")
+    assert "vocabular" in flat.said
+    assert "--tgt-chat" in flat.said
+
+
+def test_a_question_is_learnt_from_or_tested(flat):
+    [path] = flat.folder.glob("v_honesty_*.safetensors")
+    _, about = harness.load_concept(path)
+    tested = {row["question"] for row in flat.examples}
+    assert len(about["questions"]) == 2
+    assert len(tested) == 6
+    assert not tested & set(about["questions"])
 
 
 # ================================================================ ToxiGen
