@@ -185,6 +185,7 @@ class Models:
         """Load a model, letting go of all others but those in `keep`."""
         self.release(keep=(name, *keep))
         if name not in self.loaded:
+            gc.freeze()  # what is there already need not be searched when models are released
             self.loaded[name] = self._load(name)
         return self.loaded[name]
 
@@ -327,13 +328,12 @@ def _require_safetensors(name: str) -> None:
         if any(Path(repo).glob("*.bin")):
             fail(f"the weights of {repo} are not safetensors: {advice}")
         fail(f"{repo} is not a model folder: it has no *.safetensors")
-    import httpx
     from huggingface_hub import file_exists
 
     try:
         names = ("model.safetensors", "model.safetensors.index.json")
         found = [file_exists(repo, file, revision=revision) for file in names]
-    except (OSError, ValueError, httpx.HTTPError):  # no network: the hub's cache is all there is
+    except Exception:  # no network, of whichever client: the hub's cache is all there is
         return
     if not any(found):
         fail(f"the weights of {repo} are not safetensors: {advice}")
@@ -950,12 +950,10 @@ def _shifts(model: Model, transplants: list[Transplant]) -> dict[int, torch.Tens
     for layer, shift in shifts.items():
         # Norms square the stream. Where that overflows, RMSNorm returns zeros: wrong
         # without any NaN.
-        _require_finite(
-            (shift**2).sum(1), f"alpha * v_hat after block {layer}: try a smaller alpha"
-        )
+        _require_finite((shift**2).sum(1), f"alpha * v_hat after block {layer}")
         if not model.remote:
             cast = shift.to(model.nn.dtype)
-            _require_finite(cast, f"alpha * v_hat in {model.nn.dtype}: try a smaller alpha")
+            _require_finite(cast, f"alpha * v_hat in {model.nn.dtype}")
     return dict(sorted(shifts.items()))
 
 

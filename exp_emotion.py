@@ -390,8 +390,9 @@ class Lab:
             for alpha in self.args.alpha:
                 move = self.move(direction, method, alpha)
                 arms.append((method, None, alpha, emotion, move))
-            for other in random_directions(direction, 3, self.args.seed * 6 + e):
-                arms.append((method, "random", best, emotion, self.move(other, method)))
+            others = random_directions(direction, 3, self.args.seed * 6 + e)
+            for r, other in enumerate(others):
+                arms.append((method, f"random {r}", best, emotion, self.move(other, method)))
         moves = [move for *_, move in arms]
         values, tokens = perplexity(self.model, cut_ends(self.sentences)[-50:], moves)
         names = ("method", "variant", "alpha", "concept")
@@ -656,10 +657,12 @@ def control_table(lab: Lab, records: list[dict]) -> str:
         shown += beside_controls(tested_means(lab, records, metric), alphas)
     costs = select(records, metric="perplexity")
     costs = [each for each in costs if each["alpha"] == alphas.get(each["method"], 0)]
-    for name in dict.fromkeys(label(each) for each in costs):
-        same = [each for each in costs if label(each) == name]
-        shown.append(spread(same, same[0]["variant"]) | {"low": None})
-    shown = [each for each in shown if label(each) != "Self-Align: random directions [range]"]
+    for method, variant in product(("base", *lab.methods()), (None, "random")):
+        same = [
+            each for each in select(costs, method=method) if bool(each["variant"]) == bool(variant)
+        ]
+        if same and (method, variant) != ("self-align", "random"):
+            shown.append(spread(same, variant) | {"low": None})
     notes = effect_notes(tested_means(lab, records, "token_acc"), alphas)
     for method, alpha in alphas.items():
         notes[METHODS[method]] += f", α = {alpha:g}"

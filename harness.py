@@ -235,7 +235,8 @@ def parse_options(
         print("note: maps are fitted on text of the toy world; your models need --texts or --data")
     if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
-    CACHE["folder"] = None if args.no_cache else CACHE["folder"]
+    folder = os.environ.get("CONTRANS_CACHE", ROOT / "cache")
+    CACHE["folder"] = None if args.no_cache else folder
     return args
 
 
