@@ -32,9 +32,7 @@ The data is hateful text.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import random
 import re
@@ -999,10 +997,6 @@ def draw_lines(axes, records: list[dict], best: dict, start: float) -> None:
 # ---------------------------------------------------------------- main
 
 
-def content_hash(*content) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
 def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
@@ -1012,18 +1006,15 @@ def main(argv=None):
     template = Template(args.tags, models.tokenizer(args.src))
     data = load_data(args, models, template, names)
     lab = Lab(args, models, template, data)
-    inputs = {name: models.fingerprint(name) for name in [*names, args.classifier]}
-    inputs["data"] = content_hash(data)
-    inputs["honesty"] = content_hash([path and path.read_bytes().hex() for path in args.honesty])
-    inputs["first refinement prompt"] = data.concepts["fairness"][0][0]
-    inputs["first test prompt"] = template.continue_list(data.split.test[0])
-    run = Run(__file__, args, inputs)
+    honesty = [path and path.read_bytes().hex() for path in args.honesty]
+    inputs = [data, honesty, models.fingerprint(args.classifier)]
+    first_prompts = [data.concepts["fairness"][0][0], template.continue_list(data.split.test[0])]
+    run = Run(__file__, args, models, inputs, first_prompts)
 
     records, examples, report = [], [], [opening(args, data.split)]
     for target, honesty in zip(args.tgt, args.honesty):
         found = one_target(args, run, lab, target, honesty)
-        whole = select(found.records, group=None)  # the paper has no groups and no validation
-        add_paper_numbers([each for each in whole if each["part"] != "validation"], PAPER_NAMES)
+        add_paper_numbers(found.records, PAPER_NAMES)
         report.append(tables(args, found))
         run.figure(draw_grid(args, found), f"grid_{Path(target).name}")
         records += found.records

@@ -218,6 +218,8 @@ def parse_options(
         settings.pop("src_base", None)  # the family's partner does not go with another model
     if "tgt" in given:
         settings.pop("tgt_chat", None)
+    if args.data != TOY:
+        settings.pop("texts", None)  # of the toy world
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

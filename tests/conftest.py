@@ -242,8 +242,9 @@ def one_line(capsys):
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """Hidden states of the tests go to a folder of their own."""
-    harness.CACHE["folder"] = tmp_path_factory.mktemp("cache")
-    return harness.CACHE["folder"]
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CONTRANS_CACHE"] = harness.CACHE["folder"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
