@@ -231,7 +231,10 @@ class Models:
         30."""
         n_layers = self.n_layers(name)
         value = layer.split(",")[min(side, layer.count(","))]
-        block = int(float(value) * n_layers + 1e-9) if "." in value else int(value)
+        try:
+            block = int(float(value) * n_layers + 1e-9) if "." in value else int(value)
+        except (ValueError, OverflowError):
+            fail(f"--layer {layer}: give an index (24) or a fraction of the depth (0.75)")
         if not 0 <= block < n_layers:
             fail(f"--layer {layer}: block {block} does not exist in {name} (0 to {n_layers - 1})")
         return block
