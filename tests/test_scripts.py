@@ -26,7 +26,6 @@ import transformers
 from conftest import (
     CONFIGS,
     Reference,
-    close,
     json_rows,
     surroundings,
 )
