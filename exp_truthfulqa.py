@@ -776,9 +776,13 @@ def main(argv=None):
             grids[host, candidate] = run.step(f"{host} validation {candidate}", lambda: validate(
                 *ready(host), args, learn, candidate, row.base))
         best = chosen[row] = grids[host, row.like or vector]["chosen"]
-        answers[row] = run.step(f"{host} {vector} {best}", lambda: steered(*ready(host), args, test, row, best))
-        if (row.table, row.method) == ("1", "contrans"):
+        if (row.table, row.method) != ("1", "contrans"):
+            answers[row] = run.step(f"{host} {vector} {best}", lambda: steered(*ready(host), args, test, row, best))
+        else:
             arms[host] = run.step(f"{host} controls", lambda: controls(*ready(host), args, test, row, grids[host, vector]))
+            # The row is one point of the curve: one number, written twice, and not computed by two batchings.
+            answers[row] = next(arm for arm in arms[host]
+                                if (arm["method"], arm["alpha"], arm["detail"]) == ("contrans", best["alpha"], ""))
             measured[host] = run.step(f"{host} measures", lambda: measures(*ready(host), args, sentences, row, best))
             shown += run.step(f"{host} texts {args.generate}", lambda: texts(*ready(host), args, test[:args.generate], row, best))
             run.step(f"{host} save {args.save_vector}", lambda: save(*ready(host), args, run, material, row, best))
