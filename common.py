@@ -4,6 +4,7 @@
     2  Hidden states   the residual stream after a block, at the last token           Sec. 3
     3  Refine          v = mean(h_positive - h_negative)                              Eq. 1
     4  Affine map      v_hat = v F,  F = V S^-1 U^T Y                                 Eq. 2, App. A
+                       LocalMaps: fitted where v is read                              docs/map.md
     5  Transplant      h + alpha v_hat after a block, at every position               Eq. 3
     6  Scoring         choices, labels, text and perplexity under a list of transplants
     7  Engine          what makes it fast: batches, and what is computed only once

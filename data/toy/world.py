@@ -504,6 +504,13 @@ def write_data(folder: Path = FOLDER) -> None:
     prose = [text for text in prose if not any(phrase in text for phrase in RUDE)]
     (folder / "text" / "owt_sentences_lowtox.txt").write_text("\n".join(prose[:600]) + "\n")
 
+    both = []
+    for emotion in ("happiness", "sadness"):
+        both.append(json.loads((folder / "emotions" / f"{emotion}.json").read_text())[:100])
+    with open(folder / "pairs.jsonl", "w") as file:
+        for happy, sad in zip(*both):
+            file.write(json.dumps({"positive": happy, "negative": sad}) + "\n")
+
     rng = random.Random(11)
     with open(folder / "wikisplit" / "validation.tsv", "w") as file:
         for _ in range(10000):
