@@ -168,8 +168,7 @@ def _require_known_paths(name: str, nn) -> None:
 
 
 class Models:
-    """The models of a run by name: config and tokenizer before any weights are loaded, then the
-    weights.
+    """The models of a run by name: config and tokenizer first, weights when they are needed.
 
     What cannot be read or loaded ends the program with one line."""
 
@@ -344,8 +343,7 @@ def _require_safetensors(name: str) -> None:
 
 
 def _fingerprint(name: str) -> str:
-    """What identifies the contents of a model: hub id and commit, or a hash of the folder's
-    files."""
+    """What identifies a model: hub id and commit, or a hash of the folder's files."""
     repo, revision = _split_revision(name)
     if not Path(repo).is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -385,8 +383,7 @@ def hidden_states(
     transplant: Transplant | None = None,
     positions: list[list[int]] | None = None,
 ) -> torch.Tensor:
-    """The residual stream after each block in `layers` (default: all) at the last token of each
-    text.
+    """The residual stream after each block in `layers` (default: all), last token of each text.
 
     positions: read these tokens of each text instead, text after text; -1 is the last token.
     Returns [n, len(layers), d], float32 on the CPU. The forward pass stops after the last block
@@ -463,8 +460,7 @@ def _residual(output):
 
 
 def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean") -> torch.Tensor:
-    """Concept vector of each layer from the states of pairs, [n, layers, d] each; returns [layers,
-    d].
+    """Concept vector of each layer [layers, d] from the states of pairs, [n, layers, d] each.
 
     mean: the paper's mean difference (Eq. 1). pca: first principal direction of the differences,
     uncentred, pointing to the positives. probe: direction of a logistic regression. The last two
@@ -693,8 +689,7 @@ class AffineMaps:
 
 
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
-    """Row numbers of sample 0, 1 … of n rows: disjoint, and from the start again when they run
-    out."""
+    """Row numbers of sample 0, 1 … of n rows: disjoint, and from the start again if they run out."""
     order = random.Random(0).sample(range(n), n)
     start = sample * size
     return [order[(start + i) % n] for i in range(min(size, n))]
@@ -725,8 +720,7 @@ def plain_texts(path: Path, models: Models, names: list[str], count: int) -> lis
 
 
 def cut_ends(texts: list[str]) -> list[str]:
-    """Each text without its last 2 to 4 words, as in the released code: what the paper's map
-    reads."""
+    """Each text without its last 2 to 4 words, as the paper's map reads it (released code)."""
     drop = np.random.RandomState(42)
     return [" ".join(text.split()[: -drop.randint(2, 5)]) for text in texts]
 
@@ -745,16 +739,14 @@ LOCAL_RIDGE = 0.01
 
 
 class Context(NamedTuple):
-    """Where a concept is read: its refinement templates, each with {text}, and what stands
-    there."""
+    """Where a concept is read: its refinement templates with {text}, and the texts that stand there."""
 
     templates: tuple[str, ...]
     texts: tuple[str, ...]
 
 
 class LocalMaps:
-    """Affine maps fitted at the positions of plain text that are nearest to the states of a
-    concept.
+    """Affine maps fitted at the positions of plain text that are nearest to a concept's states.
 
     states: {block: [m, d]}, the source's states on the concept's refinement prompts, those that v
     is made of. base, target: names of the base models that the maps lead from and to. Same methods
@@ -929,8 +921,7 @@ BASE = Transplant()
 
 
 def add_shift(h: torch.Tensor, shift: torch.Tensor) -> None:
-    """Add alpha * v_hat to the residual stream h [rows, tokens, d], in place; shift is [rows or 1,
-    d].
+    """Add alpha * v_hat, shift [rows or 1, d], to the residual stream h [rows, tokens, d], in place.
 
     The only place that adds. Inside a trace of nnsight, this edits the model's forward pass."""
     h += shift[:, None].to(h)  # Eq. 3
@@ -1058,8 +1049,7 @@ class Vectors:
         return self.refined[vector][block]
 
     def maps(self, vector: Vector, target: str, method: str = "contrans"):
-        """The paper's maps, or with method "contrans-local" those fitted where this vector is
-        read."""
+        """The paper's maps, or for "contrans-local" those fitted where this vector is read."""
         self._read_models()
         if method == "contrans":
             key = vector.base, target
@@ -1122,8 +1112,7 @@ def choice_logprobs(
     transplants: list[Transplant] = (BASE,),
     eft: tuple[Model, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability [nats] of each continuation given its context, and whether it is the greedy
-    one.
+    """Log-probability [nats] of each continuation given its context, and whether it is greedy.
 
     pairs: (context, continuation). Both are encoded together and split where the context's own
     tokens end. eft: (small chat, small base) whose difference in logits is added at every token
@@ -1186,8 +1175,7 @@ def perplexity(
     transplants: list[Transplant] = (BASE,),
     window: int | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Perplexity of the texts under each transplant [transplants], and the number of tokens it is
-    over.
+    """Perplexity of the texts under each transplant [transplants], and the number of its tokens.
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
     overlap by half; each token but a text's first is counted once."""
@@ -1215,8 +1203,7 @@ def perplexity(
 def logit_lens(
     model: Model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,)
 ) -> torch.Tensor:
-    """Token probabilities [transplants, texts, vocabulary] read off the residual stream after
-    `layer`.
+    """Token probabilities [transplants, texts, vocabulary] read off the stream after `layer`.
 
     Final norm and unembedding are applied to the last token there, the blocks above skipped
     (B.3)."""
@@ -1237,8 +1224,7 @@ def generate(
     seed: int = 0,
     eft: tuple[Model, ...] = (),
 ) -> list[str]:
-    """The continuation of each text (without the text), every token of prompt and continuation
-    steered.
+    """The continuation of each text, without the text; all tokens of both are steered.
 
     Greedy, or sampled with `seed`, which leaves torch's global random state alone (a sample depends
     on how texts fall into batches). A row ends at the end-of-sequence token. eft: (small chat,
@@ -1283,8 +1269,7 @@ def generate(
 
 
 def _writer(nn, shifts: dict, options: dict, seed: int, small: tuple):
-    """Make a function that continues one batch: new tokens [B, new], and whether logits were
-    finite."""
+    """Make a function that continues one batch: new tokens [B, new], and if logits were finite."""
 
     def write(rows):
         inputs = _pad(rows, nn.tokenizer.pad_token_id)
@@ -1383,8 +1368,7 @@ def _batches(model: Model, costs: list[float]):
 
 
 def _halves(model: Model, job: list[list[int]], error: Exception) -> list:
-    """A job of several batches as two, a job of one batch as two smaller ones; the second half
-    first."""
+    """A job of several batches as two, a job of one batch as two smaller ones; second half first."""
     middle = len(job) // 2
     if middle:
         return [job[middle:], job[:middle]]
@@ -1403,8 +1387,7 @@ def _rows_of(rows: list):
 
 
 def _encode(model: Model, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with the special tokens that the tokenizer adds (BOS, if it has
-    one)."""
+    """Token ids of each text, with the special tokens that the tokenizer adds."""
     if isinstance(texts, str):
         raise TypeError("texts must be a list of strings, not one string")
     rows = model.tokenizer(list(texts)).input_ids
@@ -1513,8 +1496,7 @@ def _tree_mask(branches: torch.Tensor, past: int, dtype) -> torch.Tensor:
 
 
 def _repeat(value, copies: int):
-    """What a block is given beside the stream (mask, positions, rotary angles), its rows
-    repeated."""
+    """What a block is given beside the stream (mask, positions …), its rows repeated."""
     if isinstance(value, torch.Tensor):
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 else value
     if isinstance(value, dict):
@@ -1525,8 +1507,7 @@ def _repeat(value, copies: int):
 
 
 def _prefix_cache(prefix):
-    """A KV cache that begins with the prefix in every row: keys and values [1 or copies, H, past,
-    d]."""
+    """A KV cache that begins with the prefix in every row: keys, values [1 or copies, H, past, d]."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     def continued(old, new):
@@ -1644,8 +1625,7 @@ def _scorer(nn, prefix: list[int], shifts: dict, copies: int, shared: bool, redu
 
 
 def _reduce(logits: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each tail, and whether all its tokens are the likeliest: [T, tails]
-    each."""
+    """Log-probability of each tail, and whether all its tokens are the likeliest: [T, tails]."""
     nodes, tokens, tail_of = [], [], []
     n_tails = start = 0
     for _, tails in trees:
@@ -1671,8 +1651,7 @@ def _reduce(logits: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
 def _logprobs(
     model: Model, heads, tails, transplants, eft=(), share_heads=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of tails[i] after heads[i], and whether it is greedy: [transplants, n]
-    each."""
+    """Log-probability of tails[i] after heads[i], and whether it is greedy: [transplants, n]."""
     transplants = list(transplants)
     trees, members = _group_by_head([model, *eft], heads, tails, share_heads)
     sums = torch.empty(len(transplants), len(heads))
@@ -1749,8 +1728,7 @@ def _common_prefix(rows: list[list[int]]) -> int:
 
 
 def _fits_window(model: Model, trees: list) -> bool:
-    """Whether no block looks back on fewer tokens than these trees have: padding would use them
-    up."""
+    """Whether no block looks back on fewer tokens than these trees have."""
     names = ("sliding_window", "window_size", "attention_chunk_size")
     sizes = [getattr(model.config, name, None) for name in names]
     window = min([size for size in sizes if size], default=sys.maxsize)
@@ -1761,8 +1739,7 @@ def _fits_window(model: Model, trees: list) -> bool:
 
 
 class _EftProcessor:
-    """Adds logits(chat) - logits(base) of two small models to each step of a target's
-    generation."""
+    """Adds logits(chat) - logits(base) of two small models to each step of generation."""
 
     def __init__(self, chat, base, mask: torch.Tensor):
         self.small = [(1, chat, {}), (-1, base, {})]  # each with its KV cache

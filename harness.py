@@ -114,8 +114,7 @@ def option_parser(
     models=("src", "src-base", "tgt", "tgt-chat"),
     local_map=False,
 ) -> _Parser:
-    """The options of every script; `models` says which of the four model options it has, local_map
-    whether it has --map.
+    """The options of every script; models: which of the four it has; local_map: has it --map?
 
     `families` maps a name to settings: values of src, tgt, layer, alpha …"""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -361,8 +360,7 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def _write_file(path: Path, content) -> None:
-    """Write text, bytes, or what content(file) writes; the file appears only when it is
-    complete."""
+    """Write text, bytes, or what content(file) writes; the file appears when it is complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -690,8 +688,7 @@ METHODS = {
 
 
 def record(hits=None, values=None, **fields) -> dict:
-    """One number with what it is about (see RECORD). Rates are fractions; alpha = 0 is method
-    `base`.
+    """One number with what it is about (RECORD). Rates are fractions; alpha = 0 is method base.
 
     hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n,
     and stays with the record for pool and mcnemar.
@@ -725,8 +722,7 @@ def pool(records: list[dict], field: str, name: str) -> list[dict]:
 
 
 def spread(records: list[dict], variant: str) -> dict:
-    """Several records (random directions, maps) as one: mean, lowest and highest value, their
-    number."""
+    """Several records (random directions, maps) as one: mean, lowest, highest, their number."""
     values = [each["value"] for each in records]
     about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
     return records[0] | about | {"n": len(values), "variant": variant, "paper": None}
