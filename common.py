@@ -689,7 +689,7 @@ class AffineMaps:
 
 
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
-    """Row numbers of sample 0, 1 … of n rows: disjoint, and from the start again if they run out."""
+    """Row numbers of sample 0, 1 … of n rows: disjoint while they last, then from the start."""
     order = random.Random(0).sample(range(n), n)
     start = sample * size
     return [order[(start + i) % n] for i in range(min(size, n))]
@@ -739,7 +739,7 @@ LOCAL_RIDGE = 0.01
 
 
 class Context(NamedTuple):
-    """Where a concept is read: its refinement templates with {text}, and the texts that stand there."""
+    """Where a concept is read: refinement templates with {text}, and the texts in that slot."""
 
     templates: tuple[str, ...]
     texts: tuple[str, ...]
@@ -921,7 +921,7 @@ BASE = Transplant()
 
 
 def add_shift(h: torch.Tensor, shift: torch.Tensor) -> None:
-    """Add alpha * v_hat, shift [rows or 1, d], to the residual stream h [rows, tokens, d], in place.
+    """Add alpha * v_hat, shift [rows or 1, d], to the stream h [rows, tokens, d], in place.
 
     The only place that adds. Inside a trace of nnsight, this edits the model's forward pass."""
     h += shift[:, None].to(h)  # Eq. 3
@@ -1368,7 +1368,7 @@ def _batches(model: Model, costs: list[float]):
 
 
 def _halves(model: Model, job: list[list[int]], error: Exception) -> list:
-    """A job of several batches as two, a job of one batch as two smaller ones; second half first."""
+    """A job of several batches as two, of one batch as two smaller ones; second half first."""
     middle = len(job) // 2
     if middle:
         return [job[middle:], job[:middle]]
@@ -1507,7 +1507,7 @@ def _repeat(value, copies: int):
 
 
 def _prefix_cache(prefix):
-    """A KV cache that begins with the prefix in every row: keys, values [1 or copies, H, past, d]."""
+    """A KV cache that begins with the prefix in all rows: keys, values [1 or copies, H, past, d]."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     def continued(old, new):
