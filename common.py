@@ -1507,7 +1507,7 @@ def _repeat(value, copies: int):
 
 
 def _prefix_cache(prefix):
-    """A KV cache that begins with the prefix in all rows: keys, values [1 or copies, H, past, d]."""
+    """A KV cache that begins with the prefix in all rows: keys, values [1 or copies, H, n, d]."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     def continued(old, new):
