@@ -902,3 +902,25 @@ def test_table_7_knows_the_rates_of_table_2(finished):
         assert one["n"] == other["n"]
     rows = run.find(item="Table 7", metric="mc1")
     assert len({each["concept"] for each in rows}) == 4
+
+
+@pytest.mark.slow
+def test_a_local_map_moves_emotions_between_real_models(tmp_path):
+    """CONTRANS_MODELS: folder of stories3M and neo3M-chat; CONTRANS_PAPER_DATA: the data."""
+    models = Path(os.environ.get("CONTRANS_MODELS", ROOT / "models"))
+    data = Path(os.environ.get("CONTRANS_PAPER_DATA", ROOT / "data" / "paper"))
+    source, target = models / "stories3M", models / "neo3M-chat"
+    if not (source.is_dir() and target.is_dir() and (data / "wikisplit").is_dir()):
+        pytest.skip("no real models: set CONTRANS_MODELS and CONTRANS_PAPER_DATA")
+    argv = ["--src", source, "--tgt", target, "--data", data, "--shots", "0", "--maps", "1"]
+    argv += ["--template", "{scenario} I felt very", "--limit", "20", "--random", "5"]
+    argv += ["--labels", "happy", "sad", "angry", "scared", "disgusted", "surprised"]
+    argv += ["--sentences", "1000", "--alpha", "2", "5"]
+    run = Finished(exp_emotion.main, list(map(str, argv)), tmp_path)
+    mean = {"concept": "mean", "metric": "token_acc", "part": "test"}
+    [base] = run.find(method="base", **mean)
+    local = run.find(method="contrans-local", **mean)
+    ours = max(each["value"] for each in local if each["variant"] is None)
+    others = [each["value"] for each in local if "random" in (each["variant"] or "")]
+    assert ours > base["value"] + 0.1
+    assert ours > max(others)
