@@ -234,7 +234,7 @@ class Models:
         try:
             block = int(float(value) * n_layers + 1e-9) if "." in value else int(value)
         except (ValueError, OverflowError):
-            fail(f"--layer {layer}: give an index (24) or a fraction of the depth (0.75)")
+            fail(f"--layer {layer}: block {value} does not exist; give an index or a fraction")
         if not 0 <= block < n_layers:
             fail(f"--layer {layer}: block {block} does not exist in {name} (0 to {n_layers - 1})")
         return block
