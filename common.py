@@ -728,45 +728,130 @@ def cut_ends(texts: list[str]) -> list[str]:
 # ---------------------------------------------------------------- fitted where v is read
 #
 # Between two models the linear relation differs from one kind of position to another, so a map is
-# worth
-# most where it was fitted. LocalMaps are fitted near the states that v is made of; no label,
-# answer or
-# test item is used (docs/map.md).
+# worth most where it was fitted. Local maps are fitted near the states that v is made of; no label,
+# answer or test item is used (docs/map.md).
 
-WINDOWS = 2.0  # pieces of plain text inside the refinement templates, for each plain text
+WINDOWS = 2.0  # texts inside the refinement templates, for each plain text
 POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
 LOCAL_RIDGE = 0.01
+LAST = -1  # the place of a text's last token
 
 
 class Context(NamedTuple):
-    """Where a concept is read: refinement templates with {text}, and the texts in that slot."""
+    """Where a concept is read: refinement templates with {text}, and the texts in that slot.
+
+    others: unlabelled texts of the same kind that nothing else is made of; if there are none,
+    pieces of plain text stand in for them."""
 
     templates: tuple[str, ...]
     texts: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+class Pool(NamedTuple):
+    """Texts, and the places in each of them where states may be read: ends of tokens, as numbers
+    of characters, or LAST."""
+
+    texts: list[str]
+    places: list[list[int]]
+
+
+class NearStates(NamedTuple):
+    """A source's states x at the places of a pool that are nearest to those that v is made of.
+
+    rows: {block: numbers of the places [n]}, x: {block: [n, d]}."""
+
+    pool: Pool
+    rows: dict[int, list[int]]
+    x: dict[int, torch.Tensor]
+
+
+def local_pool(models: Models, names: list[str], context: Context, plain: list[str], seed=0):
+    """Plain texts with every place where a token of all models `names` ends, and windows: other
+    texts in the refinement templates, read at their last token."""
+    count = int(WINDOWS * len(plain))
+    inside = sample_texts(context.others, count, seed)
+    inside = inside or cut_windows(plain, context.texts, count, seed)
+    windows = []
+    for i, text in enumerate(inside):
+        template = context.templates[i % len(context.templates)]
+        windows.append(template.replace("{text}", text))
+    keep = np.ones(len(windows), bool)
+    for name in names:
+        keep &= models.fits(name, windows)
+    windows = list(itertools.compress(windows, keep))
+    places = shared_token_ends([models.tokenizer(name) for name in names], plain)
+    return Pool(plain + windows, places + [[LAST]] * len(windows))
+
+
+def sample_texts(texts, count: int, seed: int) -> list[str]:
+    """At most `count` of the texts, in random order."""
+    return random.Random(seed).sample(texts, min(count, len(texts)))
+
+
+def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch.Tensor:
+    """States [n, len(blocks), d] at the places `rows` of a pool (default: all, text after text)."""
+    places = [(i, place) for i, each in enumerate(pool.places) for place in each]
+    rows = range(len(places)) if rows is None else rows
+    wanted = sorted(set(rows))
+    kept: dict[int, list[int]] = {}  # only these texts are read
+    for row in wanted:
+        i, place = places[row]
+        kept.setdefault(i, []).append(place)
+    texts = [pool.texts[i] for i in kept]
+    positions = []
+    for token_at, own in zip(token_ends(model.tokenizer, texts), kept.values()):
+        positions.append([LAST if place == LAST else token_at[place] for place in own])
+    states = hidden_states(model, texts, blocks, positions=positions)
+    number = {row: k for k, row in enumerate(wanted)}
+    return states[[number[row] for row in rows]]
+
+
+def near_states(model: Model, pool: Pool, near: dict, n_sentences: int, seed=0) -> NearStates:
+    """The nearest places of a pool; near: {block: states [m, d] that v is made of}."""
+    blocks, rows, nearest = list(near), {}, {}
+    x = pool_states(model, pool, blocks)
+    for number, block in enumerate(blocks):
+        chosen = nearest_positions(x[:, number], near[block], int(POSITIONS * n_sentences))
+        rows[block] = random.Random(seed).sample(chosen, len(chosen))  # the last fifth is held out
+        nearest[block] = x[rows[block], number]
+    return NearStates(pool, rows, nearest)
+
+
+def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+    """A local map of states x [n, d1] and y [n, d2] at near places.
+
+    v_hat is as long in the target's spread as v is in the source's: ridge, and what the source
+    cannot foretell, shorten v F."""
+
+    def spread(states):
+        return (states - states.mean(0)).double().norm().item()
+
+    fitted = fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE)
+    return replace(fitted, length=spread(y) / spread(x))
 
 
 class LocalMaps:
     """Affine maps fitted at the positions of plain text that are nearest to a concept's states.
 
-    states: {block: [m, d]}, the source's states on the concept's refinement prompts, those that v
-    is made of. base, target: names of the base models that the maps lead from and to. Same methods
-    as AffineMaps; `sample` picks other sentences and windows."""
+    near: the source's near states, one for each sample of text; y: for each of them {row of the
+    pool: number}, and the target's states [n, len(blocks), d]. Same methods as AffineMaps."""
 
-    def __init__(
-        self, models, base, target, blocks, context: Context, states, sentences, n_sentences
-    ):
-        self.models, self.base, self.target, self.blocks = models, base, target, blocks
-        self.context, self.near, self.sentences = context, states, sentences
-        self.n_sentences = n_sentences
-        self.read: dict[int, dict] = {}
+    def __init__(self, near: list[NearStates], target: Model, blocks: list[int]):
+        self.near, self.blocks = near, blocks
+        self.y: list[tuple[dict, torch.Tensor]] = []
+        for each in near:
+            rows = sorted({row for chosen in each.rows.values() for row in chosen})
+            number = {row: k for k, row in enumerate(rows)}
+            self.y.append((number, pool_states(target, each.pool, blocks, rows)))
         self.known: dict[tuple, AffineMap] = {}
 
     def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
         """x [n, d1] and y [n, d2]: both models' states at the chosen positions."""
-        if sample not in self.read:
-            self.read[sample] = self._read(sample)
-        x, y = self.read[sample][source_block]
-        return x, y[block]
+        near = self.near[sample % len(self.near)]
+        number, y = self.y[sample % len(self.near)]
+        rows = [number[row] for row in near.rows[source_block]]
+        return near.x[source_block], y[rows, self.blocks.index(block)]
 
     def fit(
         self, source_block: int, block: int, sample: int = 0, shuffled: bool = False
@@ -776,13 +861,11 @@ class LocalMaps:
             x, y = self.states(source_block, block, sample)
             if shuffled:
                 y = y[random.Random(sample).sample(range(len(y)), len(y))]
-            fitted = fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE)
-            self.known[key] = replace(fitted, length=_spread(y) / _spread(x))
+            self.known[key] = fit_local(x, y)
         return self.known[key]
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """v_hat [..., d2] of concept vectors v [..., d1], as long in the target's spread as v is in
-        the source's: ridge, and what the source cannot foretell, shorten v F."""
+        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: sample, shuffled."""
         return self.fit(source_block, block, **which).vector(v)
 
     def worth(self, other: AffineMap, source_block: int, block: int) -> float:
@@ -790,58 +873,6 @@ class LocalMaps:
         x, y = self.states(source_block, block)
         n = self.fit(source_block, block).n
         return fit_quality(other.states(x[n:]), y[n:].double(), y[:n].double().mean(0))[0]
-
-    def _read(self, sample: int) -> dict:
-        """{source block: (x, {block: y})} at the positions chosen for it."""
-        rows = sample_rows(len(self.sentences), self.n_sentences, sample)
-        plain = [self.sentences[row] for row in rows]
-        pieces = cut_windows(plain, self.context.texts, int(WINDOWS * len(plain)), sample)
-        templates = self.context.templates
-        windows = [
-            templates[i % len(templates)].replace("{text}", piece) for i, piece in enumerate(pieces)
-        ]
-        fits = self.models.fits(self.base, windows) & self.models.fits(self.target, windows)
-        texts = plain + [window for window, fit in zip(windows, fits) if fit]
-        places = shared_token_ends(
-            self.models.tokenizer(self.base), self.models.tokenizer(self.target), texts
-        )
-        for i in range(len(plain), len(texts)):
-            places[i] = [(-1, -1)]  # of a window, the end of its template
-        source_blocks, blocks = self.blocks(self.base), self.blocks(self.target)
-        x = hidden_states(
-            self.models.load(self.base),
-            texts,
-            source_blocks,
-            positions=[[one for one, _ in each] for each in places],
-        )
-        where = [(i, other) for i, each in enumerate(places) for _, other in each]
-        chosen = {}
-        for number, block in enumerate(source_blocks):
-            count = int(POSITIONS * len(plain))
-            chosen[block] = nearest_positions(x[:, number], self.near[block], count)
-        wanted = sorted({row for rows in chosen.values() for row in rows})
-        kept: dict[int, list[int]] = {}  # only these texts and positions are read in the target
-        for row in wanted:
-            i, position = where[row]
-            kept.setdefault(i, []).append(position)
-        y = hidden_states(
-            self.models.load(self.target),
-            [texts[i] for i in kept],
-            blocks,
-            positions=list(kept.values()),
-        )
-        order = {row: k for k, row in enumerate(wanted)}
-        found = {}
-        for number, block in enumerate(source_blocks):
-            # In random order: the last fifth is held out.
-            rows = random.Random(sample).sample(chosen[block], len(chosen[block]))
-            own = [order[row] for row in rows]
-            found[block] = x[rows, number], dict(zip(blocks, y[own].unbind(1)))
-        return found
-
-
-def _spread(states: torch.Tensor) -> float:
-    return (states - states.mean(0)).double().norm().item()
 
 
 def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
@@ -861,18 +892,19 @@ def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]
     return pieces
 
 
-def shared_token_ends(tokenizer, other, texts: list[str]) -> list[list[tuple[int, int]]]:
-    """Of each text (token of one, token of the other) wherever a token of both tokenizers ends."""
+def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
+    """Of each text {number of characters before the end of a token: number of the token}."""
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+    found = []
+    for offsets in encoded.offset_mapping:  # special tokens are empty
+        found.append({end: i for i, (start, end) in enumerate(offsets) if end > start})
+    return found
 
-    def ends(tokenizer):
-        encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
-        for offsets in encoded.offset_mapping:  # special tokens are empty
-            yield {end: i for i, (start, end) in enumerate(offsets) if end > start}
 
-    both = []
-    for mine, theirs in zip(ends(tokenizer), ends(other)):
-        both.append([(mine[end], theirs[end]) for end in sorted(mine.keys() & theirs.keys())])
-    return both
+def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
+    """Of each text the places (see token_ends) where a token of every tokenizer ends."""
+    ends = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
+    return [sorted(set(first).intersection(*others)) for first, *others in zip(*ends)]
 
 
 def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
@@ -1061,17 +1093,25 @@ class Vectors:
                 x, y = self.plain[vector.base], self.plain[target]
                 self.known_maps[key] = AffineMaps(x, y, **self.map_options)
             else:
+                near = self._read_near(vector, target, context)
                 self.known_maps[key] = LocalMaps(
-                    self.models,
-                    vector.base,
-                    target,
-                    self.blocks,
-                    context,
-                    self.near[vector.model, context],
-                    self.sentences,
-                    self.map_options["n_sentences"],
+                    near, self.models.load(target), self.blocks(target)
                 )
         return self.known_maps[key]
+
+    def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
+        """The near states of the source's base model, in as many samples of text as there are."""
+        size = self.map_options["n_sentences"]
+        names = [vector.base, target]
+        found = []
+        for sample in range(max(1, len(self.sentences) // size)):
+            rows = sample_rows(len(self.sentences), size, sample)
+            plain = [self.sentences[row] for row in rows]
+            pool = local_pool(self.models, names, context, plain, seed=sample)
+            near = self.near[vector.model, context]
+            model = self.models.load(vector.base)
+            found.append(near_states(model, pool, near, len(plain), seed=sample))
+        return found
 
     def _read_models(self) -> None:
         if self.refined:

@@ -31,16 +31,21 @@ from common import (
     BASE,
     AffineMaps,
     Context,
+    LocalMaps,
     Models,
+    NearStates,
     Transplant,
     concept_vector,
+    control_directions,
     cut_ends,
     hidden_states,
+    local_pool,
+    near_states,
     plain_texts,
-    random_directions,
     score_labels,
 )
 from harness import (
+    METHODS,
     TOY,
     Run,
     at_least,
@@ -48,6 +53,7 @@ from harness import (
     effect_notes,
     fail,
     label,
+    map_methods,
     map_options,
     model_options,
     new_figure,
@@ -69,7 +75,6 @@ FAMILIES = {
     | {
         "tgt": [str(path) for path in sorted(TOY.glob("models/amber/step_*"))],
         "limit": 50,
-        "texts": TOY / "text" / "purpose_made.txt",
     },
     "amber": SETTINGS | {"tgt": AMBER},
     "custom": SETTINGS,
@@ -80,7 +85,7 @@ FAMILIES = {
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=("src", "tgt"))
+    parser = option_parser(__doc__, FAMILIES, models=("src", "tgt"), local_map=True)
     emotion_options(parser)
     add = parser.add_argument
     add("--model", metavar="REPO", help="hub repository with one revision per checkpoint")
@@ -283,7 +288,10 @@ class Lab:
 
     def __init__(self, args, data: Data, sentences: list[str], models: Models):
         self.args, self.data, self.sentences, self.models = args, data, sentences, models
-        self.source: dict[str, torch.Tensor] = {}  # see collect
+        self.context = read_context(args, data)
+        names = list(dict.fromkeys([args.src, *args.tgt]))
+        self.pool = local_pool(models, names, self.context, sentences)
+        self.source: dict[str, torch.Tensor] = {}  # see collect_source
 
     def block(self, name: str) -> int:
         """The block that is read and edited."""
@@ -296,45 +304,77 @@ class Lab:
         for emotion in EMOTIONS:
             both = pairs(self.args, self.data, emotion)
             v.append(concept_vector(model, *both, [block], self.args.refine)[0])
-        return {"v": torch.stack(v), "plain": hidden_states(model, self.sentences, [block])[:, 0]}
+        plain = hidden_states(model, cut_ends(self.sentences), [block])[:, 0]
+        return {"v": torch.stack(v), "plain": plain}
+
+    def collect_source(self, name: str) -> dict[str, torch.Tensor]:
+        """The same of the source, and its states x [n, d] at those places of the pool that are
+        nearest to the states that v is made of."""
+        model, block = self.models.load(name), self.block(name)
+        asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
+        near = {block: hidden_states(model, asked, [block])[:, 0]}
+        found = near_states(model, self.pool, near, len(self.sentences))
+        rows = torch.tensor(found.rows[block])
+        return self.collect(name) | {"x": found.x[block], "rows": rows}
+
+    def maps(self, name: str, own: dict, method: str) -> AffineMaps | LocalMaps:
+        """The maps of a method from the source to a checkpoint."""
+        source_block, block = self.block(self.args.src), self.block(name)
+        if method == "contrans":
+            x, y = {source_block: self.source["plain"]}, {block: own["plain"]}
+            return AffineMaps(x, y, **map_options(self.args))
+        rows = {source_block: self.source["rows"].tolist()}
+        near = NearStates(self.pool, rows, {source_block: self.source["x"]})
+        return LocalMaps([near], self.models.load(name), [block])
 
     # ------------------------------------------------------------ transplant, score: the steps
 
     def measure(self, name: str) -> list[dict]:
-        """What a checkpoint names without a vector, with v_hat, with random directions and with its
-        own vector: records."""
-        args, block, source_block = self.args, self.block(name), self.block(self.args.src)
-        own = self.collect(name)
-        x, y = {source_block: self.source["plain"]}, {block: own["plain"]}
-        maps = AffineMaps(x, y, **map_options(args))
-        v_hat = maps.vector(self.source["v"], source_block, block)  # Eq. 2
-        best = self.choose_alpha(name, v_hat)
-        about = {"source_block": source_block, "block": block, "target": name, "part": "test"}
+        """What a checkpoint names without a vector, with its own, with v_hat of each map, and with
+        controls: records."""
+        args, own = self.args, self.collect(name)
+        blocks = self.block(args.src), self.block(name)
+        maps = {method: self.maps(name, own, method) for method in map_methods(args)}
+        vectors = {"self-align": own["v"]}
+        for method, each in maps.items():
+            vectors[method] = each.vector(self.source["v"], *blocks)  # Eq. 2
+        best = {method: self.choose_alpha(name, v_hat) for method, v_hat in vectors.items()}
+        about = {"target": name, "source_block": blocks[0], "block": blocks[1]}
         about["group"] = f"{args.tokens[args.tgt.index(name)]:.4g} tokens"
         records = []
+        for method, each in maps.items():
+            fitted = each.fit(*blocks)
+            cosine = torch.cosine_similarity(vectors[method], own["v"]).mean().item()
+            quality = {"r2": fitted.r2, "cosine": fitted.cosine, "cosine_to_own": cosine}
+            what = about | {"source": args.src, "method": method, "alpha": best[method]}
+            what |= {"concept": "map", "part": "held-out", "n": fitted.n}
+            for metric, value in quality.items():
+                records.append(record(metric=metric, value=value, **what))
         for e, emotion in enumerate(EMOTIONS):
             arms = [("base", None, 0, BASE)]
-            for alpha in args.alpha:
-                arms.append(("contrans", None, alpha, Transplant.of(v_hat[e], block, alpha)))
-            arms.append(("self-align", None, best, Transplant.of(own["v"][e], block, best)))
-            directions = random_directions(v_hat[e], args.random, args.seed * 6 + e)
-            for r, direction in enumerate(directions):
-                move = Transplant.of(direction, block, best)
-                arms.append(("contrans", f"random {r}", best, move))
+            for (method, variant), direction in self.directions(e, vectors, maps, blocks).items():
+                is_curve = method in maps and not variant
+                for alpha in args.alpha if is_curve else [best[method]]:
+                    move = Transplant.of(direction, blocks[1], alpha)
+                    arms.append((method, variant, alpha, move))
             moves = [move for *_, move in arms]
             model = self.models.load(name)
             for arm, hits in zip(arms, named(model, args, self.data, "test", emotion, moves)):
-                what = dict(zip(("method", "variant", "alpha"), arm)) | {"concept": emotion}
+                what = about | dict(zip(("method", "variant", "alpha"), arm))
+                what |= {"concept": emotion, "part": "test", "item": "Figure 3"}
                 what["source"] = None if arm[0] == "base" else args.src
                 for metric, each in hits.items():
-                    what |= {"metric": metric, "item": "Figure 3"}
-                    records.append(record(each, **what, **about))
-        fitted = maps.fit(source_block, block)
-        cosine_to_own = torch.cosine_similarity(v_hat, own["v"]).mean().item()
-        quality = {"r2": fitted.r2, "cosine": fitted.cosine, "cosine_to_own": cosine_to_own}
-        what = {"concept": "map", "method": "contrans", "alpha": best, "n": fitted.n}
-        about |= what | {"source": args.src, "part": "held-out"}
-        return records + [record(metric=name, value=x, **about) for name, x in quality.items()]
+                    records.append(record(each, metric=metric, **what))
+        return records
+
+    def directions(self, e: int, vectors: dict, maps: dict, blocks) -> dict[tuple, torch.Tensor]:
+        """{(method, variant): direction [d]} of emotion e: vectors, and controls of each map."""
+        found = {(method, None): each[e] for method, each in vectors.items()}
+        counts = {"n_maps": 1, "n_random": self.args.random, "seed": self.args.seed * 6 + e}
+        for method, each in maps.items():
+            controls = control_directions(each, self.source["v"][e], {}, *blocks, **counts)
+            found |= {(method, variant): control for variant, control in controls.items()}
+        return found
 
     def choose_alpha(self, name: str, v_hat: torch.Tensor) -> float:
         """The strength with the most hits on the validation scenarios; the smaller of equals."""
@@ -395,40 +435,47 @@ def short(name: str) -> str:
 
 def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
     """The mean of six emotions in one checkpoint at the alpha chosen there, beside its controls."""
-    mine = select(records, target=name)
-    alpha = select(mine, concept="map")[0]["alpha"]
-    means = select(mine, concept="mean", metric=metric)
-    return beside_controls(means, {"contrans": alpha, "self-align": alpha})
+    means = select(records, target=name, concept="mean", metric=metric)
+    return beside_controls(means, chosen_alphas(records, name))
+
+
+def chosen_alphas(records: list[dict], name: str) -> dict[str, float]:
+    """The alpha chosen for each method in one checkpoint; of a curve, that of its controls."""
+    tested = select(records, target=name, concept="mean")
+    fixed = [each for each in tested if each["variant"] or each["method"] == "self-align"]
+    return {each["method"]: each["alpha"] for each in fixed}
+
+
+def row(each: dict) -> str:
+    return f"{short(each['target'])}, {each['group']}"
 
 
 def accuracy_table(args, records: list[dict]) -> str:
     shown, notes = [], {}
-
-    def row(each):
-        return f"{short(each['target'])}, {each['group']}"
-
-    def column(each):
-        if each["concept"] == "map":
-            return each["metric"]
-        return label(each) + (", Logit Acc" if each["metric"] == "logit_acc" else "")
-
     for name in args.tgt:
-        mine = select(records, target=name)
-        found = chosen(records, name, "token_acc")
-        shown += found + select(chosen(records, name, "logit_acc"), method="contrans", variant=None)
-        quality = select(mine, concept="map")
-        shown += [each for each in quality if each["metric"] != "cosine"]
-        alpha = quality[0]["alpha"]
-        means = select(mine, concept="mean", metric="token_acc")
-        p = effect_notes(means, {"contrans": alpha, "self-align": alpha})
-        notes[row(mine[0])] = f"α = {alpha:g}; " + "; ".join(p.values())
-    n = select(records, concept="mean")[0]["n"]
+        mine = select(records, target=name, concept="mean", metric="token_acc")
+        alphas = chosen_alphas(records, name)
+        shown += beside_controls(mine, alphas)
+        p = effect_notes(mine, alphas)
+        chosen = []
+        for method, alpha in alphas.items():
+            chosen.append(f"{METHODS[method]}: α = {alpha:g}, {p[METHODS[method]]}")
+        notes[row(mine[0])] = "; ".join(chosen)
     return (
         f"## Figure 3: v_emotion of {short(args.src)} in earlier checkpoints\n\n"
         "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
-        f"(n = {n}); block {args.layer}; α chosen on validation. Last column: p of Self-Align "
-        "and of ConTrans against Base\n\n" + pivot(shown, row, column, notes=notes)
+        f"(n = {shown[0]['n']}); block {args.layer}; α chosen on validation. p against Base\n\n"
+        + pivot(shown, row, label, notes=notes)
     )
+
+
+def map_table(records: list[dict]) -> str:
+    """What the maps are worth on held-out text, and how near v_hat is to the checkpoint's own v."""
+
+    def column(each):
+        return f"{METHODS[each['method']]}: {each['metric']}"
+
+    return f"Affine maps\n\n{pivot(select(records, concept='map'), row, column)}"
 
 
 # ---------------------------------------------------------------- figures
@@ -437,17 +484,21 @@ def accuracy_table(args, records: list[dict]) -> str:
 def draw_accuracy(args, records: list[dict]):
     """Accuracy on negatives against training tokens, without and with v_hat."""
     figure, axes = new_figure(ncols=2, figsize=(8.6, 3.4), sharey=True)
+    shown = map_methods(args)[-1]
     curves = {
-        ("base", None): ("#c8352b", "without: false positives"),
-        ("contrans", None): ("#2f6db2", "with v̂ of the last checkpoint"),
-        ("contrans", "random"): ("#777777", f"{args.random} random directions, range"),
+        ("base", None): ("#c8352b", "o-", "without: false positives"),
+        ("contrans", None): ("#2f6db2", "s-", "ConTrans"),
+        ("contrans-local", None): ("#2e8b57", "^-", "ConTrans, local map"),
+        (shown, "random"): ("#777777", ":", f"{args.random} random directions, range"),
     }
     for axis, metric in zip(axes, ("token_acc", "logit_acc")):
         found = [each for name in args.tgt for each in chosen(records, name, metric)]
-        for (method, variant), (colour, text) in curves.items():
+        for (method, variant), (colour, style, text) in curves.items():
             mean = select(found, method=method, variant=variant)
+            if not mean:
+                continue
             value, low, high = [[each[k] for each in mean] for k in ("value", "low", "high")]
-            axis.plot(args.tokens, value, "o-", ms=4, color=colour, label=text)
+            axis.plot(args.tokens, value, style, ms=4, color=colour, label=text)
             axis.fill_between(args.tokens, low, high, color=colour, alpha=0.18, lw=0)
         title = "Token Acc" if metric == "token_acc" else "Logit Acc"
         axis.set(xscale="log", xlabel="training tokens", ylim=(0, 1.05), title=title)
@@ -469,7 +520,7 @@ def main(argv=None):
     names = list(dict.fromkeys([args.src, *args.tgt]))  # the source first: loaded once
     for name in names:
         check_prompts(args, data, models, name)
-    sentences = cut_ends(plain_texts(args.texts, models, names, args.sentences * 5 // 2))
+    sentences = plain_texts(args.texts, models, names, args.sentences)
     lab = Lab(args, data, sentences, models)
     for name in names:
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded
@@ -484,7 +535,7 @@ def main(argv=None):
         on_hub = not Path(name).is_dir()
         is_ours = on_hub and not run.step(f"in the hub's cache: {name}", is_downloaded, name)
         if name == args.src:
-            lab.source = run.tensors(f"source {name}", lab.collect, name)
+            lab.source = run.tensors(f"source {name}", lab.collect_source, name)
         if name in args.tgt:
             found[name] = one_target(run, lab, name)
         if is_ours and not args.keep_downloads:
@@ -492,7 +543,8 @@ def main(argv=None):
             run.step(f"remove {name}", delete_revision, name)
     records = [each for name in args.tgt for each in found[name]]
     run.figure(draw_accuracy(args, records), "figure_3")
-    run.save(records, examples(data, records), accuracy_table(args, records))
+    report = [accuracy_table(args, records), map_table(records)]
+    run.save(records, examples(data, records), "\n\n".join(report))
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

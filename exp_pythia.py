@@ -16,6 +16,7 @@ alpha is chosen for each pair of models on a validation part. Each model is load
 from __future__ import annotations
 
 import random
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,20 +27,26 @@ from common import (
     BASE,
     AffineMaps,
     Context,
+    LocalMaps,
     Models,
+    NearStates,
     Transplant,
     concept_vector,
     cut_ends,
     hidden_states,
+    local_pool,
+    near_states,
     plain_texts,
     random_directions,
     score_labels,
 )
 from harness import (
+    METHODS,
     TOY,
     Run,
     at_least,
     fail,
+    map_methods,
     map_options,
     mcnemar,
     model_options,
@@ -61,7 +68,6 @@ FAMILIES = {
     | {
         "models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)],
         "limit": 50,
-        "texts": TOY / "text" / "purpose_made.txt",
     },
     "pythia": SETTINGS | {"models": PYTHIA},
     "custom": SETTINGS,
@@ -72,7 +78,7 @@ FAMILIES = {
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=())
+    parser = option_parser(__doc__, FAMILIES, models=(), local_map=True)
     emotion_options(parser)
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="from small to large")
@@ -246,6 +252,8 @@ class Lab:
 
     def __init__(self, args, data: Data, sentences: list[str], models: Models):
         self.args, self.data, self.sentences, self.models = args, data, sentences, models
+        self.context = read_context(args, data)
+        self.pool = local_pool(models, args.models, self.context, sentences)
         self.states: dict[str, dict[str, torch.Tensor]] = {}  # of each model, see collect
 
     def block(self, name: str) -> int:
@@ -257,55 +265,74 @@ class Lab:
 
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the
-        plain sentences [n, d], and those of 20 scenarios of each emotion [120, d] for Figure 8."""
+        plain sentences [n, d], its states x [m, d] at those places (rows) of the pool that are
+        nearest to the states that v is made of, and those of 20 scenarios of each emotion [120, d]
+        for Figure 8."""
         model, block, v = self.load(name), self.block(name), []
         for emotion in EMOTIONS:
             both = pairs(self.args, self.data, emotion)
             v.append(concept_vector(model, *both, [block], self.args.refine)[0])
         texts = [text for each in self.data.emotions.values() for text in each.positive[-20:]]
         shown = prompts(self.args, self.data, texts, shots=False)
+        asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
+        near = {block: hidden_states(model, asked, [block])[:, 0]}
+        found = near_states(model, self.pool, near, len(self.sentences))
         return {
             "v": torch.stack(v),
-            "plain": hidden_states(model, self.sentences, [block])[:, 0],
+            "plain": hidden_states(model, cut_ends(self.sentences), [block])[:, 0],
+            "x": found.x[block],
+            "rows": torch.tensor(found.rows[block]),
             "shown": hidden_states(model, shown, [block])[:, 0],
         }
 
-    def vector(self, source: str, target: str) -> tuple[torch.Tensor, dict]:
-        """v_hat of each emotion [6, d_target] (Eq. 2), and what the map is worth."""
-        ours, theirs = self.states[source], self.states[target]
-        source_block, block = self.block(source), self.block(target)
-        x, y = {source_block: ours["plain"]}, {block: theirs["plain"]}
-        maps = AffineMaps(x, y, **map_options(self.args))
-        fitted = maps.fit(source_block, block)
-        quality = {"r2": fitted.r2, "cosine": fitted.cosine, "n": fitted.n}
-        if source == target:  # its own needs no map
-            return ours["v"], quality
-        return maps.vector(ours["v"], source_block, block), quality
+    def maps(self, source: str, target: str, method: str) -> AffineMaps | LocalMaps:
+        """The maps of a method from one model to another."""
+        ours, source_block, block = self.states[source], self.block(source), self.block(target)
+        if method == "contrans":
+            x, y = {source_block: ours["plain"]}, {block: self.states[target]["plain"]}
+            return AffineMaps(x, y, **map_options(self.args))
+        rows = {source_block: ours["rows"].tolist()}
+        near = NearStates(self.pool, rows, {source_block: ours["x"]})
+        return LocalMaps([near], self.load(target), [block])
 
     # ------------------------------------------------------------ transplant, score: the steps
 
-    def measure(self, target: str) -> dict:
-        """Hits of one target on the negatives of each emotion: without a vector, with every
-        source's v_hat, and with random directions as strong as the strongest of these."""
+    def measure(self, target: str) -> list[dict]:
+        """What one target names without a vector, with its own, with every source's v_hat by each
+        map, and with random directions as strong as the strongest of these: records."""
         args, block = self.args, self.block(target)
-        v_hat, quality = {}, {}
-        for source in args.models:
-            v_hat[source], quality[source] = self.vector(source, target)
-        alpha = {source: self.choose_alpha(target, v_hat[source]) for source in args.models}
-        strongest = max(args.models, key=lambda name: v_hat[name].norm() * abs(alpha[name]))
-        hits: dict[str, list] = {}
+        about = {"item": "Figure 4", "target": target, "block": block, "concept": "mean"}
+        vectors, records = {("self-align", target): self.states[target]["v"]}, []
+        for method, source in product(map_methods(args), args.models):
+            if source != target:
+                maps, source_block = self.maps(source, target, method), self.block(source)
+                v = self.states[source]["v"]
+                vectors[method, source] = maps.vector(v, source_block, block)  # Eq. 2
+                fitted = maps.fit(source_block, block)
+                what = about | {"source": source, "method": method, "source_block": source_block}
+                what |= {"concept": "map", "part": "held-out", "n": fitted.n}
+                records.append(record(metric="r2", value=fitted.r2, **what))
+                records.append(record(metric="cosine", value=fitted.cosine, **what))
+        alpha = {key: self.choose_alpha(target, v_hat) for key, v_hat in vectors.items()}
+        strongest = max(alpha, key=lambda key: vectors[key].norm() * abs(alpha[key]))
+        hits: dict[tuple, list] = {}
         for e, emotion in enumerate(EMOTIONS):
-            moves = {"base": BASE}
-            for source in args.models:
-                moves[source] = Transplant.of(v_hat[source][e], block, alpha[source])
-            seed = args.seed * 6 + e
-            for r, direction in enumerate(
-                random_directions(v_hat[strongest][e], args.random, seed)
-            ):
-                moves[f"random {r}"] = Transplant.of(direction, block, alpha[strongest])
-            for name, found in zip(moves, self.named(target, "test", emotion, moves.values())):
-                hits.setdefault(name, []).extend(found)
-        return {"hits": hits, "alpha": alpha, "quality": quality, "strongest": strongest}
+            moves = {("base", None, None, 0): BASE}
+            for key, v_hat in vectors.items():
+                move = Transplant.of(v_hat[e], block, alpha[key])
+                moves[(*key, None, alpha[key])] = move
+            v_hat, seed = vectors[strongest][e], args.seed * 6 + e
+            for r, direction in enumerate(random_directions(v_hat, args.random, seed)):
+                move = Transplant.of(direction, block, alpha[strongest])
+                moves["contrans", None, f"random {r}", alpha[strongest]] = move
+            for key, found in zip(moves, self.named(target, "test", emotion, moves.values())):
+                hits.setdefault(key, []).extend(found)
+        for (method, source, variant, strength), found in hits.items():
+            what = about | {"source": source, "method": method, "variant": variant}
+            what["source_block"] = self.block(source) if source else None
+            what |= {"alpha": strength, "metric": "token_acc", "part": "test"}
+            records.append(record(found, **what))
+        return records
 
     def choose_alpha(self, target: str, v_hat: torch.Tensor) -> float:
         """The strength with the most hits on the validation scenarios; the smaller of equals."""
@@ -333,34 +360,20 @@ class Lab:
 # ---------------------------------------------------------------- one target
 
 
-def one_target(args, run: Run, lab: Lab, target: str) -> list[dict]:
-    """Records of one target."""
-    result = run.step(f"target {target}", lab.measure, target)
-    hits, alpha = result["hits"], result["alpha"]
-    about = {"item": "Figure 4", "target": target, "block": lab.block(target), "concept": "mean"}
-    tested = about | {"metric": "token_acc", "part": "test"}
-    base = record(hits["base"], method="base", alpha=0, **tested)
-    records = [base]
-    for source in args.models:
-        method = "self-align" if source == target else "contrans"
-        where = {"source": source, "source_block": lab.block(source), "method": method}
-        ours = record(hits[source], **tested, **where, alpha=alpha[source])
-        gains = {"absolute_improvement": ours["value"] - base["value"]}
-        if base["value"]:  # over a baseline of 0 there is no ratio
-            gains["improvement_ratio"] = ours["value"] / base["value"]
-        about |= {"n": ours["n"], "part": "test", "concept": "mean"}
-        records.append(ours)
-        for metric, value in gains.items():
-            records.append(record(metric=metric, value=value, **about, **where))
-        quality = result["quality"][source]
-        about |= {"n": quality["n"], "part": "held-out", "concept": "map"}
-        for metric in ("r2", "cosine"):
-            records.append(record(metric=metric, value=quality[metric], **about, **where))
-    strong = {"method": "contrans", "alpha": alpha[result["strongest"]]}
-    for r in range(args.random):
-        variant = f"random {r}"
-        records.append(record(hits[variant], variant=variant, **strong, **tested))
-    return records
+def one_target(run: Run, lab: Lab, target: str) -> list[dict]:
+    """Records of one target, and what each vector gains over the model without one."""
+    records = run.step(f"target {target}", lab.measure, target)
+    [base] = select(records, method="base")
+    gains = []
+    for each in select(records, metric="token_acc", variant=None):
+        if each is not base:
+            about = each | {"low": None, "high": None, "paper": None}
+            gain = each["value"] - base["value"]
+            gains.append(about | {"metric": "absolute_improvement", "value": gain})
+            if base["value"]:  # over a baseline of 0 there is no ratio
+                ratio = each["value"] / base["value"]
+                gains.append(about | {"metric": "improvement_ratio", "value": ratio})
+    return records + gains
 
 
 # ---------------------------------------------------------------- tables
@@ -376,34 +389,42 @@ def column(each: dict) -> str:
     return f"v of {Path(each['source']).name}" if each["source"] else "random [range]"
 
 
+def by_method(records: list[dict], method: str) -> list[dict]:
+    """The records of a map, and those that it is shown beside: base and the target's own vector."""
+    return [each for each in records if each["method"] in ("base", "self-align", method)]
+
+
 def tables(args, records: list[dict]) -> str:
-    shown, notes = [], {}
-    for target in args.models:
-        mine = select(records, target=target, metric="token_acc")
-        directions = [each for each in mine if each["variant"]]
-        shown += [each for each in mine if not each["variant"]] + [spread(directions, "random")]
-        [base] = select(mine, method="base")
-        highest = max(each["value"] for each in directions)
-        marks = []
-        for each in select(mine, variant=None):
-            p = mcnemar(base["hits"], each["hits"])
-            if p < 0.001 and each["value"] > max(highest, base["value"]):
-                marks.append(Path(each["source"]).name)
-        notes[Path(target).name] = f"holds for v of {', '.join(marks) or 'none'}"
-    ratios = select(records, metric="improvement_ratio")
-    return "\n\n".join(
-        [
-            "## Figure 4: v_emotion of every model in every model",
-            "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
-            f"(n = {shown[0]['n']}); rows are targets, columns sources; block {args.layer}, α "
-            f"chosen on validation for each pair. The {args.random} random directions are as "
-            "strong as the strongest v_hat of the row. Last column: above all of them, and p < "
-            "0.001 against no vector (McNemar)",
-            pivot(shown, short, column, notes=notes),
-            "Improvement ratio (none over a baseline of 0)",
-            pivot(ratios, short, column) if ratios else "none",
-        ]
-    )
+    parts = [
+        "## Figure 4: v_emotion of every model in every model",
+        "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five; rows "
+        f"are targets, columns sources (on the diagonal Self-Align); block {args.layer}, α chosen "
+        f"on validation for each pair. The {args.random} random directions are as strong as the "
+        "strongest vector of the row. Last column: above all of them, and p < 0.001 against no "
+        "vector (McNemar)",
+    ]
+    order = [None, *args.models]
+    for method in map_methods(args):
+        shown, notes = [], {}
+        for target in args.models:
+            mine = select(records, target=target, metric="token_acc")
+            directions = [each for each in mine if each["variant"]]
+            tested = by_method(select(mine, variant=None), method)
+            tested.sort(key=lambda each: order.index(each["source"]))
+            shown += [*tested, spread(directions, "random")]
+            highest = max(each["value"] for each in directions)
+            marks = []
+            for each in tested[1:]:
+                p = mcnemar(tested[0]["hits"], each["hits"])
+                if p < 0.001 and each["value"] > max(highest, tested[0]["value"]):
+                    marks.append(Path(each["source"]).name)
+            notes[Path(target).name] = f"holds for v of {', '.join(marks) or 'none'}"
+        ratios = by_method(select(records, metric="improvement_ratio"), method)
+        parts += [f"{METHODS[method]} (n = {shown[0]['n']})"]
+        parts += [pivot(shown, short, column, notes=notes)]
+        parts += ["Improvement ratio (none over a baseline of 0)"]
+        parts += [pivot(ratios, short, column) if ratios else "none"]
+    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------- figures
@@ -411,7 +432,7 @@ def tables(args, records: list[dict]) -> str:
 COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
 
 
-def draw_heat(args, records: list[dict]):
+def draw_heat(args, records: list[dict], method: str):
     """Figure 4: improvement ratio and absolute improvement; rows are targets, columns sources."""
     names = [Path(name).name for name in args.models]
     size = len(names)
@@ -422,7 +443,7 @@ def draw_heat(args, records: list[dict]):
     ]
     for axis, (metric, title, scale, colour_of) in zip(axes, panels):
         table = np.full((size, size), np.nan)
-        for each in select(records, metric=metric):
+        for each in by_method(select(records, metric=metric), method):
             cell = args.models.index(each["target"]), args.models.index(each["source"])
             table[cell] = scale * each["value"]
         colours = colour_of(np.where(table == 0, np.nan, table))
@@ -439,7 +460,8 @@ def draw_heat(args, records: list[dict]):
         axis.tick_params(axis="x", rotation=30)
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("target")
-    figure.suptitle("Token Acc on negative scenarios, mean of six emotions", fontsize=10)
+    title = f"{METHODS[method]}: Token Acc on negative scenarios, mean of six emotions"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -464,25 +486,26 @@ def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
     data = load_data(args)
-    lab = Lab(args, data, [], models)
     for name in args.models:
-        lab.block(name)  # an impossible --layer ends here, before any weights are loaded
+        models.block(name, args.layer)  # an impossible --layer ends here
         check_prompts(args, data, models, name)
-    lab.sentences = cut_ends(plain_texts(args.texts, models, args.models, args.sentences * 5 // 2))
+    sentences = plain_texts(args.texts, models, args.models, args.sentences)
+    lab = Lab(args, data, sentences, models)
     first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
     first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
-    inputs = [data, lab.sentences]
-    run = Run(__file__, args, models, inputs, first_prompts + first_test, ("one_at_a_time",))
+    first_prompts += first_test
+    run = Run(__file__, args, models, [data, sentences], first_prompts, ("one_at_a_time",))
 
     for name in args.models:
         lab.states[name] = run.tensors(f"states {name}", lab.collect, name)
     found = {}
     for name in reversed(args.models):  # the last, and largest, is still in memory
-        found[name] = one_target(args, run, lab, name)
+        found[name] = one_target(run, lab, name)
     records = [each for name in args.models for each in found[name]]
     three = dict.fromkeys([args.models[0], args.models[len(args.models) // 2], args.models[-1]])
     points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in three}
-    run.figure(draw_heat(args, records), "figure_4")
+    for method in map_methods(args):
+        run.figure(draw_heat(args, records, method), f"figure_4_{method}")
     run.figure(draw_tsne(points), "figure_8")
     run.save(records, examples(data, records), tables(args, records))
 
@@ -492,7 +515,7 @@ def examples(data: Data, records: list[dict]) -> list[dict]:
     scenarios = [(emotion, text) for emotion in EMOTIONS for text in data.emotions[emotion].test]
     rows = []
     for each in select(records, metric="token_acc", variant=None):
-        about = {name: each[name] for name in ("target", "source", "alpha")}
+        about = {name: each[name] for name in ("target", "source", "method", "alpha")}
         for (emotion, text), hit in zip(scenarios, each["hits"]):
             rows.append(about | {"concept": emotion, "scenario": text, "named": hit})
     return rows

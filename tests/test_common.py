@@ -847,11 +847,11 @@ def test_shared_token_ends_are_the_same_places_of_the_text():
     names = ("llama-s", "qwen-s")
     tokenizers = [Models().tokenizer(str(TOY / "models" / name)) for name in names]
     texts = ["The dish of Kipori is Kiza.", "Tom saw a cliff in Vogudu."]
-    for text, places in zip(texts, shared_token_ends(*tokenizers, texts)):
+    for text, places in zip(texts, shared_token_ends(tokenizers, texts)):
         encoded = [each(text, return_offsets_mapping=True).offset_mapping for each in tokenizers]
+        ends = [{end for start, end in offsets if end > start} for offsets in encoded]
         assert len(places) >= 5
-        for one, other in places:
-            assert encoded[0][one][1] == encoded[1][other][1]
+        assert places == sorted(ends[0] & ends[1])
 
 
 def test_nearest_positions_take_turns_among_the_states():
