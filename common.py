@@ -549,6 +549,7 @@ class AffineMap:
     r2: float = math.nan  # on held-out sentences, all dimensions pooled
     cosine: float = math.nan  # mean over held-out sentences, about the mean of y
     n: int = 0  # rows it was fitted on
+    effective_rank: float = math.nan  # of these rows: (sum of s²)² / sum of s⁴
     length: float | None = None  # |v_hat| / |v|; None: as F makes it
 
     def vector(self, v: torch.Tensor) -> torch.Tensor:
@@ -593,7 +594,15 @@ def fit_affine(
     if intercept:
         x_mean, y_mean = x[:n].mean(0), y[:n].mean(0)
     x_fit, y_fit = (x[:n] - x_mean, y[:n] - y_mean) if intercept else (x[:n], y[:n])
-    fitted = AffineMap(_pseudo_inverse(x_fit, rcond, ridge), y_fit, x_mean, y_mean, n=n)
+    gram = x_fit @ x_fit.T if n < x.shape[1] else x_fit.T @ x_fit
+    fitted = AffineMap(
+        _pseudo_inverse(x_fit, rcond, ridge),
+        y_fit,
+        x_mean,
+        y_mean,
+        n=n,
+        effective_rank=(gram.trace() ** 2 / (gram**2).sum()).item(),
+    )
     if n == len(x):
         return fitted
     r2, cosine = fit_quality(fitted.states(x[n:]), y[n:], y[:n].mean(0))
@@ -767,10 +776,12 @@ class NearStates(NamedTuple):
 
 
 def local_pool(models: Models, names: list[str], context: Context, plain: list[str], seed=0):
-    """Plain texts with every place where a token of all models `names` ends, and windows: other
-    texts in the refinement templates, read at their last token."""
+    """Where states may be near to those that v is made of: other texts of the concept's kind in its
+    refinement templates, read at their last token. If there are none: pieces of plain text in the
+    templates, and every place in the plain texts where a token of all models `names` ends."""
     count = int(WINDOWS * len(plain))
-    inside = sample_texts(context.others, count, seed)
+    texts = list(context.others)
+    inside = random.Random(seed).sample(texts, min(count, len(texts)))
     inside = inside or cut_windows(plain, context.texts, count, seed)
     windows = []
     for i, text in enumerate(inside):
@@ -780,13 +791,10 @@ def local_pool(models: Models, names: list[str], context: Context, plain: list[s
     for name in names:
         keep &= models.fits(name, windows)
     windows = list(itertools.compress(windows, keep))
+    if texts:
+        return Pool(windows, [[LAST]] * len(windows))
     places = shared_token_ends([models.tokenizer(name) for name in names], plain)
     return Pool(plain + windows, places + [[LAST]] * len(windows))
-
-
-def sample_texts(texts, count: int, seed: int) -> list[str]:
-    """At most `count` of the texts, in random order."""
-    return random.Random(seed).sample(texts, min(count, len(texts)))
 
 
 def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch.Tensor:
@@ -868,11 +876,17 @@ class LocalMaps:
         """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: sample, shuffled."""
         return self.fit(source_block, block, **which).vector(v)
 
-    def worth(self, other: AffineMap, source_block: int, block: int) -> float:
-        """R² of a map between these blocks at positions where v is read, those held out here."""
+    def worth(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
+        """R² of a map between these blocks at positions where v is read, those held out here.
+
+        along: only of this direction [d2]."""
         x, y = self.states(source_block, block)
         n = self.fit(source_block, block).n
-        return fit_quality(other.states(x[n:]), y[n:].double(), y[:n].double().mean(0))[0]
+        predicted, y = other.states(x[n:]).double(), y.double()
+        if along is not None:
+            along = along.double()[:, None]
+            predicted, y = predicted @ along, y @ along
+        return fit_quality(predicted, y[n:], y[:n].mean(0))[0]
 
 
 def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
@@ -1074,6 +1088,45 @@ class Vectors:
             point.block,
             **counts,
         )
+
+    def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
+        """What the maps of a vector are worth, as fields of harness.record.
+
+        where_read: also R² where v is read, which takes a local map to know."""
+        blocks = point.source_block, point.block
+        maps = self.maps(vector, target, method)
+        found = []
+        for number in range(n_maps):
+            fitted = maps.fit(*blocks, sample=number)
+            metrics = {"r2": fitted.r2, "cosine": fitted.cosine}
+            if where_read:
+                local = self.maps(vector, target, "contrans-local")
+                metrics["r2_where_read"] = local.worth(fitted, *blocks)
+            metrics["n_over_d"] = fitted.n / len(fitted.x_mean)
+            metrics["effective_rank"] = fitted.effective_rank
+            about = {"concept": "map", "variant": f"map {number}" if number else None}
+            about |= {"part": "held-out", "n": fitted.n}
+            found += [about | {"metric": name, "value": x} for name, x in metrics.items()]
+        return found
+
+    def vector_quality(self, vector, target, point, method, own=None, where_read=True) -> dict:
+        """{metric: value}: norms of v, v_hat and both streams; R² of the map along v_hat where v is
+        read; and what v_hat has in common with the target's own vector."""
+        blocks = point.source_block, point.block
+        v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
+        streams = self.plain[vector.base][blocks[0]], self.plain[target][blocks[1]]
+        found = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
+        for name, states in zip(("stream_source", "stream_target"), streams):
+            found[name] = states.norm(dim=1).mean().item()
+        if where_read:
+            fitted = self.maps(vector, target, method).fit(*blocks)
+            local = self.maps(vector, target, "contrans-local")
+            found["r2_along_v"] = local.worth(fitted, *blocks, along=v_hat)
+        if own:
+            theirs = self.v(own, point.block)
+            found["norm_own"] = theirs.norm().item()
+            found["cosine_to_own"] = torch.cosine_similarity(v_hat, theirs, dim=0).item()
+        return found
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
         """v [d] after a block of the model that it was refined in (Eq. 1)."""

@@ -60,6 +60,7 @@ from harness import (
     label,
     map_methods,
     map_options,
+    map_table,
     markdown,
     model_options,
     new_figure,
@@ -404,55 +405,30 @@ class Lab:
 
     def measure_maps(self) -> list[dict]:
         """How well the maps predict states, held-out and where v is read, and how long v_hat is."""
-        records = []
-        for method in map_methods(self.args):
-            maps = self.vectors.maps(self.source(EMOTIONS[0]), self.target, method)
-            source_block, block, _ = self.points[method]
-            fits = {None: maps.fit(source_block, block)}
-            for number in range(1, self.args.maps):
-                fits[f"map {number}"] = maps.fit(source_block, block, sample=number)
-            fits["shuffled map"] = maps.fit(source_block, block, shuffled=True)
-            for variant, fitted in fits.items():
-                records += self.fit_records(method, variant, fitted.r2, fitted.cosine, fitted.n)
+        methods, records = map_methods(self.args), []
+        where_read = "contrans-local" in methods
+        for method in methods:
+            point, found = self.points[method], []
+            first = self.source(EMOTIONS[0]), self.target, point, method
+            found += self.vectors.map_quality(*first, self.args.maps, where_read)
+            means: dict[str, list] = {}
+            for emotion in EMOTIONS:
+                inputs = self.source(emotion), self.target, point, method
+                own = Vector(emotion, self.target, self.target)
+                for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
+                    means.setdefault(metric, []).append(value)
+            for metric, values in means.items():
+                found.append({"metric": metric, "value": float(np.mean(values)), "concept": "mean"})
+            records += [self.record(method=method, **fields) for fields in found]
             if method == "contrans":
-                rows = maps.rows()
-                x, y = maps.x[source_block][rows], maps.y[block][rows]
-                found = fit_by_gradient_descent(x, y, self.args.seed)
-                records += self.fit_records("gradient-descent", None, *found, fits[None].n)
-            about = {"method": method, "concept": "mean"}
-            for metric, value in self.measure_vectors(method).items():
-                records.append(self.record(metric=metric, value=value, **about))
-            if len(map_methods(self.args)) > 1:
-                local = self.vectors.maps(self.source(EMOTIONS[0]), self.target, "contrans-local")
-                worth = local.worth(fits[None], source_block, block)
-                records.append(self.record(metric="r2_where_read", value=worth, **about))
+                maps = self.vectors.maps(*first[:2], method)
+                x, y = maps.x[point.source_block][maps.rows()], maps.y[point.block][maps.rows()]
+                r2, cosine = fit_by_gradient_descent(x, y, self.args.seed)
+                about = {"method": "gradient-descent", "concept": "map", "part": "held-out"}
+                about["n"] = maps.fit(point.source_block, point.block).n
+                records.append(self.record(metric="r2", value=r2, **about))
+                records.append(self.record(metric="cosine", value=cosine, **about))
         return records
-
-    def fit_records(self, method, variant, r2: float, cosine: float, n: int) -> list[dict]:
-        about = {"method": method, "variant": variant, "concept": "map", "part": "held-out", "n": n}
-        both = {"r2": r2, "cosine": cosine}
-        return [self.record(metric=metric, value=value, **about) for metric, value in both.items()]
-
-    def measure_vectors(self, method: str) -> dict[str, float]:
-        """Norms of v, v_hat and the target's own vector, and their cosine: means over emotions."""
-        point = self.points[method]
-        found: dict[str, list] = {}
-        for emotion in EMOTIONS:
-            v = self.vectors.v(self.source(emotion), point.source_block)
-            v_hat, own = (
-                self.direction(emotion, method),
-                self.direction(emotion, "self-align", point),
-            )
-            found.setdefault("norm_v", []).append(v.norm().item())
-            found.setdefault("norm_v_hat", []).append(v_hat.norm().item())
-            found.setdefault("norm_own", []).append(own.norm().item())
-            cosine = torch.cosine_similarity(v_hat, own, dim=0)
-            found.setdefault("cosine_to_own", []).append(cosine.item())
-        means = {metric: float(np.mean(values)) for metric, values in found.items()}
-        x, y = self.vectors.plain[self.args.src_base], self.vectors.plain[self.target]
-        for name, stream in (("source", x[point.source_block]), ("target", y[point.block])):
-            means[f"stream_{name}"] = stream.norm(dim=1).mean().item()
-        return means
 
     def save_vectors(self, folder: str) -> None:
         """Write v_hat of each emotion, by the local map if there is one."""
@@ -679,26 +655,6 @@ def grid_table(grid: list[dict]) -> str:
         return f"{label(each)}, block {each['source_block']} -> {each['block']}"
 
     return f"Validation, mean Token Acc in % (n = {grid[0]['n']})\n\n" + pivot(grid, row, strength)
-
-
-def map_table(records: list[dict]) -> str:
-    """What each map is worth, and how large everything is."""
-    metrics = ("r2", "cosine", "r2_where_read", "cosine_to_own", "norm_v", "stream_source")
-    metrics = (*metrics, "norm_v_hat", "stream_target", "norm_own")
-    shown = [each for each in records if each["metric"] in metrics]
-    shown = [each for each in shown if each["variant"] in (None, "shuffled map")]
-    shown.sort(key=lambda each: metrics.index(each["metric"]))
-    names = METHODS | {"gradient-descent": "gradient descent (App. A)"}
-
-    def row(each):
-        return names[each["method"]] + (", shuffled texts" if each["variant"] else "")
-
-    n = {each["n"] for each in shown if each["part"] == "held-out"}
-    title = (
-        f"Affine maps, fitted on {' and '.join(map(str, sorted(n)))} positions: R² and cosine on "
-    )
-    title += "held-out positions, R² where v is read, and mean norms of vectors and streams"
-    return title + "\n\n" + pivot(shown, row, "metric")
 
 
 def summary(args, records: list[dict], labs: list[Lab]) -> str:

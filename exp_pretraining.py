@@ -45,6 +45,7 @@ from common import (
     score_labels,
 )
 from harness import (
+    MAP_METRICS,
     METHODS,
     TOY,
     Run,
@@ -345,7 +346,9 @@ class Lab:
         for method, each in maps.items():
             fitted = each.fit(*blocks)
             cosine = torch.cosine_similarity(vectors[method], own["v"]).mean().item()
-            quality = {"r2": fitted.r2, "cosine": fitted.cosine, "cosine_to_own": cosine}
+            quality = {"r2": fitted.r2, "cosine_to_own": cosine}
+            if "contrans-local" in maps:
+                quality["r2_where_read"] = maps["contrans-local"].worth(fitted, *blocks)
             what = about | {"source": args.src, "method": method, "alpha": best[method]}
             what |= {"concept": "map", "part": "held-out", "n": fitted.n}
             for metric, value in quality.items():
@@ -470,10 +473,10 @@ def accuracy_table(args, records: list[dict]) -> str:
 
 
 def map_table(records: list[dict]) -> str:
-    """What the maps are worth on held-out text, and how near v_hat is to the checkpoint's own v."""
+    """What the maps are worth, and how near v_hat is to the checkpoint's own v."""
 
     def column(each):
-        return f"{METHODS[each['method']]}: {each['metric']}"
+        return f"{METHODS[each['method']]}: {MAP_METRICS[each['metric']]}"
 
     return f"Affine maps\n\n{pivot(select(records, concept='map'), row, column)}"
 

@@ -397,11 +397,11 @@ def by_method(records: list[dict], method: str) -> list[dict]:
 def tables(args, records: list[dict]) -> str:
     parts = [
         "## Figure 4: v_emotion of every model in every model",
-        "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five; rows "
-        f"are targets, columns sources (on the diagonal Self-Align); block {args.layer}, α chosen "
-        f"on validation for each pair. The {args.random} random directions are as strong as the "
-        "strongest vector of the row. Last column: above all of them, and p < 0.001 against no "
-        "vector (McNemar)",
+        "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five. "
+        "Rows are targets, columns sources; on the diagonal Self-Align. "
+        f"Block {args.layer}, α chosen on validation for each pair. The {args.random} random "
+        "directions are as strong as the strongest vector of the row. Last column: above all of "
+        "them, and p < 0.001 against no vector (McNemar)",
     ]
     order = [None, *args.models]
     for method in map_methods(args):

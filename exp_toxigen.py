@@ -21,11 +21,8 @@ among those that raise perplexity by at most --max-ppl-ratio. Each random direct
 alpha by the same rule. Refinement, validation and test share no prompt; but the lists of a group
 are shuffles of the same few sentences.
 
-An affine map is only good for what its texts exercise at their last token. v_fairness is read at
-the tag that closes a prompt. No plain sentence of the toy world ends there, so the paper's map
-gives a meaningless direction. The toy family has --map-text lists: half of the map's texts are
-ToxiGen lists in the refinement prompt, hateful and neutral, without labels, and none of them in
-refinement, validation or test. The paper's families keep its plain sentences.
+The local map is fitted on other ToxiGen lists in the refinement prompt, hateful and neutral,
+without labels, none of them in refinement, validation or test (docs/map.md).
 
 The data is hateful text.
 """
@@ -44,16 +41,15 @@ import torch
 
 from common import (
     BASE,
-    AffineMaps,
+    Context,
     Models,
+    Point,
     Transplant,
+    Vector,
+    Vectors,
     choice_logprobs,
-    concept_vector,
     context_length,
-    control_directions,
-    cut_ends,
     generate,
-    hidden_states,
     perplexity,
     plain_texts,
 )
@@ -65,7 +61,9 @@ from harness import (
     at_least,
     fail,
     load_concept,
+    map_methods,
     map_options,
+    map_table,
     markdown,
     mcnemar,
     model_options,
@@ -89,7 +87,6 @@ SETTINGS = {
     "layer": "0.75",
     "alpha": [0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5],
     "sentences": 2000,
-    "map_text": "plain",
     "classifier": "tomh/toxigen_roberta",
     "max_new_tokens": 64,
     "validation": 10,
@@ -102,10 +99,8 @@ FAMILIES = {
         "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
         "tgt_chat": [f"{ZOO}/llama-m-chat", f"{ZOO}/llama-l-chat"],
         "layer": "auto",
-        "alpha": [0.5, 1, 1.5, 2, 3, 4.5, 6, 8],
+        "alpha": [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 6, 8],
         "sentences": 2000,
-        "texts": TOY / "text" / "purpose_made.txt",
-        "map_text": "lists",
         "tags": "inst",
         "classifier": f"{ZOO}/classifier",
         "max_new_tokens": 16,
@@ -173,8 +168,6 @@ REFINE = (
 )
 CONTINUE = "Complete the following"  # the list itself comes after the tags
 INSTRUCTED = "Complete the following without hate or bias"  # Inst-Align; not given in the paper
-NORMS = ("norm_v", "norm_v_hat", "stream_source", "stream_target", "cosine_to_own")
-POINT = ("source_block", "block", "alpha")
 KINDS = {"map": "maps", "random": "random directions"}
 
 
@@ -182,7 +175,7 @@ KINDS = {"map": "maps", "random": "random directions"}
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES)
+    parser = option_parser(__doc__, FAMILIES, local_map=True)
     add = parser.add_argument
     add("--classifier", metavar="MODEL", help="of toxic text (paper: tomh/toxigen_roberta)")
     add("--toxic-label", help="name or index of its toxic class, if its config does not say")
@@ -192,11 +185,6 @@ def options(argv=None):
         help="around instructions; chat: the chat template of the source's tokenizer",
     )
     add("--pairs", type=at_least(1), default=50, help="neutral and hateful prompts per group")
-    add(
-        "--map-text",
-        choices=["plain", "lists"],
-        help="fit affine maps on plain sentences (paper), or half on unlabelled ToxiGen lists",
-    )
     add("--validation", type=at_least(1), help="validation prompts per group")
     add("--max-ppl-ratio", type=float, default=1.1, help="how much perplexity may rise")
     add("--max-new-tokens", type=at_least(1), help="length of a continuation")
@@ -257,13 +245,14 @@ class Data(NamedTuple):
 
     split: Split
     concepts: dict[str, tuple[list[str], list[str]]]  # positives and negatives
-    map_texts: list[str]  # a pool; each affine map is fitted on a sample of it
+    sentences: list[str]  # plain text; each affine map is fitted on a sample of it
     texts: list[str]  # OpenWebText
     questions: list[dict]  # TruthfulQA, for Table 7
 
 
 def load_data(args, models: Models, template: Template, names: list[str]) -> Data:
     split = load_split(args, models, template, names)
+    mapped, count = [args.src_base, *args.tgt], args.maps * args.sentences
     neutral = [template.refine(prompt) for prompt in split.neutral]
     hate = [template.refine(prompt) for prompt in split.hate]
     texts = read_text(args.data / "text" / "owt_sentences_lowtox.txt").split("\n")
@@ -273,7 +262,7 @@ def load_data(args, models: Models, template: Template, names: list[str]) -> Dat
     return Data(
         split=split,
         concepts={"fairness": (neutral, hate), "happiness": load_scenarios(args.data)},
-        map_texts=load_map_texts(args, models, template, split),
+        sentences=plain_texts(args.texts, models, mapped, count),
         texts=texts[:N_TEXTS],
         questions=load_questions(args, models, template) if any(args.honesty) else [],
     )
@@ -330,21 +319,6 @@ def fitting(args, models: Models, template: Template, names: list[str], prompts)
     return list(itertools.compress(prompts, keep))
 
 
-def load_map_texts(args, models: Models, template: Template, split: Split) -> list[str]:
-    """What affine maps are fitted on: plain sentences, or as many of them as of unused lists."""
-    names = [args.src_base, *args.tgt]
-    sentences = cut_ends(plain_texts(args.texts, models, names, args.sentences * 5 // 2))
-    if args.map_text == "plain":
-        return sentences
-    used = {*split.neutral, *split.hate, *split.validation, *split.test}
-    unused = [prompt for prompt in split.lists if prompt not in used]
-    if len(unused) < 10:
-        fail(f"--map-text lists: only {len(unused)} lists are left; try fewer --pairs or --limit")
-    count = min(len(sentences), len(unused), args.sentences * 5 // 4)
-    lists = random.Random(f"{args.seed} map").sample(unused, count)
-    return sentences[:count] + [template.refine(prompt) for prompt in lists]
-
-
 def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
     """Happy and sad scenarios, the pairs of another concept."""
     happy = read_texts(folder / "emotions" / "happiness.json")[:100]
@@ -380,6 +354,16 @@ def sentences_of(prompt: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- prompts
+
+
+def read_context(template: Template, split: Split, concept: str) -> Context:
+    """Where a concept is read, and for fairness the lists that nothing else is made of."""
+    if concept != "fairness":
+        return Context(("Scenario: {text}",), ("",))
+    refined = (*split.neutral, *split.hate)
+    used = {*refined, *split.validation, *split.test}
+    others = tuple(prompt for prompt in split.lists if prompt not in used)
+    return Context((template.refine("{text}"),), refined, others)
 
 
 class Template:
@@ -499,65 +483,61 @@ def blocks_of(args, models: Models, name: str) -> list[int]:
 
 
 class Lab:
-    """What every step needs: models, texts, the classifier, and vectors and states so far.
-
-    A point is where and how strongly to steer: {"source_block", "block", "alpha"}. A method is
-    "contrans", or "self-align" with the target's own vector; a variant is a control direction."""
+    """What every step needs: models, texts, the classifier and the vectors."""
 
     def __init__(self, args, models: Models, template: Template, data: Data):
         self.args, self.models, self.template, self.data = args, models, template, data
         self.classifier = Classifier(args, models)
         self.chats = dict(zip(args.tgt, args.tgt_chat))
-        self.vectors, self.states, self.maps = {}, {}, {}
+        wanted = [self.source("fairness"), self.source("happiness")]
+        for target in args.tgt:
+            if self.has_own(target):
+                wanted.append(self.own(target))
+        contexts = {name: read_context(template, data.split, name) for name in data.concepts}
+        self.vectors = Vectors(
+            models,
+            wanted,
+            args.tgt,
+            pairs=lambda concept, name: data.concepts[concept],
+            blocks=lambda name: blocks_of(args, models, name),
+            context=lambda concept, name: contexts[concept],
+            sentences=data.sentences,
+            refine=args.refine,
+            **map_options(args),
+        )
 
-    def points(self, target: str, method: str) -> list[list[dict]]:
+    def source(self, concept: str) -> Vector:
+        return Vector(concept, self.args.src, self.args.src_base)
+
+    def own(self, target: str) -> Vector:
+        return Vector("fairness", self.chats[target], target)
+
+    def has_own(self, target: str) -> bool:
+        """Whether there is an aligned model whose vector can be added to the target as it is."""
+        chat = self.chats[target]
+        return bool(chat) and self.models.same_shape(target, chat)
+
+    def points(self, target: str, method: str) -> list[list[Point]]:
         """The points to choose from: for each pair of blocks, one for each alpha."""
         pairs = {}
         for read, edit in depths(self.args):
             source_block = block = self.models.block(target, edit, side=1)
-            if method == "contrans":
+            if method != "self-align":
                 source_block = self.models.block(self.args.src, read, side=0)
-            points = [(source_block, block, alpha) for alpha in self.args.alpha]
-            pairs[source_block, block] = [dict(zip(POINT, point)) for point in points]
+            points = [Point(source_block, block, alpha) for alpha in self.args.alpha]
+            pairs[source_block, block] = points
         return list(pairs.values())
 
-    def vectors_of(self, name: str) -> dict[str, dict[int, torch.Tensor]]:
-        """{concept: {block: v [d]}} of a chat model (Eq. 1)."""
-        if name not in self.vectors:
-            model, blocks = self.models.load(name), blocks_of(self.args, self.models, name)
-            self.vectors[name] = {}
-            for concept, pairs in self.data.concepts.items():
-                v = concept_vector(model, *pairs, blocks, self.args.refine)
-                self.vectors[name][concept] = dict(zip(blocks, v))
-        return self.vectors[name]
-
-    def states_of(self, name: str) -> dict[int, torch.Tensor]:
-        """{block: hidden states [n, d] of the map's texts} of a base model."""
-        if name not in self.states:
-            blocks = blocks_of(self.args, self.models, name)
-            states = hidden_states(self.models.load(name), self.data.map_texts, blocks)
-            self.states[name] = dict(zip(blocks, states.unbind(1)))
-        return self.states[name]
-
-    def maps_to(self, target: str) -> AffineMaps:
-        """The affine maps from the source's base model to a target; one target's at a time."""
-        if target not in self.maps:
-            x, y = self.states_of(self.args.src_base), self.states_of(target)
-            self.maps = {target: AffineMaps(x, y, **map_options(self.args))}
-        return self.maps[target]
-
     def direction(self, target, method, point, variant=None) -> torch.Tensor:
-        """What is added at a point [d]."""
-        args, source_block, block = self.args, point["source_block"], point["block"]
+        """What is added at a point [d]; variant: a control of it."""
         if method == "self-align":
-            return self.vectors_of(self.chats[target])["fairness"][block]
-        vectors = self.vectors_of(args.src)
-        v, maps = vectors["fairness"][source_block], self.maps_to(target)
+            return self.vectors.v(self.own(target), point.block)
         if variant is None:
-            return maps.vector(v, source_block, block)
-        others = {"happiness": vectors["happiness"][source_block]}
-        sizes = (args.maps, args.random, args.seed)
-        return control_directions(maps, v, others, source_block, block, *sizes)[variant]
+            return self.vectors.at(self.source("fairness"), target, point, method)
+        counts = {"n_maps": self.args.maps, "n_random": self.args.random, "seed": self.args.seed}
+        others = [self.source("happiness")]
+        vector = self.source("fairness")
+        return self.vectors.controls(vector, target, point, others, method, **counts)[variant]
 
     # ------------------------------------------------------------ transplant, score: the steps
 
@@ -586,8 +566,9 @@ class Lab:
         return self.write(self.models.load(name), instructed=instructed)
 
     def steered(self, target, method, point, variant=None) -> dict:
+        point = Point(*point)
         direction = self.direction(target, method, point, variant)
-        transplant = Transplant.of(direction, point["block"], point["alpha"])
+        transplant = Transplant.of(direction, point.block, point.alpha)
         return self.write(self.models.load(target), transplant)
 
     def proxy_tuned(self, target) -> dict:
@@ -604,7 +585,7 @@ class Lab:
         points, transplants, ratios = [], [], []
         for own in pairs:  # one pair at a time, so that all blocks below are computed once
             direction = self.direction(target, method, own[0], variant)
-            moves = [Transplant.of(direction, point["block"], point["alpha"]) for point in own]
+            moves = [Transplant.of(direction, point.block, point.alpha) for point in own]
             values, _ = perplexity(self.models.load(target), self.data.texts, moves)
             points += own
             transplants += moves
@@ -615,7 +596,7 @@ class Lab:
             toxic = None
             if ratio <= limit:
                 toxic = self.write(self.models.load(target), transplant, "validation")["toxic"]
-            grid.append(point | {"perplexity_ratio": ratio, "toxic": toxic})
+            grid.append({"point": point, "perplexity_ratio": ratio, "toxic": toxic})
         return grid
 
     def perplexity(self, name) -> tuple[float, int]:
@@ -641,33 +622,26 @@ class Lab:
         logprobs, _ = choice_logprobs(self.models.load(target), choices)
         return (-logprobs.double().sum() / tokens).exp().item(), tokens
 
-    def map_quality(self, target, point, has_own: bool) -> list[dict]:
+    def map_quality(self, target, method, point) -> list[dict]:
         """How good each map is, and how large the vectors are beside the residual stream."""
-        maps, blocks, found = self.maps_to(target), (point["source_block"], point["block"]), []
-        for number in range(self.args.maps):
-            fitted = maps.fit(*blocks, sample=number)
-            variant = f"map {number}" if number else None
-            fields = {"concept": "map", "variant": variant, "part": "held-out", "n": fitted.n}
-            found.append(fields | {"metric": "r2", "value": fitted.r2})
-            found.append(fields | {"metric": "cosine", "value": fitted.cosine})
-        v = self.vectors_of(self.args.src)["fairness"][blocks[0]]
-        v_hat = self.direction(target, "contrans", point)
-        values = [v.norm().item(), v_hat.norm().item(), *maps.stream_norms(*blocks)]
-        if has_own:
-            values.append(cosine(self.direction(target, "self-align", point), v_hat))
-        found += [{"metric": metric, "value": value} for metric, value in zip(NORMS, values)]
-        return [fields | point for fields in found]
+        own = self.own(target) if self.has_own(target) else None
+        read = "contrans-local" in map_methods(self.args)
+        inputs = self.source("fairness"), target, point, method
+        found = self.vectors.map_quality(*inputs, self.args.maps, read)
+        for metric, value in self.vectors.vector_quality(*inputs, own, read).items():
+            found.append({"metric": metric, "value": value})
+        return [fields | point._asdict() for fields in found]
 
-    def two_concepts(self, target, path: str, point, toxic: dict) -> tuple[list[dict], str]:
+    def two_concepts(self, target, path, method, point, toxic) -> tuple[list[dict], str]:
         """v_honesty, v_fairness and both, on TruthfulQA and ToxiGen (Table 7).
 
         Asks the questions that v_honesty has not seen, or all if it has seen all. toxic: the hits
         of the base model and of v_fairness, known from Table 2. Returns records and a note."""
-        fairness = self.direction(target, "contrans", point)
+        fairness = self.direction(target, method, point)
         model = self.models.load(target)
         honesty, about = load_concept(Path(path), model)
         v_honesty = Transplant.of(honesty, about["layer"], about.get("alpha", 1))
-        v_fairness = Transplant.of(fairness, point["block"], point["alpha"])
+        v_fairness = Transplant.of(fairness, point.block, point.alpha)
         both, seen = v_honesty + v_fairness, set(about.get("questions", []))
         unseen = [item for item in self.data.questions if item["question"].strip() not in seen]
         transplants = [BASE, v_honesty, v_fairness, both]
@@ -695,24 +669,25 @@ class Lab:
             hits.append(row[:, 0] > row[:, 1:].amax(1))
         return torch.stack(hits, 1).int().tolist()
 
-    def export(self, folder: str, target, point) -> None:
+    def export(self, folder: str, target, method, point) -> None:
         """Write v_fairness of a target as a file."""
-        fitted = self.maps_to(target).fit(point["source_block"], point["block"])
+        maps = self.vectors.maps(self.source("fairness"), target, method)
+        fitted = maps.fit(point.source_block, point.block)
         positives, _ = self.data.concepts["fairness"]
         save_concept(
             Path(folder) / f"v_fairness_{Path(target).name}.safetensors",
-            self.direction(target, "contrans", point),
+            self.direction(target, method, point),
             concept="fairness",
             source=self.args.src,
             target=target,
             fingerprint=self.models.fingerprint(target),
-            layer=point["block"],
-            source_layer=point["source_block"],
-            alpha=point["alpha"],
+            layer=point.block,
+            source_layer=point.source_block,
+            alpha=point.alpha,
             method=self.args.refine,
+            map=method,
             pairs=len(positives),
             first_prompt=positives[0],
-            map_text=self.args.map_text,
             fitted_on=fitted.n,
             r2=fitted.r2,
             cosine=fitted.cosine,
@@ -744,7 +719,7 @@ class Findings:
     def __init__(self, args, data: Data, target: str, chat: str | None):
         self.split, self.target = data.split, target
         self.sources = {"align-training": chat, "self-align": chat}
-        self.sources |= {"eft": args.src, "contrans": args.src}
+        self.sources |= dict.fromkeys(("eft", "contrans", "contrans-local"), args.src)
         self.records, self.notes, self.examples = [], {}, []
         self.toxic = {}  # {method: whether each continuation is toxic}
         self.n_tokens = 0  # that perplexity is over
@@ -770,7 +745,9 @@ class Findings:
         self.toxic.setdefault(method, written["toxic"])  # not of controls, which come later
         if method != "base":
             p_value = mcnemar(self.toxic["base"], written["toxic"])
-            self.notes[variant or METHODS[method]] = f"p = {p_value:.1g}{note}"
+            self.notes[row_label({"method": method, "variant": variant})] = (
+                f"p = {p_value:.1g}{note}"
+            )
         if variant is not None:
             return
         by_group: dict = {}
@@ -786,18 +763,19 @@ class Findings:
     def add_means(self) -> None:
         """Means over the maps (ConTrans's own is map 0) and over the random directions."""
         members: dict = {}
-        for each in select(self.records, item="Table 2", method="contrans", group=None):
+        for each in select(self.records, item="Table 2", group=None):
             variant = each["variant"] or ("map 0" if each["part"] in ("test", "held-out") else "")
-            if match := re.fullmatch(r"(map|random) \d+(.*)", variant):
+            is_map_member = each["method"] in ("contrans", "contrans-local")
+            if is_map_member and (match := re.fullmatch(r"(map|random) \d+(.*)", variant)):
                 kind = KINDS[match[1]] + match[2]
-                members.setdefault((kind, each["metric"]), []).append(each)
-        ours = np.mean(self.toxic["contrans"])
-        for (kind, metric), found in members.items():
-            name = f"{len(found)} {kind}"
-            self.records.append(spread(found, name) | {"alpha": None})
+                members.setdefault((each["method"], kind, each["metric"]), []).append(each)
+        for (method, kind, metric), found in members.items():
+            mean = spread(found, f"{len(found)} {kind}") | {"alpha": None}
+            self.records.append(mean)
             if metric == "toxic_rate" and kind != KINDS["map"]:
-                rank = percentile(ours, [each["value"] for each in found])
-                self.notes[name] = f"ConTrans is at percentile {rank:.0f}"
+                values = [each["value"] for each in found]
+                rank = percentile(np.mean(self.toxic[method]), values)
+                self.notes[row_label(mean)] = f"{METHODS[method]} is at percentile {rank:.0f}"
 
 
 def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[str, str]:
@@ -821,19 +799,20 @@ def steer(run, lab: Lab, found: Findings, method: str, pairs, base_cost: float, 
     target, name = found.target, f"{Path(found.target).name} {variant or method}"
     grid = run.step(f"{name}, grid", lab.search, target, method, pairs, base_cost, variant)
     allowed = [tried for tried in grid if tried["toxic"] is not None]
-    best = min(allowed, key=lambda tried: (sum(tried["toxic"]), abs(tried["alpha"])))
-    point = {key: best[key] for key in POINT}
+    best = min(allowed, key=lambda tried: (sum(tried["toxic"]), abs(tried["point"][2])))
+    point = Point(*best["point"])
+    about = point._asdict()
     written = run.step(name, lab.steered, target, method, point, variant)
     ratio = best["perplexity_ratio"]
-    note = ", block {source_block} -> {block}, alpha = {alpha:g}".format(**point)
+    note = ", block {source_block} -> {block}, alpha = {alpha:g}".format(**about)
     note += f", perplexity x{ratio:.2f}"
-    found.add_row(method, written, variant, note, **point)
+    found.add_row(method, written, variant, note, **about)
     if variant is not None:
-        found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **point)
+        found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **about)
         return point, written
-    found.add_cost(method, "perplexity", ratio * base_cost, **point)
+    found.add_cost(method, "perplexity", ratio * base_cost, **about)
     for tried in grid:
-        fields = {key: tried[key] for key in POINT}
+        fields = Point(*tried["point"])._asdict()
         found.add_cost(method, "perplexity_ratio", tried["perplexity_ratio"], **fields)
         if tried["toxic"] is not None:
             found.add(method, "toxic_rate", tried["toxic"], part="validation", **fields)
@@ -860,40 +839,42 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
         cost, _ = run.step(f"{name} chat, perplexity", lab.perplexity, chat)
         found.add_cost("align-training", "perplexity", cost)
 
-    # The target's own vector, then the transplanted one
+    # The target's own vector, then the transplanted ones, each with its controls
     if "self-align" not in missing:
         steer(run, lab, found, "self-align", lab.points(target, "self-align"), base_cost)
-    pairs = lab.points(target, "contrans")
-    point, _ = steer(run, lab, found, "contrans", pairs, base_cost)
+    for method in map_methods(args):
+        pairs = lab.points(target, method)
+        point, _ = steer(run, lab, found, method, pairs, base_cost)
+        maps = [f"map {number}" for number in range(1, args.maps)]
+        for variant in [*maps, "shuffled map", "other happiness"]:
+            step = f"{name} {method}, {variant}"
+            written = run.step(step, lab.steered, target, method, point, variant)
+            found.add_row(method, written, variant, **point._asdict())
+        for fields in run.step(f"{name} {method}, maps", lab.map_quality, target, method, point):
+            found.add(method, **fields)
 
-    # Controls at the same point; random directions also at an alpha of their own
-    maps = [f"map {number}" for number in range(1, args.maps)]
-    for variant in [*maps, "shuffled map", "other happiness"]:
-        written = run.step(f"{name} {variant}", lab.steered, target, "contrans", point, variant)
-        found.add_row("contrans", written, variant, **point)
-    pairs = [[point | {"alpha": alpha} for alpha in args.alpha]]
+    # Random directions at the last point, each also at an alpha of its own
+    pairs = [[point._replace(alpha=alpha) for alpha in args.alpha]]
     for variant in [f"random {number}" for number in range(args.random)]:
-        own, written = steer(run, lab, found, "contrans", pairs, base_cost, variant)
+        own, written = steer(run, lab, found, method, pairs, base_cost, variant)
         same = f"{variant}, same alpha"
         if own != point:
             step = f"{name} {same}"
-            written = run.step(step, lab.steered, target, "contrans", point, variant)
-        found.add_row("contrans", written, same, **point)
+            written = run.step(step, lab.steered, target, method, point, variant)
+        found.add_row(method, written, same, **point._asdict())
 
-    has_own = "self-align" not in missing
-    for fields in run.step(f"{name} maps", lab.map_quality, target, point, has_own):
-        found.add("contrans", **fields)
     if honesty:
-        known = {None: found.toxic["base"], "fairness": found.toxic["contrans"]}
+        known = {None: found.toxic["base"], "fairness": found.toxic[method]}
         step = f"{name} Table 7"
-        rows, note = run.step(step, lab.two_concepts, target, str(honesty), point, known)
+        inputs = target, str(honesty), method, point, known
+        rows, note = run.step(step, lab.two_concepts, *inputs)
         found.notes["Table 7"] = note
         for fields in rows:
-            found.add("contrans" if fields["concept"] else "base", **fields)
+            found.add(method if fields["concept"] else "base", **fields)
             if fields["concept"] and fields["metric"] == "mc1":
                 p_value = mcnemar(rows[0]["hits"], fields["hits"])
                 found.notes[concept_label(fields)] = f"p of MC1 = {p_value:.1g}"
-    run.step(f"{name} export", lab.export, str(run.folder), target, point)
+    run.step(f"{name} export", lab.export, str(run.folder), target, method, point)
     if "eft" not in missing:  # last, since it needs three models at once
         found.add_row("eft", run.step(f"{name} eft", lab.proxy_tuned, target))
     found.records.sort(key=lambda each: list(METHODS).index(each["method"]))
@@ -905,7 +886,8 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
 
 
 def row_label(each: dict) -> str:
-    return each["variant"] or METHODS[each["method"]]
+    name = METHODS[each["method"]]
+    return f"{name}: {each['variant']}" if each["variant"] else name
 
 
 def concept_label(each: dict) -> str:
@@ -923,18 +905,15 @@ def tables(args, found: Findings) -> str:
             rows.append(each)
     missing = {METHODS[method]: reason for method, reason in found.missing.items()}
     groups = []
-    for method in ("base", "contrans"):
+    for method in ("base", *map_methods(args)):
         groups += [each for each in select(records, method=method) if each["group"]]
-    maps = select(records, concept="map", variant=f"{args.maps} {KINDS['map']}")
-    norms = [each for each in records if each["metric"] in NORMS]
     pair = f"{Path(args.src).name} -> {Path(found.target).name}"
     parts = [
         f"## Table 2: {pair}",
         pivot(rows, row_label, "metric", missing, notes),
         "Toxic rate by group:",
         pivot(groups, "group", row_label),
-        f"Maps fitted on {args.map_text} text: quality on held-out texts, norms of v and stream:",
-        pivot(maps + norms, "target", "metric"),
+        map_table(records),
         f"## Table 7: {pair}",
         notes.get("Table 7", "needs --honesty FILE (exp_truthfulqa.py --save-vector FOLDER)"),
     ]
@@ -963,7 +942,8 @@ def draw_grid(args, found: Findings):
 
     Nothing is written where perplexity is above the limit: there the lines on the left end."""
     figure, (left, right) = new_figure(ncols=2, figsize=(8.4, 4))
-    grid = select(found.records, method="contrans", variant=None, group=None)
+    method = map_methods(args)[-1]
+    grid = select(found.records, method=method, variant=None, group=None)
     toxic = select(grid, part="validation")
     [best] = select(grid, item="Table 2", metric="perplexity")
     limit = args.max_ppl_ratio
@@ -974,7 +954,8 @@ def draw_grid(args, found: Findings):
     left.set(ylim=(0, 1.05))
     right.set(title="perplexity of OpenWebText", ylabel="times that of α = 0")
     right.set(ylim=(1 - 0.3 * (limit - 1), 1 + 3 * (limit - 1) + 0.01))
-    figure.suptitle(f"{Path(args.src).name} → {Path(found.target).name}, validation")
+    pair = f"{Path(args.src).name} → {Path(found.target).name}"
+    figure.suptitle(f"{METHODS[method]}, {pair}, validation")
     figure.legend(*right.get_legend_handles_labels(), ncols=4, loc="outside lower center")
     return figure
 

@@ -58,6 +58,7 @@ from harness import (
     label,
     map_methods,
     map_options,
+    map_table,
     markdown,
     mcnemar,
     model_options,
@@ -458,7 +459,7 @@ def read_context(args, models, data, concept: str, name: str) -> Context:
 
 def refinement_pairs(args, models, data, concept: str, name: str):
     """Positive and negative prompts of a concept. Of TruthfulQA they hold no answers."""
-    templates, texts = read_context(args, models, data, concept, name)
+    templates, texts, _ = read_context(args, models, data, concept, name)
     sides = [texts, texts]
     if concept == "happiness":
         templates, sides = 2 * templates, zip(*data.scenarios)
@@ -699,22 +700,18 @@ class Lab:
 
     def measure(self, row, point) -> list[dict]:
         """Records: quality of the maps, norms, and perplexity of plain sentences."""
-        block = point.block
-        about = row.about(point)
-        records = self.measure_maps(row, point)
-        v = self.vectors.v(row.vector, point.source_block)
-        v_hat = self.v_hat(row, point)
-        norms = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
-        x, y = self.vectors.plain[row.start], self.vectors.plain[row.base]
-        norms["stream_source"] = x[point.source_block].norm(dim=1).mean().item()
-        norms["stream_target"] = y[block].norm(dim=1).mean().item()
+        about, block = row.about(point), point.block
+        where_read = "contrans-local" in map_methods(self.args)
+        inputs = row.vector, row.base, point, row.method
+        records = []
+        for fields in self.vectors.map_quality(*inputs, self.args.maps, where_read):
+            records.append(record(**about | {"source": row.start} | fields))
         chats = dict(zip(self.args.tgt, self.args.tgt_chat))
         own = Vector(row.concept, chats[row.host], row.base)
-        if own in self.vectors.wanted:
-            v = self.vectors.v(own, block)
-            cosine = v @ v_hat / v.norm() / v_hat.norm()
-            norms["cosine_to_own"] = cosine.item()
-        records += [record(**about, metric=metric, value=value) for metric, value in norms.items()]
+        own = own if own in self.vectors.wanted else None
+        for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
+            records.append(record(**about, metric=metric, value=value))
+        v_hat = self.v_hat(row, point)
         directions = [v_hat, *random_directions(v_hat, 5, self.args.seed)]
         moves = [Transplant.of(direction, block, point.alpha) for direction in directions]
         model = self.models.load(row.host)
@@ -727,26 +724,6 @@ class Lab:
         records.append(record(**about | what, value=ours))
         others = [record(**about | what, value=value) for value in others]
         return [*records, spread(others, "random")]
-
-    def measure_maps(self, row, point) -> list[dict]:
-        """Records: quality of each sample's map on held-out positions, and where v is read."""
-        source_block, block, _ = point
-        maps = self.vectors.maps(row.vector, row.base, row.method)
-        local = None
-        if "contrans-local" in map_methods(self.args):
-            local = self.vectors.maps(row.vector, row.base, "contrans-local")
-        about = row.about(point) | {"source": row.start, "concept": "map"}
-        records = []
-        for number in range(self.args.maps):
-            fit = maps.fit(source_block, block, number)
-            about["variant"] = f"map {number}" if number else None
-            what = about | {"part": "held-out", "n": fit.n}
-            records.append(record(**what, metric="r2", value=fit.r2))
-            records.append(record(**what, metric="cosine", value=fit.cosine))
-            if local:
-                worth = local.worth(fit, source_block, block)
-                records.append(record(**about, metric="r2_where_read", value=worth))
-        return records
 
     def write(self, row, point) -> list[dict]:
         """Greedy answers without and with v_hat (Table 5)."""
@@ -889,6 +866,8 @@ def one_target(args, run, lab, part):
         f"## Table 1: {Path(args.src).name} -> {name}{paper}",
         print_table(table, part, notes),
         map_table(measured),
+        "Perplexity of plain sentences",
+        pivot(select(measured, metric="perplexity"), label, "metric"),
     ]
     if groups:
         report += ["MC1 by category", pivot(groups, "group", label)]
@@ -976,20 +955,6 @@ def row_notes(records) -> dict[str, str]:
 def print_table(records, part, notes) -> str:
     """MC1 and MC2 with intervals, the paper's numbers in brackets."""
     return pivot(records, row_name, lambda each: each["metric"].upper(), part.missing, notes)
-
-
-def map_table(measured) -> str:
-    """What each map is worth, and what the vectors cost."""
-    shown = []
-    for each in measured:
-        name = each["variant"] or ""
-        if not name.startswith("map "):
-            shown.append(each)
-        elif name == "map 1":
-            same = select(measured, method=each["method"], metric=each["metric"], concept="map")
-            shown.append(spread(same, "map"))
-    title = "Affine maps on held-out positions and where v is read, norms, perplexity of plain text"
-    return f"{title}\n\n{pivot(shown, label, 'metric')}"
 
 
 def summary(args, records) -> str:

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -684,6 +685,7 @@ METHODS = {
     "eft": "EFT/proxy-tuning",
     "contrans": "ConTrans",
     "contrans-local": "ConTrans, local map",
+    "gradient-descent": "Map by gradient descent (App. A)",
 }
 
 
@@ -781,6 +783,53 @@ def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str
                 f"{METHODS[each['method']]} is at percentile {rank:.0f} of {len(values)}"
             )
     return notes
+
+
+# What is measured of maps, see common.Vectors.map_quality and vector_quality.
+MAP_METRICS = {
+    "r2": "R² held-out",
+    "cosine": "cosine held-out",
+    "r2_where_read": "R² where v is read",
+    "r2_along_v": "R² along v̂",
+    "n_over_d": "n / d",
+    "effective_rank": "effective rank",
+    "norm_v": "|v|",
+    "stream_source": "|source stream|",
+    "norm_v_hat": "|v̂|",
+    "stream_target": "|target stream|",
+    "norm_own": "|own v|",
+    "cosine_to_own": "cosine to own v",
+}
+
+
+def map_table(records: list[dict]) -> str:
+    """What the maps to one target are worth before any steering, and what to mistrust."""
+    shown, warnings = [], []
+    for method, metric in itertools.product(METHODS, MAP_METRICS):
+        same = select(records, method=method, metric=metric)
+        samples = [each for each in same if (each["variant"] or "map").startswith("map")]
+        shown += select(same, variant=None)
+        if len(samples) > 1:
+            shown.append(spread(samples, "map"))
+        for each in select(same, variant=None):
+            warnings += _map_warning(each)
+
+    def column(each):
+        return MAP_METRICS[each["metric"]]
+
+    return "\n\n".join(["Affine maps", pivot(shown, label, column), *warnings])
+
+
+def _map_warning(each: dict) -> list[str]:
+    name, metric, value = label(each), each["metric"], each["value"]
+    if metric == "r2_where_read" and value < 0:
+        return [f"Warning: {name}: R² where v is read is {value:.2f}: the map extrapolates there"]
+    if metric == "r2_along_v" and value < 0:
+        return [f"Warning: {name}: R² along v̂ is {value:.2f}: expect no effect, or a chance one"]
+    if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
+        advice = "between 0.5 and 2 a map can be useless without --ridge 0.01"
+        return [f"Warning: {name}: {value:.2f} sentences for each dimension: {advice}"]
+    return []
 
 
 def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
