@@ -33,9 +33,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from harness import cached, fail, on_ndif, read_text
+from harness import cached, fail, on_ndif, progress_bar, read_text
 
 # ================================================================ 1  Model
 
@@ -1333,7 +1332,7 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
     work = None
     batches = _batches(model, costs)
     per_job = batches_per_job if model.remote else 1
-    with tqdm(total=len(costs), desc=model.name, delay=10, leave=False, disable=None) as bar:
+    with progress_bar(len(costs), model.name, delay=10, leave=False) as bar:
         while job := list(itertools.islice(batches, per_job)):
             waiting = [job]
             while waiting:

@@ -7,10 +7,10 @@
     python exp_pretraining.py --tgt run/step1 run/step2 --tokens 1e6 2e6
 
 The emotion vectors of the last checkpoint are mapped into every checkpoint and added there. On
-scenarios of the *other* five emotions, how often is the target emotion named, without them (false
+scenarios of the *other* emotions, how often is the target emotion named, without them (false
 positives) and with them? A vector cannot move a concept that has not formed yet.
     Token Acc    the most likely next token is the emotion's word
-    Logit Acc    the emotion's word has the highest logit of the six words
+    Logit Acc    the emotion's word has the highest logit of all emotions' words
 
 alpha is chosen for each checkpoint on a validation part. One checkpoint is in memory at a time; one
 that this run has downloaded is removed from the hub's cache after its use.
@@ -41,10 +41,13 @@ from common import (
     score_labels,
 )
 from harness import (
+    LOOK,
+    PAGE,
     TOY,
     Run,
     at_least,
     beside_controls,
+    draw_curve,
     effect_notes,
     fail,
     label,
@@ -59,6 +62,7 @@ from harness import (
     record,
     run_script,
     select,
+    verdict,
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
@@ -153,14 +157,16 @@ def emotion_options(parser) -> None:
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for the six emotions")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
     if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
-        fail(f"--labels must be six different words, for {', '.join(EMOTIONS)}")
+        fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
+        fail("--protocol paper has few-shot examples of the paper's emotions only")
 
 
 class Scenarios(NamedTuple):
@@ -317,7 +323,7 @@ class Lab:
             for alpha in args.alpha:
                 arms.append(("contrans", None, alpha, Transplant.of(v_hat[e], block, alpha)))
             arms.append(("self-align", None, best, Transplant.of(own["v"][e], block, best)))
-            directions = random_directions(v_hat[e], args.random, args.seed * 6 + e)
+            directions = random_directions(v_hat[e], args.random, args.seed * len(EMOTIONS) + e)
             for r, direction in enumerate(directions):
                 move = Transplant.of(direction, block, best)
                 arms.append(("contrans", f"random {r}", best, move))
@@ -380,7 +386,7 @@ def cached_revisions(name: str) -> list:
 
 
 def one_target(run: Run, lab: Lab, name: str) -> list[dict]:
-    """Records of one checkpoint: each emotion, and the mean of six at the chosen alpha."""
+    """Records of one checkpoint: each emotion, and the mean of all at the chosen alpha."""
     records = run.step(f"checkpoint {name}", lab.measure, name)
     means = pool(select(records, part="test"), "concept", "mean")
     return records + means
@@ -394,7 +400,7 @@ def short(name: str) -> str:
 
 
 def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
-    """The mean of six emotions in one checkpoint at the alpha chosen there, beside its controls."""
+    """The mean of all emotions in one checkpoint at the alpha chosen there, beside its controls."""
     mine = select(records, target=name)
     alpha = select(mine, concept="map")[0]["alpha"]
     means = select(mine, concept="mean", metric=metric)
@@ -424,8 +430,8 @@ def accuracy_table(args, records: list[dict]) -> str:
         notes[row(mine[0])] = f"α = {alpha:g}; " + "; ".join(p.values())
     n = select(records, concept="mean")[0]["n"]
     return (
-        f"## Figure 3: v_emotion of {short(args.src)} in earlier checkpoints\n\n"
-        "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
+        f"v_emotion of {short(args.src)} in earlier checkpoints. Token Acc in % [95 % interval], "
+        "mean of all emotions, on scenarios of the others "
         f"(n = {n}); block {args.layer}; α chosen on validation. Last column: p of Self-Align "
         "and of ConTrans against Base\n\n" + pivot(shown, row, column, notes=notes)
     )
@@ -436,26 +442,25 @@ def accuracy_table(args, records: list[dict]) -> str:
 
 def draw_accuracy(args, records: list[dict]):
     """Accuracy on negatives against training tokens, without and with v_hat."""
-    figure, axes = new_figure(ncols=2, figsize=(8.6, 3.4), sharey=True)
+    figure, axes = new_figure(ncols=2, figsize=(PAGE, 2.8), sharey=True)
     curves = {
-        ("base", None): ("#c8352b", "without: false positives"),
-        ("contrans", None): ("#2f6db2", "with v̂ of the last checkpoint"),
-        ("contrans", "random"): ("#777777", f"{args.random} random directions, range"),
+        ("base", None): "without: false positives",
+        ("contrans", None): "with v̂ of the last checkpoint",
+        ("contrans", "random"): f"{args.random} random directions, range",
     }
     for axis, metric in zip(axes, ("token_acc", "logit_acc")):
         found = [each for name in args.tgt for each in chosen(records, name, metric)]
-        for (method, variant), (colour, text) in curves.items():
+        for (method, variant), text in curves.items():
             mean = select(found, method=method, variant=variant)
-            value, low, high = [[each[k] for each in mean] for k in ("value", "low", "high")]
-            axis.plot(args.tokens, value, "o-", ms=4, color=colour, label=text)
-            axis.fill_between(args.tokens, low, high, color=colour, alpha=0.18, lw=0)
+            look = LOOK[method] | ({"color": "#777777", "marker": "."} if variant else {})
+            draw_curve(axis, args.tokens, mean, text, **look)
         title = "Token Acc" if metric == "token_acc" else "Logit Acc"
         axis.set(xscale="log", xlabel="training tokens", ylim=(0, 1.05), title=title)
     axes[0].set_ylabel("accuracy on negative scenarios")
-    style = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes[1].legend(title="mean of six emotions,\n95 % interval", **style)
-    title = f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training"
-    figure.suptitle(title, fontsize=10)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3)
+    names = f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training"
+    figure.suptitle(f"{names} (mean of all emotions, 95 % interval)")
     return figure
 
 
@@ -473,10 +478,18 @@ def main(argv=None):
     lab = Lab(args, data, sentences, models)
     for name in names:
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded
-    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
-    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
+    first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
+    first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
     ignore = ("tokens", "keep_downloads", "model", "revisions")
-    run = Run(__file__, args, models, [data, sentences], first_prompts + first_test, ignore)
+    run = Run(
+        __file__,
+        args,
+        models,
+        [data, sentences],
+        first_prompts + first_test,
+        ignore,
+        len(names) + 1,
+    )
 
     found = {}
     for name in names:
@@ -491,8 +504,15 @@ def main(argv=None):
             models.release()
             run.step(f"remove {name}", delete_revision, name)
     records = [each for name in args.tgt for each in found[name]]
-    run.figure(draw_accuracy(args, records), "figure_3")
-    run.save(records, examples(data, records), accuracy_table(args, records))
+    judged = {}
+    for name in args.tgt:
+        mine = select(records, target=name)
+        alpha = select(mine, concept="map")[0]["alpha"]
+        means = select(mine, concept="mean", metric="token_acc")
+        judged[short(name)] = means, {"contrans": alpha, "self-align": alpha}
+    figure = run.figure(draw_accuracy(args, records), "figure_3")
+    headline = [verdict(judged), figure, accuracy_table(args, records)]
+    run.save(records, examples(data, records), headline)
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:
