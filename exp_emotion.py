@@ -690,7 +690,7 @@ def map_table(records: list[dict]) -> str:
     shown = [each for each in records if each["metric"] in metrics]
     shown = [each for each in shown if each["variant"] in (None, "shuffled map")]
     shown.sort(key=lambda each: metrics.index(each["metric"]))
-    names = METHODS | {"gradient-descent": "gradient descent (App. A)"}
+    names = METHODS | {"gradient-descent": "gradient descent as in App. A, may not converge"}
 
     def row(each):
         return names[each["method"]] + (", shuffled texts" if each["variant"] else "")

@@ -240,6 +240,9 @@ def parse_options(
     args.texts = args.texts or args.data / "wikisplit" / "validation.tsv"
     if args.family == "custom" and TOY in args.texts.parents:
         print("note: maps are fitted on text of the toy world; your models need --texts or --data")
+    if (args.sentences or 100) < 100:
+        n = args.sentences - int(args.sentences * 0.2)
+        print(f"note: {n} sentences fit each affine map, which says little (paper: 1600)")
     if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
     folder = os.environ.get("CONTRANS_CACHE", ROOT / "cache")
@@ -1140,6 +1143,8 @@ def save_concept(path: Path, vector, **about) -> None:
     """Write a concept vector [d] as safetensors that says what it is (REQUIRED and more)."""
     from safetensors.torch import save
 
+    if vector.dim() != 1:
+        raise ValueError(f"vector must be [d], not {tuple(vector.shape)}")
     if missing := REQUIRED - set(about):
         raise ValueError(
             f"a concept vector must say what it is; missing: {', '.join(sorted(missing))}"
@@ -1147,7 +1152,7 @@ def save_concept(path: Path, vector, **about) -> None:
     site = {"site": "residual stream after the block", "token": "last"}
     about = {**site, "sign": "positive minus negative", **about}
     metadata = {"concept_vector": json.dumps(about)}
-    _write_file(path, save({"vector": vector.float().contiguous()}, metadata))
+    _write_file(Path(path), save({"vector": vector.float().contiguous()}, metadata))
 
 
 def load_concept(path: Path, model=None) -> tuple:
@@ -1170,9 +1175,11 @@ def export_concept(path: Path, model, vector, layer: int, alpha: float) -> None:
 
     PATH.pt: lm-evaluation-harness, `--model steered --model_args …,steer_path=PATH.pt`.
     PATH.gguf: llama.cpp, `--control-vector PATH.gguf`; it has no control vector after block 0."""
-    vector = vector.float().cpu()
-    if not 0 <= layer < model.n_layers:
-        raise ValueError(f"block {layer} does not exist in {model.name}")
+    path, vector, width = Path(path), vector.float().cpu(), model.config.hidden_size
+    if not isinstance(layer, int) or not 0 <= layer < model.n_layers:
+        raise ValueError(f"layer: block {layer} does not exist in {model.name}")
+    if vector.shape != (width,):
+        raise ValueError(f"vector must be [{width}] for {model.name}, not {tuple(vector.shape)}")
     if path.suffix == ".pt":
         _export_steered(path, model.nn._module, model.nn.layers[layer]._module, vector, alpha)
     elif path.suffix == ".gguf":
@@ -1217,3 +1224,85 @@ def _export_gguf(path: Path, model_type: str, layer: int, shift) -> None:
         writer.close()
 
     _write_file(path, write)
+
+
+# ================================================================ 7  Runs side by side
+
+
+def list_runs(folder: Path) -> str:
+    """The runs below a folder, the newest last: when, whole or not, and the verdict of each."""
+    lines = []
+    for path in sorted(folder.rglob("args.json"), key=lambda path: path.stat().st_mtime):
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        report, steps = path.with_name("report.md"), path.with_name("steps")
+        if report.exists():
+            found = [each for each in read_text(report).splitlines() if each.startswith("- **")]
+            lines += [f"{path.parent}  {when}  whole", *found]
+        else:
+            lines.append(
+                f"{path.parent}  {when}  interrupted after {len(list(steps.iterdir()))} steps"
+            )
+    return "\n".join(lines).replace("**", "") or f"no run in {folder}"
+
+
+def compare_runs(one: Path, other: Path) -> str:
+    """The settings of two runs that differ, and the rates of both with their difference.
+
+    Targets are matched in their order, rates by all else that a record says but for the blocks. The
+    95 % interval of a difference is Newcombe's, as for two samples that share no item."""
+    for folder in (one, other):
+        if not (folder / "records.jsonl").exists():
+            fail(f"{folder} is not the folder of a finished run")
+    abouts = [read_json(folder / "args.json") for folder in (one, other)]
+    differing = []
+    for part in ("args", "inputs", "code"):
+        first, second = [about[part] for about in abouts]
+        for name in dict.fromkeys([*first, *second]):
+            if first.get(name) != second.get(name):
+                both = [json.dumps(about[part].get(name))[:80] for about in abouts]
+                differing.append([name, *both])
+    first, second = [_comparable(*each) for each in zip((one, other), abouts)]
+    rows = []
+    for key in [key for key in first if key in second]:
+        a, b = first[key], second[key]
+        gain = b["value"] - a["value"]
+        below = math.hypot(b["value"] - b["low"], a["high"] - a["value"])
+        above = math.hypot(b["high"] - b["value"], a["value"] - a["low"])
+        change = a | {"value": gain, "low": gain - below, "high": gain + above, "paper": None}
+        cells = [_cell(each | {"paper": None}) for each in (a, b)]
+        names = [Path(a["target"]).name, label(a), f"{a['alpha'] or 0:g}", a["metric"]]
+        rows.append([*names, *cells, _cell(change)])
+    header = ["target", "", "α", "metric", "A", "B", "B − A"]
+    parts = [f"A: {one}\nB: {other}", markdown(["", "A", "B"], differing)]
+    return "\n\n".join([*parts, markdown(header, rows)])
+
+
+def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
+    """The tested rates of a run, of no single control, map, group or emotion, by what they say."""
+    names = [about["args"]["src"], *about["args"]["tgt"]]
+    roles = {name: number for number, name in enumerate(names)}
+    records = [json.loads(line) for line in read_text(folder / "records.jsonl").splitlines()]
+    records = [each for each in select(records, part="test", group=None) if each["low"] is not None]
+    records = select(records, concept="mean") or records
+    fields = ("item", "concept", "method", "variant", "alpha", "metric")
+    found = {}
+    for each in records:
+        if not re.search(r"\d", each["variant"] or ""):
+            models = [roles.get(each[name], each[name]) for name in ("source", "target")]
+            found[*models, *(each[name] for name in fields)] = each
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _Parser(prog="harness.py", description="What is in the run folders.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("runs", help="list runs: when, whole or interrupted, verdict")
+    runs.add_argument("folder", type=Path, nargs="?", default=Path("results"))
+    compare = commands.add_parser("compare", help="two runs side by side, with differences")
+    compare.add_argument("folders", type=Path, nargs=2, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    print(list_runs(args.folder) if args.command == "runs" else compare_runs(*args.folders))
+
+
+if __name__ == "__main__":
+    run_script(main)
