@@ -786,8 +786,8 @@ def draw_pca(lab: Lab, pca: dict):
 
 def draw_pairs(args, records: list[dict]):
     """Figure 5: mean Token Acc against the number of example pairs."""
-    figure, axis = new_figure(figsize=(COLUMN, 3))
     lines = list(product(args.tgt, map_methods(args)))
+    figure, axis = new_figure(figsize=(COLUMN, 2.4 + 0.15 * len(lines)))
     for (target, method), colour in zip(lines, shades(len(lines))):
         mine = select(records, target=target, item="Figure 5", concept="mean", method=method)
         mine = select(mine, metric="token_acc")

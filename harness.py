@@ -622,10 +622,6 @@ class Run:
         except Exception as error:  # each format has its own
             fail(f"{path} is damaged ({type(error).__name__}); remove it to compute it again")
 
-    def done(self, name: str) -> bool:
-        """Whether a step's result is there already."""
-        return self._path(name, "json").exists() or self._path(name, "safetensors").exists()
-
     def _path(self, name: str, suffix: str) -> Path:
         short = re.sub(r"[^\w.-]+", "-", name)[:60]  # two names may shorten to one
         return self.steps / f"{short}-{_digest(name)[:6]}.{suffix}"
@@ -697,6 +693,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.85rem; }
 th, td { border-bottom: 1px solid #8886; padding: 0.2rem 0.7rem; text-align: left; }
+td:first-child, td:last-child { min-width: 8rem; }
 img { background: white; display: block; max-width: 100%; margin: 1rem 0; max-height: 28rem; }
 pre { background: #8882; overflow-x: auto; padding: 0.5rem; white-space: pre-wrap; }
 @media print { body { font-size: 10pt; max-width: none; } table { display: table; } }
@@ -722,14 +719,15 @@ def _html(title: str, report: str, folder: Path) -> str:
 # ---------------------------------------------------------------- figures
 
 COLUMN, PAGE = 3.4, 6.9  # inches: the widths of a paper's column and of its page
-LOOK = {  # colour, marker and line of each method, different in grey too
-    "base": {"color": "#000000", "marker": "x", "ls": ":"},
-    "align-training": {"color": "#b2182b", "marker": "v", "ls": "--"},
-    "self-align": {"color": "#b2182b", "marker": "^", "ls": "-."},
-    "eft": {"color": "#b2182b", "marker": "d", "ls": ":"},
-    "contrans": {"color": "#2166ac", "marker": "s", "ls": "--"},
-    "contrans-local": {"color": "#1b7837", "marker": "o", "ls": "-"},
+_LOOKS = {  # colour, marker and line, different in grey too
+    "base": "#000000 x :",
+    "align-training": "#b2182b v --",
+    "self-align": "#b2182b ^ -.",
+    "eft": "#b2182b d :",
+    "contrans": "#2166ac s --",
+    "contrans-local": "#1b7837 o -",
 }
+LOOK = {name: dict(zip(("color", "marker", "ls"), _LOOKS[name].split())) for name in _LOOKS}
 
 
 def new_figure(**size):
@@ -807,7 +805,7 @@ def draw_grid(title: str, grid: list[dict], others: list[dict], best):
     for each, point in zip([*grid, *others], points):
         cell = pairs.index(point[:2]), alphas.index(point[2])
         rate = each["metric"] in RATES
-        text = f"{100 * each['value']:.0f}" if rate else f"×{each['value']:.2f}"
+        text = f"{100 * each['value']:.0f}" if rate else f"×{each['value']:.3g}"
         if len(texts.setdefault(cell, [])) or each["metric"] != grid[0]["metric"]:
             text = f"({text})"
         else:
@@ -979,7 +977,8 @@ def _judge(ours: dict, base: dict, controls: list[dict], sign: int) -> str:
     p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
     above = sign * (ours["value"] - strongest["value"]) > 0 and p_control < 0.05
-    outcome = "**holds**" if above else "**is not above the controls**"
+    outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
+    outcome = "**holds**" if above else outcome
     outcome = outcome if moved else "**does not move it**"
     control = f"{_percent(strongest)} of its strongest control, {strongest['variant']}"
     p_values = f"p = {p_base:.1g}, against {control}, p = {p_control:.1g}"
