@@ -780,7 +780,7 @@ def draw_strength(records: list[dict], points: dict, **axes):
                 "marker": ".",
                 "label": "its highest random direction",
             }
-            axis.plot(highest, [max(found) for found in highest.values()], **look)
+            axis.plot(list(highest), [max(found) for found in highest.values()], **look)
         if point[2]:
             axis.axvline(point[2], color=LOOK[method]["color"], lw=0.5)
     for method in METHODS:
@@ -805,7 +805,7 @@ def draw_grid(title: str, grid: list[dict], others: list[dict], best):
     for each, point in zip([*grid, *others], points):
         cell = pairs.index(point[:2]), alphas.index(point[2])
         rate = each["metric"] in RATES
-        text = f"{100 * each['value']:.0f}" if rate else f"×{each['value']:.3g}"
+        text = f"{100 * each['value']:.0f}" if rate else f"×{each['value']:.4g}"
         if len(texts.setdefault(cell, [])) or each["metric"] != grid[0]["metric"]:
             text = f"({text})"
         else:

@@ -20,6 +20,8 @@ import harness
 from common import Transplant, next_token_logits
 from harness import (
     Run,
+    draw_grid,
+    draw_strength,
     export_concept,
     fail,
     load_concept,
@@ -448,6 +450,31 @@ def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, one_lin
     (tmp_path / "file").write_text("")
     args = parse(tmp_path, "", "--out", str(tmp_path / "file"))
     one_line(lambda: Run(__file__, args, MODELS, []), "cannot write")
+
+
+def test_figures_show_every_strength_and_block(start):
+    """Eight strengths, some of them without a rate, in the curves and in the grid."""
+    run, hits = start(), [1, 0, 0, 1]
+    about = {"metric": "mc1", "source_block": 1, "block": 2}
+    records, others = [record(hits, method="base", alpha=0, metric="mc1")], []
+    for alpha in range(1, 9):
+        for variant in (None, "random 0", "random 1"):
+            records.append(record(hits, method="contrans", variant=variant, alpha=alpha, **about))
+        cost = about | {"metric": "perplexity_ratio", "alpha": alpha}
+        others += [record(value=1234.5, **cost), record(value=1.5, **cost | {"block": 3})]
+    curves = draw_strength(records, {"contrans": (1, 2, 3.0)}, ylabel="MC1")
+    [legend] = curves.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["ConTrans", "its highest random direction", "Base Model"]
+    lengths = [len(line.get_xdata()) for line in curves.axes[0].lines]
+    assert lengths[:2] == [9, 8]
+    tried = select(records, variant=None, method="contrans")[:6]
+    grid = draw_grid("MC1 [%]", tried, others, (1, 2, 3))
+    texts = [text.get_text() for text in grid.axes[0].texts]
+    assert texts.count("50 (×1234)") == 6 and texts.count("(×1.5)") == 8
+    for name, figure in (("curves", curves), ("grid", grid)):
+        run.figure(figure, name)
+        assert (run.folder / f"{name}.png").exists() and (run.folder / f"{name}.pdf").exists()
 
 
 # ================================================================ 5  Records
