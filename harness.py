@@ -804,12 +804,13 @@ def draw_grid(title: str, grid: list[dict], others: list[dict], best):
     texts: dict = {}
     for each, point in zip([*grid, *others], points):
         cell = pairs.index(point[:2]), alphas.index(point[2])
-        rate = each["metric"] in RATES
-        text = f"{100 * each['value']:.0f}" if rate else f"×{each['value']:.4g}"
+        value = each["value"]
+        text = f"×{value:.2f}" if value < 10 else f"×{value:.0f}"
+        text = f"{100 * value:.0f}" if each["metric"] in RATES else text
         if len(texts.setdefault(cell, [])) or each["metric"] != grid[0]["metric"]:
             text = f"({text})"
         else:
-            shown[cell] = each["value"]
+            shown[cell] = value
         texts[cell].append(text)
     size = (max(COLUMN, 0.8 + 0.66 * len(alphas)), 0.9 + 0.28 * len(pairs))
     figure, axis = new_figure(figsize=size)

@@ -471,7 +471,7 @@ def test_figures_show_every_strength_and_block(start):
     tried = select(records, variant=None, method="contrans")[:6]
     grid = draw_grid("MC1 [%]", tried, others, (1, 2, 3))
     texts = [text.get_text() for text in grid.axes[0].texts]
-    assert texts.count("50 (×1234)") == 6 and texts.count("(×1.5)") == 8
+    assert texts.count("50 (×1234)") == 6 and texts.count("(×1.50)") == 8
     for name, figure in (("curves", curves), ("grid", grid)):
         run.figure(figure, name)
         assert (run.folder / f"{name}.png").exists() and (run.folder / f"{name}.pdf").exists()
