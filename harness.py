@@ -949,41 +949,43 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
     """One line for each target: which vector moves it further than every control does.
 
     targets: {name: (records of one metric, alpha of each method)}. lower: is less better? A vector
-    holds if it is better than no vector and than its strongest control, each with p < 0.05
-    (McNemar, on the same items). That control is the best of its random directions, other concepts'
-    vectors and shuffled maps: a maximum, so a vector that holds is not one lucky direction."""
+    holds if it is better than no vector and than its strongest control, each with p < 0.05. That
+    control is the best of its random directions, other concepts' vectors and shuffled maps."""
     lines = []
     for target, (records, alphas) in targets.items():
         here = [e for e in records if e["alpha"] == alphas.get(e["method"], e["alpha"])]
         [base] = select(here, method="base", variant=None)
-        found = []
+        own = select(here, method="self-align", variant=None)
+        parts = [f"{label(each)} {_percent(each)}" for each in own]
+        last = None  # the control that was spoken of last
         for ours in select(here, variant=None):
             same = select(here, method=ours["method"])
             controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
-            name = label(ours)
-            if len(select(same, variant=None)) > 1:
-                name += f" of {Path(ours['source']).name}"
-            if controls:
-                found.append(f"{name} {_judge(ours, base, controls, -1 if lower else 1)}")
-            elif ours["method"] == "self-align":
-                found.append(f"{name} {_percent(ours)}")
-        lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(found)}.")
-    rule = "better than no vector and than the best of its controls, each with p < 0.05 (McNemar)"
-    return "\n".join([*lines, f"\nA vector holds if it is {rule}."])
+            if controls and ours not in own:
+                sign = -1 if lower else 1
+                strongest = max(controls, key=lambda each: sign * each["value"])
+                name = label(ours)
+                if len(select(same, variant=None)) > 1:
+                    name += f" of {Path(ours['source']).name}"
+                parts.append(f"{name} {_judge(ours, base, strongest, sign)}")
+                if strongest is not last:
+                    control = strongest["variant"]
+                    parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
+                last = strongest
+        lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
+    rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
+    return "\n".join([*lines, f"\nA vector holds if it is {rule}; both p stand behind its rate."])
 
 
-def _judge(ours: dict, base: dict, controls: list[dict], sign: int) -> str:
-    """What the verdict says about one vector; sign -1: less is better."""
-    strongest = max(controls, key=lambda each: sign * each["value"])
+def _judge(ours: dict, base: dict, strongest: dict, sign: int) -> str:
+    """What the verdict says about one vector and its strongest control; sign -1: less is better."""
     p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
     above = sign * (ours["value"] - strongest["value"]) > 0 and p_control < 0.05
     outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
     outcome = "**holds**" if above else outcome
     outcome = outcome if moved else "**does not move it**"
-    control = f"{_percent(strongest)} of its strongest control, {strongest['variant']}"
-    p_values = f"p = {p_base:.1g}, against {control}, p = {p_control:.1g}"
-    return f"{outcome}: {_percent(ours)}, {p_values}"
+    return f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
 
 
 def _p_value(before, after) -> float:

@@ -502,7 +502,7 @@ VERDICTS = [
     (
         {"contrans": 0.92, "random_1": 0.9, "shuffled_map": 0.48},
         "not above the controls",
-        "p = 0.5",
+        "and 0.5",
     ),
     ({"contrans": 0.92, "random_1": 0.55, "other_joy": 0.7}, "holds", "other joy"),
     ({"contrans": 0.52, "random_1": 0.1}, "does not move it", "52.9"),
@@ -522,7 +522,7 @@ def test_the_verdict_is_about_the_strongest_control(rates, outcome, word):
 def test_the_verdict_of_what_should_fall():
     found = {"b": effects(base=0.9, contrans=0.1, random_1=0.8, random_2=0.5)}
     assert "**holds**: 10.0 %" in verdict(found, lower=True)
-    assert "50.0 % of its strongest control, random 2" in verdict(found, lower=True)
+    assert "its strongest control, random 2: 50.0 %" in verdict(found, lower=True)
     assert "does not move it" in verdict(found)
 
 
