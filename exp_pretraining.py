@@ -48,7 +48,6 @@ from harness import (
     at_least,
     beside_controls,
     draw_curve,
-    effect_notes,
     fail,
     label,
     map_options,
@@ -424,16 +423,13 @@ def accuracy_table(args, records: list[dict]) -> str:
         shown += found + select(chosen(records, name, "logit_acc"), method="contrans", variant=None)
         quality = select(mine, concept="map")
         shown += [each for each in quality if each["metric"] != "cosine"]
-        alpha = quality[0]["alpha"]
-        means = select(mine, concept="mean", metric="token_acc")
-        p = effect_notes(means, {"contrans": alpha, "self-align": alpha})
-        notes[row(mine[0])] = f"α = {alpha:g}; " + "; ".join(p.values())
+        notes[row(mine[0])] = f"α = {quality[0]['alpha']:g}"
     n = select(records, concept="mean")[0]["n"]
     return (
         f"v_emotion of {short(args.src)} in earlier checkpoints. Token Acc in % [95 % interval], "
         "mean of all emotions, on scenarios of the others "
-        f"(n = {n}); block {args.layer}; α chosen on validation. Last column: p of Self-Align "
-        "and of ConTrans against Base\n\n" + pivot(shown, row, column, notes=notes)
+        f"(n = {n}); block {args.layer}; α chosen on validation\n\n"
+        + pivot(shown, row, column, notes=notes)
     )
 
 

@@ -674,18 +674,12 @@ class Run:
 
 
 def _details(folder: Path) -> str:
-    """The last section of a report: settings, prompts and environment of a run."""
-    about = json.loads((folder / "args.json").read_text())
-    environment = json.loads((folder / "environment.json").read_text())
-    inputs = about["inputs"]
-    prompts = ["~~~text\n" + prompt + "\n~~~" for prompt in inputs["first prompts"]]
-    tables = [about["args"], inputs["models"], environment]
-    settings, models, environment = [
-        markdown(["", ""], [[name, json.dumps(value)] for name, value in each.items()])
-        for each in tables
-    ]
-    parts = ["## Details", settings, models, environment, "First prompts, to the letter:", *prompts]
-    return "\n\n".join(parts)
+    """The last section of a report: settings, models, environment and prompts of a run."""
+    about = read_json(folder / "args.json")
+    settings = about["args"] | about["inputs"]["models"] | read_json(folder / "environment.json")
+    rows = [[name, json.dumps(value)] for name, value in settings.items()]
+    prompts = ["~~~text\n" + prompt + "\n~~~" for prompt in about["inputs"]["first prompts"]]
+    return "\n\n".join(["## Details", markdown(["", ""], rows), *prompts])
 
 
 STYLE = """

@@ -184,6 +184,13 @@ def test_no_cache_is_an_option(tmp_path, cache_folder):
     assert harness.CACHE["folder"] == str(cache_folder)
 
 
+def test_few_sentences_for_a_map_are_remarked(tmp_path, capsys):
+    parse(tmp_path, "--sentences 5")
+    assert "note: 4 sentences fit each affine map" in capsys.readouterr().out
+    parse(tmp_path, "--sentences 500")
+    assert "note: " not in capsys.readouterr().out
+
+
 # ================================================================ 2  Files
 
 
