@@ -33,9 +33,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from harness import cached, fail, on_ndif, read_text
+from harness import cached, fail, on_ndif, progress_bar, read_text
 
 # ================================================================ 1  Model
 
@@ -390,6 +389,8 @@ def hidden_states(
     that is needed. Without a transplant the states are cached on disk. Raises ValueError for a
     block that does not exist and for a prompt that does not fit the context, FloatingPointError for
     NaN."""
+    if isinstance(layers, (int, str)):
+        raise TypeError("layers must be a list of block numbers")
     layers = list(range(model.n_layers)) if layers is None else list(layers)
     for layer in layers:
         _require_block(model, layer)
@@ -555,6 +556,8 @@ class AffineMap:
     def vector(self, v: torch.Tensor) -> torch.Tensor:
         """v_hat [..., d2] of concept vectors v [..., d1], float32. A difference: no intercept."""
         left, right = self.x_inverse
+        if v.shape[-1] != len(left):
+            raise ValueError(f"v must be [..., {len(left)}], not {tuple(v.shape)}")
         v_hat = v.double() @ left @ right @ self.y  # Eq. 2: v F
         if self.length is not None:
             v_hat *= self.length * v.norm(dim=-1, keepdim=True) / v_hat.norm(dim=-1, keepdim=True)
@@ -962,6 +965,9 @@ class Transplant:
     def __add__(self, other: Transplant) -> Transplant:
         return Transplant(self.parts + other.parts)
 
+    def __iter__(self):
+        raise TypeError("transplants must be a list of Transplants, not one")
+
 
 BASE = Transplant()
 
@@ -980,6 +986,8 @@ def _shifts(model: Model, transplants: list[Transplant]) -> dict[int, torch.Tens
     width = model.config.hidden_size
     shifts: dict[int, torch.Tensor] = {}
     for row, transplant in enumerate(transplants):
+        if not isinstance(transplant, Transplant):
+            raise TypeError(f"transplant must be a Transplant, not {type(transplant).__name__}")
         for layer, alpha, vector in transplant.parts:
             _require_block(model, layer)
             if len(vector) != width:
@@ -1212,6 +1220,8 @@ def choice_logprobs(
     (emulated fine-tuning, proxy-tuning); all three need one vocabulary. Returns float32 sums and
     booleans, [transplants, pairs] each. Raises ValueError if a continuation changes the tokens of
     its context, or if the vocabularies differ."""
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise TypeError("pairs must be a list of (context, continuation)")
     contexts = _encode(model, [context for context, _ in pairs])
     rows = _encode(model, [context + text for context, text in pairs])
     for context, row, pair in zip(contexts, rows, pairs):
@@ -1232,8 +1242,9 @@ def score_labels(
     Acc). Where labels share their first token (a character-level tokenizer), as many tokens as tell
     them apart take its place, scored by log-probability. Raises ValueError if no number of tokens
     does."""
-    words = _label_tokens(model.tokenizer, prompts[0], labels)
+    _require_strings("labels", labels)
     rows = _encode(model, prompts)
+    words = _label_tokens(model.tokenizer, prompts[0], labels)
     heads = [row for row in rows for _ in words]
     tails = words * len(rows)
     sums, greedy = _logprobs(model, heads, tails, transplants, share_heads=True)
@@ -1275,6 +1286,7 @@ def perplexity(
     window = window or min(context_length(model.config), 1024)
     if window < 2:
         raise ValueError("a window of fewer than 2 tokens predicts nothing")
+    _require_strings("texts", texts)
     heads, tails = [], []
     for ids in model.tokenizer(list(texts)).input_ids:
         end = min(window, len(ids))
@@ -1426,7 +1438,7 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
     work = None
     batches = _batches(model, costs)
     per_job = batches_per_job if model.remote else 1
-    with tqdm(total=len(costs), desc=model.name, delay=10, leave=False, disable=None) as bar:
+    with progress_bar(len(costs), model.name, delay=10, leave=False) as bar:
         while job := list(itertools.islice(batches, per_job)):
             waiting = [job]
             while waiting:
@@ -1481,8 +1493,7 @@ def _rows_of(rows: list):
 
 def _encode(model: Model, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, with the special tokens that the tokenizer adds."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a list of strings, not one string")
+    _require_strings("texts", texts)
     rows = model.tokenizer(list(texts)).input_ids
     _require_room(model, rows)
     if not all(rows):
@@ -1897,6 +1908,13 @@ def _require_eft_fits(model: Model, eft, rows, new_tokens: int = 0) -> None:
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _require_strings(name: str, texts) -> None:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a list of strings")
+    if not len(texts):
+        raise ValueError(f"{name} is empty")
 
 
 def _require_block(model: Model, layer: int) -> None:

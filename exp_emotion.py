@@ -6,9 +6,9 @@
     python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper
 
 Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the
-*other* five emotions, how often does the larger model then name the target emotion?
+*other* emotions, how often does the larger model then name the target emotion?
     Token Acc    its most likely next token is the emotion's word
-    Logit Acc    the emotion's word has the highest logit of the six words
+    Logit Acc    the emotion's word has the highest logit of all emotions' words
 Figures 2a and 6 (both accuracies against alpha), 2b (PCA before and after), 5 (number of pairs),
 7 (t-SNE); Tables 5 (generations) and 8 (tokens that gain and lose). Every effect is shown with
 controls.
@@ -49,12 +49,17 @@ from common import (
     score_labels,
 )
 from harness import (
+    COLUMN,
+    LOOK,
     METHODS,
+    PAGE,
     TOY,
     Run,
     add_paper_numbers,
     at_least,
     beside_controls,
+    draw_curve,
+    draw_grid,
     effect_notes,
     fail,
     label,
@@ -73,7 +78,10 @@ from harness import (
     run_script,
     save_concept,
     select,
+    shades,
     spread,
+    summary,
+    verdict,
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200}
@@ -142,14 +150,16 @@ def emotion_options(parser) -> None:
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for the six emotions")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
     if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
-        fail(f"--labels must be six different words, for {', '.join(EMOTIONS)}")
+        fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
+        fail("--protocol paper has few-shot examples of the paper's emotions only")
 
 
 class Scenarios(NamedTuple):
@@ -305,6 +315,9 @@ class Lab:
         """What is steered with: the target's own vector, and v_hat of each kind of map."""
         return ["self-align", *map_methods(self.args)]
 
+    def alphas(self) -> dict[str, float]:
+        return {method: point.alpha for method, point in self.points.items()}
+
     def direction(self, concept: str, method: str, point: Point | None = None) -> torch.Tensor:
         """The vector [d] of an emotion that a method adds: v_hat (Eq. 2), or the target's own."""
         point = point or self.points[method]
@@ -328,8 +341,7 @@ class Lab:
     # ------------------------------------------------------------ transplant, score: the steps
 
     def validate(self) -> list[dict]:
-        """Token Acc on the validation scenarios, mean of six, of each method: records of the
-        grid."""
+        """Mean Token Acc on the validation scenarios, of each method: records of the grid."""
         points = [Point(*blocks, alpha) for blocks in self.grid for alpha in self.args.alpha]
         tried = [(method, point) for method in self.methods() for point in points]
         hits: dict[tuple, list] = {each: [] for each in tried}
@@ -365,7 +377,7 @@ class Lab:
                 method,
                 n_maps=args.maps,
                 n_random=args.random,
-                seed=args.seed * 6 + EMOTIONS.index(emotion),
+                seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
             )
             for n_pairs in pair_counts(args):
                 concept = f"{emotion} {n_pairs}"
@@ -391,7 +403,7 @@ class Lab:
             for alpha in self.args.alpha:
                 move = self.move(direction, method, alpha)
                 arms.append((method, None, alpha, emotion, move))
-            others = random_directions(direction, 3, self.args.seed * 6 + e)
+            others = random_directions(direction, 3, self.args.seed * len(EMOTIONS) + e)
             for r, other in enumerate(others):
                 arms.append((method, f"random {r}", best, emotion, self.move(other, method)))
         moves = [move for *_, move in arms]
@@ -458,7 +470,7 @@ class Lab:
             )
 
     def pca(self) -> dict:
-        """Figure 2b: the last block's states before and after v_hat of fear, in two dimensions.
+        """Figure 2b: the last block's states before and after one v_hat, in two dimensions.
 
         The last block, because at the steered block every point moves by the same vector."""
         from sklearn.decomposition import PCA
@@ -466,13 +478,15 @@ class Lab:
         labels, texts = own_scenarios(self.data, 20)
         asked = prompts(self.args, self.data, texts, shots=True)
         method = map_methods(self.args)[-1]
-        move = self.move(self.direction("fear", method), method)
+        emotion = "fear" if "fear" in EMOTIONS else EMOTIONS[0]
+        move = self.move(self.direction(emotion, method), method)
         last = [self.model.n_layers - 1]
         before = hidden_states(self.model, asked, last)[:, 0].numpy()
         after = hidden_states(self.model, asked, last, move)[:, 0].numpy()
         fitted = PCA(2).fit(np.concatenate([before, after]))
         before, after = fitted.transform(before), fitted.transform(after)
-        return {"labels": labels, "before": before.tolist(), "after": after.tolist()}
+        points = {"before": before.tolist(), "after": after.tolist()}
+        return points | {"labels": labels, "emotion": emotion}
 
     def generations(self) -> list[list[str]]:
         """Table 5: emotion, method, scenario and continuation, without and with each vector."""
@@ -555,7 +569,7 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
 # ---------------------------------------------------------------- one target
 
 
-def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], str]:
+def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     """(records, report) of one target."""
     target = lab.target
     grid = run.step(f"{target} validation", lab.validate)
@@ -573,22 +587,21 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], str]:
     add_paper_numbers(records, PAPER_NAMES)
 
     pca = run.step(f"{target} PCA", lab.pca)
-    run.figure(draw_pca(lab, pca), f"pca_{Path(target).name}")
-    run.figure(draw_accuracy(lab, records), f"accuracy_{Path(target).name}")
     texts = run.step(f"{target} texts", lab.generations)
     tokens = run.step(f"{target} tokens", lab.token_changes)
     report = [
-        f"## {Path(args.src).name} -> {Path(target).name}",
+        f"## {Path(args.src).name} → {Path(target).name}",
         *(accuracy_table(lab, records, method) for method in map_methods(args)),
         control_table(lab, records),
-        grid_table(grid),
+        *(run.figure(*each) for each in draw_grids(lab, grid)),
         map_table(records),
+        run.figure(draw_pca(lab, pca), f"pca_{Path(target).name}"),
         "Table 5: continuations without and with v_hat",
         markdown(["emotion", "method", "scenario", "continuation"], texts),
         "Table 8: tokens among the ten that change most, and on how many test scenarios",
         markdown(["emotion", "increased", "decreased"], tokens),
     ]
-    return records, "\n\n".join(filter(None, report))
+    return records, report
 
 
 # ---------------------------------------------------------------- tables
@@ -608,7 +621,7 @@ def accuracy_table(lab: Lab, records: list[dict], method: str) -> str:
     paper = PAPER_NAMES.get(lab.target)
     point = lab.points[method]
     text = (
-        f"{METHODS[method]}: how often the target emotion is named on scenarios of the other five, "
+        f"{METHODS[method]}: how often the target emotion is named on scenarios of the others, "
         f"in % [95 % interval]{f' ({paper} in the paper)' if paper else ''}; n = {shown[0]['n']} "
         f"each, block {point.source_block} -> {point.block}, protocol {lab.args.protocol}"
     )
@@ -620,14 +633,14 @@ def accuracy_table(lab: Lab, records: list[dict], method: str) -> str:
 
 
 def tested_means(lab: Lab, records: list[dict], metric: str) -> list[dict]:
-    """The mean of six emotions of one target, but for the vectors of fewer pairs."""
+    """The mean of all emotions of one target, but for the vectors of fewer pairs."""
     means = select(records, target=lab.target, concept="mean", metric=metric, part="test")
     return [each for each in means if each["item"] != "Figure 5"]
 
 
 def control_table(lab: Lab, records: list[dict]) -> str:
     """The effect beside its controls, and its cost in perplexity, at the chosen strengths."""
-    alphas = {method: point.alpha for method, point in lab.points.items()}
+    alphas = lab.alphas()
     shown = []
     for metric in ("token_acc", "logit_acc"):
         shown += beside_controls(tested_means(lab, records, metric), alphas)
@@ -642,34 +655,23 @@ def control_table(lab: Lab, records: list[dict]) -> str:
     notes = effect_notes(tested_means(lab, records, "token_acc"), alphas)
     for method, alpha in alphas.items():
         notes[METHODS[method]] += f", α = {alpha:g}"
-    text = "Mean of six emotions at the α that validation chose; controls have v_hat's norm"
+    text = "Mean of all emotions at the α that validation chose; controls have v_hat's norm"
     return text + "\n\n" + pivot(shown, label, "metric", notes=notes)
-
-
-def grid_table(grid: list[dict]) -> str:
-    """The validation grid, if --layer auto tried several pairs of blocks."""
-    if len({each["block"] for each in grid}) < 2:
-        return ""
-
-    def row(each):
-        return f"{label(each)}, block {each['source_block']} -> {each['block']}"
-
-    return f"Validation, mean Token Acc in % (n = {grid[0]['n']})\n\n" + pivot(grid, row, strength)
-
-
-def summary(args, records: list[dict], labs: list[Lab]) -> str:
-    """One column a target, the last thing that is printed."""
-    shown = []
-    for lab in labs:
-        alphas = {method: point.alpha for method, point in lab.points.items()}
-        shown += beside_controls(tested_means(lab, records, "token_acc"), alphas)
-    title = f"## Summary: v of {Path(args.src).name}, Token Acc in %, mean of six emotions\n\n"
-    return title + pivot(shown, label, lambda each: Path(each["target"]).name)
 
 
 # ---------------------------------------------------------------- figures
 
-COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
+
+def draw_grids(lab: Lab, grid: list[dict]) -> list[tuple]:
+    """(figure, name) of the validation grid of each method, if several blocks were tried."""
+    figures = []
+    for method in lab.methods() if len(lab.grid) > 1 else []:
+        mine = select(grid, method=method)
+        names = f"{METHODS[method]}, {Path(lab.args.src).name} → {Path(lab.target).name}"
+        title = f"{names}: mean Token Acc [%] on validation (n = {mine[0]['n']})"
+        figure = draw_grid(title, mine, [], lab.points[method])
+        figures.append((figure, f"grid_{method}_{Path(lab.target).name}"))
+    return figures
 
 
 def values(records: list[dict], field: str = "value") -> np.ndarray:
@@ -677,46 +679,37 @@ def values(records: list[dict], field: str = "value") -> np.ndarray:
 
 
 def draw_accuracy(lab: Lab, records: list[dict]):
-    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc, the range of random
-    directions."""
-    import matplotlib
-
-    figure, axis = new_figure(figsize=(8.5, 3.4))
+    """Figures 2a and 6: Token Acc bars with intervals, Logit Acc, the highest random direction."""
+    figure, axis = new_figure(figsize=(PAGE, 3))
     strengths = [0, *lab.args.alpha]
     width = 0.8 / len(strengths)
     centres = np.arange(len(EMOTIONS))
     tested = [each for each in select(records, part="test") if each["concept"] != "mean"]
     shown = map_methods(lab.args)[-1]
-    for s, alpha in enumerate(strengths):
+    for s, (alpha, colour) in enumerate(zip(strengths, shades(len(strengths)))):
         method = shown if alpha else "base"
         mine = select(tested, variant=None, method=method, alpha=alpha)
         said, preferred = select(mine, metric="token_acc"), select(mine, metric="logit_acc")
         x = centres + (s - (len(strengths) - 1) / 2) * width
-        below = values(said) - values(said, "low")
-        above = values(said, "high") - values(said)
+        error = [values(said) - values(said, "low"), values(said, "high") - values(said)]
+        name = f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base"
+        thin = {"lw": 0.6, "ecolor": "#777"}
         axis.bar(
-            x,
-            values(said),
-            width * 0.92,
-            color=matplotlib.colormaps["Blues"](0.2 + 0.8 * s / len(strengths)),
-            yerr=np.clip([below, above], 0, 1),
-            error_kw={"lw": 0.8, "ecolor": "#444"},
-            label=f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base",
-        )
-        dots = {"color": "#c8352b", "ms": 3, "label": None if s else "Logit Acc"}
-        axis.plot(x, values(preferred), "o", **dots)
+            x, values(said), width * 0.92, color=colour, yerr=np.clip(error, 0, 1), error_kw=thin,
+            label=name,
+        )  # fmt: skip
+        dots = {"color": "white", "mec": "black", "mew": 0.7, "ms": 3, "clip_on": False}
+        axis.plot(x, values(preferred), "o", label=None if s else "Logit Acc", **dots)
     controls = select(tested, metric="token_acc", method=shown)
     controls = [each for each in controls if (each["variant"] or "").startswith("random")]
-    controls = [values(select(controls, concept=emotion)) for emotion in EMOTIONS]
-    low, high = np.array([(found.min(), found.max()) for found in controls]).T
-    outline = {"fill": False, "edgecolor": "#333", "lw": 1, "ls": ":"}
-    name = f"random directions, α = {lab.points[shown].alpha:g}"
-    axis.bar(centres, high - low, 0.84, bottom=low, label=name, **outline)
+    highest = [values(select(controls, concept=emotion)).max() for emotion in EMOTIONS]
+    name = f"highest of {lab.args.random} random directions, α = {lab.points[shown].alpha:g}"
+    axis.hlines(highest, centres - 0.42, centres + 0.42, color="#b2182b", lw=1, ls="--", label=name)
     axis.set(xticks=centres, xticklabels=EMOTIONS, ylim=(0, 1.05))
     axis.set_ylabel("accuracy on negative scenarios")
     names = f"{Path(lab.args.src).name} → {Path(lab.target).name}"
     axis.set_title(f"{METHODS[shown]}, {names} (95 % interval)")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
@@ -724,52 +717,51 @@ def scatter(axis, points, labels: list[str], **style) -> dict:
     """Points in the colours of their emotions; returns the centre of each emotion."""
     points, labels = np.array(points), np.array(labels)
     centres = {}
-    for emotion, colour in COLOURS.items():
+    for emotion, colour in zip(EMOTIONS, shades(len(EMOTIONS))):
         mine = points[labels == emotion]
-        axis.scatter(*mine.T, s=14, color=colour, lw=0, label=emotion, **style)
+        axis.scatter(*mine.T, s=12, color=colour, lw=0, label=emotion, **style)
         centres[emotion] = mine.mean(0)
     return centres
 
 
 def draw_pca(lab: Lab, pca: dict):
     """Figure 2b: states before (dots) and after (triangles) one vector; arrows join the centres."""
-    figure, axis = new_figure(figsize=(5.4, 4.4))
+    figure, axis = new_figure(figsize=(COLUMN, 3.6))
     after = scatter(axis, pca["after"], pca["labels"], marker="^")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(loc="outside lower center", ncols=3)
     before = scatter(axis, pca["before"], pca["labels"], alpha=0.35)
-    for emotion, colour in COLOURS.items():
-        arrow = {"arrowstyle": "->", "color": colour, "lw": 1.8}
+    for emotion in EMOTIONS:
+        arrow = {"arrowstyle": "->", "lw": 1}
         axis.annotate("", after[emotion], before[emotion], arrowprops=arrow)
     axis.set(xlabel="first principal component", ylabel="second principal component")
     alpha = lab.points[map_methods(lab.args)[-1]].alpha
-    vector = f"{alpha:g} · v̂ of fear from {Path(lab.args.src).name}"
+    vector = f"{alpha:g} · v̂ of {pca['emotion']} from {Path(lab.args.src).name}"
     axis.set_title(f"{Path(lab.target).name} before (dots) and after (triangles)\n{vector}")
     return figure
 
 
 def draw_pairs(args, records: list[dict]):
     """Figure 5: mean Token Acc against the number of example pairs."""
-    figure, axis = new_figure(figsize=(4.8, 3.2))
-    for target, method in product(args.tgt, map_methods(args)):
+    lines = list(product(args.tgt, map_methods(args)))
+    figure, axis = new_figure(figsize=(COLUMN, 2.4 + 0.15 * len(lines)))
+    for (target, method), colour in zip(lines, shades(len(lines))):
         mine = select(records, target=target, item="Figure 5", concept="mean", method=method)
         mine = select(mine, metric="token_acc")
         counts = [int(each["variant"].split()[1]) for each in mine]
         name = f"{METHODS[method]}, {Path(target).name}, α = {mine[0]['alpha']:g}"
-        [line] = axis.plot(counts, values(mine), "o-", ms=4, label=name)
-        interval = values(mine, "low"), values(mine, "high")
-        axis.fill_between(counts, *interval, color=line.get_color(), alpha=0.15, lw=0)
+        draw_curve(axis, counts, mine, name, **LOOK[method] | {"color": colour})
     axis.set(xlabel="example pairs of one vector", ylabel="mean Token Acc", ylim=(0, 1.05))
     axis.set_title("Effect of the number of pairs (95 % interval)")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center")
     return figure
 
 
 def draw_tsne(args, tsne: dict):
     """Figure 7: t-SNE of the source's states."""
-    figure, axis = new_figure(figsize=(5, 4.2))
+    figure, axis = new_figure(figsize=(COLUMN, 3.2))
     scatter(axis, tsne["points"], tsne["labels"])
     axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -787,20 +779,25 @@ def main(argv=None):
     names = [args.src_base, *args.tgt]
     sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
-    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
+    first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     models.require_fit(args.src, first_prompts)
-    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
-    run = Run(__file__, args, models, [data, sentences], first_prompts + first_test)
+    first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
+    steps = len(labs) * (7 + len(EMOTIONS)) + 1
+    run = Run(__file__, args, models, [data, sentences], first_prompts + first_test, steps=steps)
 
-    records, report = [], []
+    records, figures, report, judged = [], [], [], {}
     for lab in labs:
-        results = one_target(args, run, lab)
-        records += results[0]
-        report.append(results[1])
-    run.figure(draw_tsne(args, run.step("t-SNE", labs[0].tsne)), "tsne_source")
-    run.figure(draw_pairs(args, records), "pairs")
-    report.append(summary(args, records, labs))
-    run.save(records, examples(data, records), "\n\n".join(report))
+        found, parts = one_target(args, run, lab)
+        name = Path(lab.target).name
+        records += found
+        report += parts
+        judged[name] = tested_means(lab, found, "token_acc"), lab.alphas()
+        figures.append(run.figure(draw_accuracy(lab, found), f"accuracy_{name}"))
+    report.append(run.figure(draw_tsne(args, run.step("t-SNE", labs[0].tsne)), "tsne_source"))
+    report.append(run.figure(draw_pairs(args, records), "pairs"))
+    title = f"Token Acc in %, mean of all emotions, v of {Path(args.src).name}"
+    headline = [verdict(judged), *figures, summary(title, judged)]
+    run.save(records, examples(data, records), headline, report)
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

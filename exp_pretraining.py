@@ -7,10 +7,10 @@
     python exp_pretraining.py --tgt run/step1 run/step2 --tokens 1e6 2e6
 
 The emotion vectors of the last checkpoint are mapped into every checkpoint and added there. On
-scenarios of the *other* five emotions, how often is the target emotion named, without them (false
+scenarios of the *other* emotions, how often is the target emotion named, without them (false
 positives) and with them? A vector cannot move a concept that has not formed yet.
     Token Acc    the most likely next token is the emotion's word
-    Logit Acc    the emotion's word has the highest logit of the six words
+    Logit Acc    the emotion's word has the highest logit of all emotions' words
 
 alpha is chosen for each checkpoint on a validation part. One checkpoint is in memory at a time; one
 that this run has downloaded is removed from the hub's cache after its use.
@@ -45,13 +45,15 @@ from common import (
     score_labels,
 )
 from harness import (
+    LOOK,
     MAP_METRICS,
     METHODS,
+    PAGE,
     TOY,
     Run,
     at_least,
     beside_controls,
-    effect_notes,
+    draw_curve,
     fail,
     label,
     map_methods,
@@ -66,6 +68,7 @@ from harness import (
     record,
     run_script,
     select,
+    verdict,
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
@@ -159,14 +162,16 @@ def emotion_options(parser) -> None:
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for the six emotions")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
     if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
-        fail(f"--labels must be six different words, for {', '.join(EMOTIONS)}")
+        fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
+        fail("--protocol paper has few-shot examples of the paper's emotions only")
 
 
 class Scenarios(NamedTuple):
@@ -423,7 +428,7 @@ def cached_revisions(name: str) -> list:
 
 
 def one_target(run: Run, lab: Lab, name: str) -> list[dict]:
-    """Records of one checkpoint: each emotion, and the mean of six at the chosen alpha."""
+    """Records of one checkpoint: each emotion, and the mean of all at the chosen alpha."""
     records = run.step(f"checkpoint {name}", lab.measure, name)
     means = pool(select(records, part="test"), "concept", "mean")
     return records + means
@@ -437,7 +442,7 @@ def short(name: str) -> str:
 
 
 def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
-    """The mean of six emotions in one checkpoint at the alpha chosen there, beside its controls."""
+    """The mean of all emotions in one checkpoint at the alpha chosen there, beside its controls."""
     means = select(records, target=name, concept="mean", metric=metric)
     return beside_controls(means, chosen_alphas(records, name))
 
@@ -459,15 +464,12 @@ def accuracy_table(args, records: list[dict]) -> str:
         mine = select(records, target=name, concept="mean", metric="token_acc")
         alphas = chosen_alphas(records, name)
         shown += beside_controls(mine, alphas)
-        p = effect_notes(mine, alphas)
-        chosen = []
-        for method, alpha in alphas.items():
-            chosen.append(f"{METHODS[method]}: α = {alpha:g}, {p[METHODS[method]]}")
-        notes[row(mine[0])] = "; ".join(chosen)
+        strengths = [f"{METHODS[method]} {alpha:g}" for method, alpha in alphas.items()]
+        notes[row(mine[0])] = "α: " + ", ".join(strengths)
     return (
-        f"## Figure 3: v_emotion of {short(args.src)} in earlier checkpoints\n\n"
-        "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five "
-        f"(n = {shown[0]['n']}); block {args.layer}; α chosen on validation. p against Base\n\n"
+        f"v_emotion of {short(args.src)} in earlier checkpoints. Token Acc in % [95 % interval], "
+        "mean of all emotions, on scenarios of the others "
+        f"(n = {shown[0]['n']}); block {args.layer}; α chosen on validation\n\n"
         + pivot(shown, row, label, notes=notes)
     )
 
@@ -486,30 +488,24 @@ def map_table(records: list[dict]) -> str:
 
 def draw_accuracy(args, records: list[dict]):
     """Accuracy on negatives against training tokens, without and with v_hat."""
-    figure, axes = new_figure(ncols=2, figsize=(8.6, 3.4), sharey=True)
-    shown = map_methods(args)[-1]
-    curves = {
-        ("base", None): ("#c8352b", "o-", "without: false positives"),
-        ("contrans", None): ("#2f6db2", "s-", "ConTrans"),
-        ("contrans-local", None): ("#2e8b57", "^-", "ConTrans, local map"),
-        (shown, "random"): ("#777777", ":", f"{args.random} random directions, range"),
-    }
+    figure, axes = new_figure(ncols=2, figsize=(PAGE, 2.8), sharey=True)
+    curves = {("base", None): "without: false positives"}
+    for method in map_methods(args):
+        curves[method, None] = f"{METHODS[method]}: v̂ of the last checkpoint"
+    curves[method, "random"] = f"{args.random} random directions, range"
     for axis, metric in zip(axes, ("token_acc", "logit_acc")):
         found = [each for name in args.tgt for each in chosen(records, name, metric)]
-        for (method, variant), (colour, style, text) in curves.items():
+        for (method, variant), text in curves.items():
             mean = select(found, method=method, variant=variant)
-            if not mean:
-                continue
-            value, low, high = [[each[k] for each in mean] for k in ("value", "low", "high")]
-            axis.plot(args.tokens, value, style, ms=4, color=colour, label=text)
-            axis.fill_between(args.tokens, low, high, color=colour, alpha=0.18, lw=0)
+            look = LOOK[method] | ({"color": "#777777", "marker": "."} if variant else {})
+            draw_curve(axis, args.tokens, mean, text, **look)
         title = "Token Acc" if metric == "token_acc" else "Logit Acc"
         axis.set(xscale="log", xlabel="training tokens", ylim=(0, 1.05), title=title)
     axes[0].set_ylabel("accuracy on negative scenarios")
-    style = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes[1].legend(title="mean of six emotions,\n95 % interval", **style)
-    title = f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training"
-    figure.suptitle(title, fontsize=10)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3)
+    names = f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training"
+    figure.suptitle(f"{names} (mean of all emotions, 95 % interval)")
     return figure
 
 
@@ -527,10 +523,18 @@ def main(argv=None):
     lab = Lab(args, data, sentences, models)
     for name in names:
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded
-    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
-    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
+    first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
+    first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
     ignore = ("tokens", "keep_downloads", "model", "revisions")
-    run = Run(__file__, args, models, [data, sentences], first_prompts + first_test, ignore)
+    run = Run(
+        __file__,
+        args,
+        models,
+        [data, sentences],
+        first_prompts + first_test,
+        ignore,
+        len(names) + 1,
+    )
 
     found = {}
     for name in names:
@@ -545,9 +549,13 @@ def main(argv=None):
             models.release()
             run.step(f"remove {name}", delete_revision, name)
     records = [each for name in args.tgt for each in found[name]]
-    run.figure(draw_accuracy(args, records), "figure_3")
-    report = [accuracy_table(args, records), map_table(records)]
-    run.save(records, examples(data, records), "\n\n".join(report))
+    judged = {}
+    for name in args.tgt:
+        means = select(records, target=name, concept="mean", metric="token_acc")
+        judged[short(name)] = means, chosen_alphas(records, name)
+    figure = run.figure(draw_accuracy(args, records), "figure_3")
+    headline = [verdict(judged), figure, accuracy_table(args, records)]
+    run.save(records, examples(data, records), headline, [map_table(records)])
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

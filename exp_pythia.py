@@ -5,7 +5,7 @@
     python exp_pythia.py --models Qwen/Qwen3-0.6B-Base Qwen/Qwen3-1.7B-Base --data data/paper
 
 The emotion vectors of every model are mapped into every model and added there. On scenarios of the
-*other* five emotions, how often is the target emotion then the most likely next word (Token Acc),
+*other* emotions, how often is the target emotion then the most likely next word (Token Acc),
 and how often without? Figure 4: improvement ratio and absolute improvement, every source times
 every target. Figure 8: t-SNE of three sizes' states.
 
@@ -42,13 +42,13 @@ from common import (
 )
 from harness import (
     METHODS,
+    PAGE,
     TOY,
     Run,
     at_least,
     fail,
     map_methods,
     map_options,
-    mcnemar,
     model_options,
     new_figure,
     option_parser,
@@ -58,7 +58,9 @@ from harness import (
     record,
     run_script,
     select,
+    shades,
     spread,
+    verdict,
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
@@ -122,14 +124,16 @@ def emotion_options(parser) -> None:
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for the six emotions")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
     if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
-        fail(f"--labels must be six different words, for {', '.join(EMOTIONS)}")
+        fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
+        fail("--protocol paper has few-shot examples of the paper's emotions only")
 
 
 class Scenarios(NamedTuple):
@@ -321,17 +325,18 @@ class Lab:
             for key, v_hat in vectors.items():
                 move = Transplant.of(v_hat[e], block, alpha[key])
                 moves[(*key, None, alpha[key])] = move
-            v_hat, seed = vectors[strongest][e], args.seed * 6 + e
+            v_hat, seed = vectors[strongest][e], args.seed * len(EMOTIONS) + e
             for r, direction in enumerate(random_directions(v_hat, args.random, seed)):
                 move = Transplant.of(direction, block, alpha[strongest])
-                moves["contrans", None, f"random {r}", alpha[strongest]] = move
+                moves[None, None, f"random {r}", alpha[strongest]] = move
             for key, found in zip(moves, self.named(target, "test", emotion, moves.values())):
                 hits.setdefault(key, []).extend(found)
         for (method, source, variant, strength), found in hits.items():
-            what = about | {"source": source, "method": method, "variant": variant}
+            what = about | {"source": source, "variant": variant, "alpha": strength}
             what["source_block"] = self.block(source) if source else None
-            what |= {"alpha": strength, "metric": "token_acc", "part": "test"}
-            records.append(record(found, **what))
+            what |= {"metric": "token_acc", "part": "test"}
+            for each in [method] if method else map_methods(args):  # a control of both maps
+                records.append(record(found, method=each, **what))
         return records
 
     def choose_alpha(self, target: str, v_hat: torch.Tensor) -> float:
@@ -394,51 +399,40 @@ def by_method(records: list[dict], method: str) -> list[dict]:
     return [each for each in records if each["method"] in ("base", "self-align", method)]
 
 
-def tables(args, records: list[dict]) -> str:
-    parts = [
-        "## Figure 4: v_emotion of every model in every model",
-        "Token Acc in % [95 % interval], mean of six emotions, on scenarios of the other five. "
-        "Rows are targets, columns sources; on the diagonal Self-Align. "
-        f"Block {args.layer}, α chosen on validation for each pair. The {args.random} random "
-        "directions are as strong as the strongest vector of the row. Last column: above all of "
-        "them, and p < 0.001 against no vector (McNemar)",
+def tables(args, records: list[dict], method: str) -> list[str]:
+    order, shown = [None, *args.models], []
+    for target in args.models:
+        mine = select(records, target=target, metric="token_acc")
+        directions = [each for each in select(mine, method=method) if each["variant"]]
+        tested = by_method(select(mine, variant=None), method)
+        tested.sort(key=lambda each: order.index(each["source"]))
+        shown += [*tested, spread(directions, "random")]
+    ratios = by_method(select(records, metric="improvement_ratio"), method)
+    return [
+        f"{METHODS[method]}: Token Acc in % [95 % interval], mean of all emotions, on scenarios of "
+        f"the others (n = {shown[0]['n']}); rows are targets, columns sources, on the diagonal "
+        f"Self-Align; block {args.layer}, α chosen on validation for each pair. The {args.random} "
+        "random directions are as strong as the strongest vector of the row",
+        pivot(shown, short, column),
+        "Improvement ratio (none over a baseline of 0)",
+        pivot(ratios, short, column) if ratios else "none",
     ]
-    order = [None, *args.models]
-    for method in map_methods(args):
-        shown, notes = [], {}
-        for target in args.models:
-            mine = select(records, target=target, metric="token_acc")
-            directions = [each for each in mine if each["variant"]]
-            tested = by_method(select(mine, variant=None), method)
-            tested.sort(key=lambda each: order.index(each["source"]))
-            shown += [*tested, spread(directions, "random")]
-            highest = max(each["value"] for each in directions)
-            marks = []
-            for each in tested[1:]:
-                p = mcnemar(tested[0]["hits"], each["hits"])
-                if p < 0.001 and each["value"] > max(highest, tested[0]["value"]):
-                    marks.append(Path(each["source"]).name)
-            notes[Path(target).name] = f"holds for v of {', '.join(marks) or 'none'}"
-        ratios = by_method(select(records, metric="improvement_ratio"), method)
-        parts += [f"{METHODS[method]} (n = {shown[0]['n']})"]
-        parts += [pivot(shown, short, column, notes=notes)]
-        parts += ["Improvement ratio (none over a baseline of 0)"]
-        parts += [pivot(ratios, short, column) if ratios else "none"]
-    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------- figures
 
-COLOURS = dict(zip(EMOTIONS, ["#f2b134", "#3b6fb6", "#c8352b", "#4f9d69", "#8a5a9e", "#e07b39"]))
+
+def log_or_none(ratios: np.ndarray) -> np.ndarray:
+    return np.log(np.where(ratios > 0, ratios, np.nan))
 
 
 def draw_heat(args, records: list[dict], method: str):
     """Figure 4: improvement ratio and absolute improvement; rows are targets, columns sources."""
     names = [Path(name).name for name in args.models]
     size = len(names)
-    figure, axes = new_figure(ncols=2, figsize=(3.4 + 1.5 * size, 1.6 + 0.6 * size))
+    figure, axes = new_figure(ncols=2, figsize=(max(PAGE, 1.2 * size), 1.4 + 0.35 * size))
     panels = [
-        ("improvement_ratio", "improvement ratio (grey: without a vector 0)", 1, np.log),
+        ("improvement_ratio", "improvement ratio (grey: without a vector 0)", 1, log_or_none),
         ("absolute_improvement", "absolute improvement [points]", 100, lambda gain: gain),
     ]
     for axis, (metric, title, scale, colour_of) in zip(axes, panels):
@@ -446,36 +440,36 @@ def draw_heat(args, records: list[dict], method: str):
         for each in by_method(select(records, metric=metric), method):
             cell = args.models.index(each["target"]), args.models.index(each["source"])
             table[cell] = scale * each["value"]
-        colours = colour_of(np.where(table == 0, np.nan, table))
+        colours = colour_of(table)
         top = max(np.nanmax(np.abs(colours), initial=0), 1e-9)
         axis.set_facecolor("#ddd")
-        axis.imshow(colours, cmap="RdBu", vmin=-top, vmax=top)  # blue: more with v_hat
+        axis.imshow(colours, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")  # blue: more
         for (y, x), value in np.ndenumerate(table):
-            text = "" if np.isnan(value) else f"{value:.1f}" if scale == 1 else f"{value:+.0f}"
+            text = "" if np.isnan(value) else f"{value:.1f}" if scale == 1 else f"{round(value):+d}"
             dark = abs(colours[y, x]) > 0.6 * top
             style = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
-            axis.text(x, y, text, fontsize=8, **style)
+            axis.text(x, y, text, fontsize=7, **style)
         ticks = {"xticks": range(size), "yticks": range(size)}
         axis.set(**ticks, xticklabels=names, yticklabels=names, xlabel="source", title=title)
         axis.tick_params(axis="x", rotation=30)
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("target")
-    title = f"{METHODS[method]}: Token Acc on negative scenarios, mean of six emotions"
-    figure.suptitle(title, fontsize=10)
+    title = f"{METHODS[method]}: Token Acc on negative scenarios, mean of all emotions"
+    figure.suptitle(title)
     return figure
 
 
 def draw_tsne(points: dict[str, list]):
     """Figure 8: t-SNE of the states of three sizes."""
-    size = (3.2 * len(points) + 1, 3.2)
-    figure, axes = new_figure(ncols=len(points), figsize=size, squeeze=False)
+    figure, axes = new_figure(ncols=len(points), figsize=(PAGE, 2.8), squeeze=False)
     for axis, (name, states) in zip(axes[0], points.items()):
-        for part, emotion in zip(np.split(np.array(states), len(EMOTIONS)), EMOTIONS):
-            axis.scatter(*part.T, s=12, lw=0, color=COLOURS[emotion], label=emotion)
+        parts = np.split(np.array(states), len(EMOTIONS))
+        for part, emotion, colour in zip(parts, EMOTIONS, shades(len(EMOTIONS))):
+            axis.scatter(*part.T, s=10, lw=0, color=colour, label=emotion)
         axis.set(xticks=[], yticks=[], title=Path(name).name)
-    style = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes[0, -1].legend(**style)
-    figure.suptitle("t-SNE of last-token states, 20 scenarios of each emotion", fontsize=10)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6)
+    figure.suptitle("t-SNE of last-token states, 20 scenarios of each emotion")
     return figure
 
 
@@ -491,10 +485,10 @@ def main(argv=None):
         check_prompts(args, data, models, name)
     sentences = plain_texts(args.texts, models, args.models, args.sentences)
     lab = Lab(args, data, sentences, models)
-    first_prompts = [texts[0] for texts in pairs(args, data, "happiness")]
-    first_test = prompts(args, data, data.emotions["happiness"].test[:1], shots=True)
-    first_prompts += first_test
-    run = Run(__file__, args, models, [data, sentences], first_prompts, ("one_at_a_time",))
+    first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
+    first_prompts += prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
+    steps, ignore = 2 * len(args.models) + 3, ("one_at_a_time",)
+    run = Run(__file__, args, models, [data, sentences], first_prompts, ignore, steps)
 
     for name in args.models:
         lab.states[name] = run.tensors(f"states {name}", lab.collect, name)
@@ -504,10 +498,15 @@ def main(argv=None):
     records = [each for name in args.models for each in found[name]]
     three = dict.fromkeys([args.models[0], args.models[len(args.models) // 2], args.models[-1]])
     points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in three}
+    judged = {}
+    for name in args.models:
+        judged[Path(name).name] = select(records, target=name, metric="token_acc"), {}
+    headline = [verdict(judged)]
     for method in map_methods(args):
-        run.figure(draw_heat(args, records, method), f"figure_4_{method}")
-    run.figure(draw_tsne(points), "figure_8")
-    run.save(records, examples(data, records), tables(args, records))
+        headline.append(run.figure(draw_heat(args, records, method), f"figure_4_{method}"))
+        headline += tables(args, records, method)
+    figure = run.figure(draw_tsne(points), "figure_8")
+    run.save(records, examples(data, records), headline, [figure])
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

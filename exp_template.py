@@ -27,25 +27,22 @@ from common import (
     score_labels,
 )
 from harness import (
-    METHODS,
     TOY,
     Run,
     at_least,
-    beside_controls,
+    draw_strength,
     fail,
-    label,
     map_methods,
     map_options,
     model_options,
-    new_figure,
     option_parser,
     parse_options,
-    pivot,
     read_pairs,
     record,
     run_script,
     save_concept,
-    select,
+    summary,
+    verdict,
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
@@ -119,16 +116,6 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
     return records
 
 
-def draw(args, records: list[dict]):
-    figure, axis = new_figure(figsize=(6, 3.2))
-    for name in dict.fromkeys(label(each) for each in records if each["alpha"]):
-        curve = [each for each in records if label(each) in (METHODS["base"], name)]
-        axis.plot([e["alpha"] for e in curve], [e["value"] for e in curve], "o-", label=name)
-    axis.set(xlabel="steering strength α", ylabel=f"prefers “{args.labels[0]}”", ylim=(-0.02, 1.02))
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
 def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
@@ -144,18 +131,23 @@ def main(argv=None):
         models.require_labels(name, prompts(args, test)[0], args.labels)
     count = args.maps * args.sentences
     sentences = plain_texts(args.texts, models, [args.src_base, *args.tgt], count)
-    run = Run(__file__, args, models, [pairs, sentences], prompts(args, test)[:1])
-    records, report = [], []
+    first = prompts(args, test)[:1]
+    run = Run(__file__, args, models, [pairs, sentences], first, steps=len(args.tgt))
+    records, figures, judged = [], [], {}
     for target in args.tgt:
-        inputs = args, models, pairs[:half], test, sentences, target
+        name, inputs = Path(target).name, (args, models, pairs[:half], test, sentences, target)
         found = run.step(f"steer {target}", steer, *inputs)
-        shown = select(found, method="base")
         for alpha in args.alpha:
-            shown += beside_controls(select(found, alpha=alpha), {})
-        run.figure(draw(args, shown), f"strength_{Path(target).name}")
-        title = f"{Path(target).name}: prefers “{args.labels[0]}”, in %, by α (n = {len(test)})"
-        records, report = records + found, [*report, title, pivot(shown, label, "alpha")]
-    run.save(records, [], "\n\n".join(report))
+            at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
+            judged[f"{name}, α = {alpha:g}"] = at_alpha, {}
+        point = models.block(args.src, args.layer), models.block(target, args.layer, 1), None
+        points = dict.fromkeys(["self-align", *map_methods(args)], point)
+        wanted = f"prefers “{args.labels[0]}”"
+        figure = draw_strength(found, points, ylabel=wanted, title=f"{name} {wanted}")
+        figures.append(run.figure(figure, f"strength_{name}"))
+        records += found
+    title = f"How often “{args.labels[0]}” is preferred, in % (n = {len(test)})"
+    run.save(records, [], [verdict(judged), *figures, summary(title, judged)])
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from harness import (
     Run,
     add_paper_numbers,
     at_least,
+    draw_grid,
     fail,
     load_concept,
     map_methods,
@@ -67,7 +68,6 @@ from harness import (
     markdown,
     mcnemar,
     model_options,
-    new_figure,
     option_parser,
     parse_options,
     percentile,
@@ -80,6 +80,7 @@ from harness import (
     save_concept,
     select,
     spread,
+    verdict,
 )
 
 ZOO = f"{TOY}/models"
@@ -894,8 +895,8 @@ def concept_label(each: dict) -> str:
     return f"v_{each['concept']}" if each["concept"] else METHODS["base"]
 
 
-def tables(args, found: Findings) -> str:
-    """The report about one target."""
+def tables(args, found: Findings) -> list[str]:
+    """The report about one target, Table 2 first."""
     records, notes = found.records, found.notes
     rows = []
     for each in select(records, item="Table 2", group=None):
@@ -907,19 +908,18 @@ def tables(args, found: Findings) -> str:
     groups = []
     for method in ("base", *map_methods(args)):
         groups += [each for each in select(records, method=method) if each["group"]]
-    pair = f"{Path(args.src).name} -> {Path(found.target).name}"
+    pair = f"{Path(args.src).name} → {Path(found.target).name}"
     parts = [
-        f"## Table 2: {pair}",
-        pivot(rows, row_label, "metric", missing, notes),
-        "Toxic rate by group:",
+        f"Table 2: {pair}\n\n" + pivot(rows, row_label, "metric", missing, notes),
+        f"## {pair}\n\nToxic rate by group:",
         pivot(groups, "group", row_label),
         map_table(records),
-        f"## Table 7: {pair}",
+        f"Table 7: {pair}",
         notes.get("Table 7", "needs --honesty FILE (exp_truthfulqa.py --save-vector FOLDER)"),
     ]
     if two := select(records, item="Table 7"):
         parts.append(pivot(two, concept_label, "metric", notes=notes))
-    return "\n\n".join(parts)
+    return parts
 
 
 def opening(args, split: Split) -> str:
@@ -937,42 +937,15 @@ p: McNemar's, against the base model.
 # ---------------------------------------------------------------- figures
 
 
-def draw_grid(args, found: Findings):
-    """Toxic rate and perplexity over alpha (validation), one line for each pair of blocks.
-
-    Nothing is written where perplexity is above the limit: there the lines on the left end."""
-    figure, (left, right) = new_figure(ncols=2, figsize=(8.4, 4))
+def draw_validation(args, found: Findings):
+    """The toxic rate at every pair of blocks and strength; none where perplexity is too high."""
     method = map_methods(args)[-1]
     grid = select(found.records, method=method, variant=None, group=None)
-    toxic = select(grid, part="validation")
+    toxic, ratios = select(grid, part="validation"), select(grid, metric="perplexity_ratio")
     [best] = select(grid, item="Table 2", metric="perplexity")
-    limit = args.max_ppl_ratio
-    draw_lines(left, toxic, best, start=np.mean(found.toxic["base"]))
-    draw_lines(right, select(grid, metric="perplexity_ratio"), best, start=1)
-    right.axhspan(1, limit, color="green", alpha=0.1, lw=0, label=f"allowed: up to {limit:g}")
-    left.set(title="toxic continuations", ylabel=f"toxic rate, n = {toxic[0]['n']}")
-    left.set(ylim=(0, 1.05))
-    right.set(title="perplexity of OpenWebText", ylabel="times that of α = 0")
-    right.set(ylim=(1 - 0.3 * (limit - 1), 1 + 3 * (limit - 1) + 0.01))
-    pair = f"{Path(args.src).name} → {Path(found.target).name}"
-    figure.suptitle(f"{METHODS[method]}, {pair}, validation")
-    figure.legend(*right.get_legend_handles_labels(), ncols=4, loc="outside lower center")
-    return figure
-
-
-def draw_lines(axes, records: list[dict], best: dict, start: float) -> None:
-    """Value over alpha, from `start` at alpha = 0. The chosen pair of blocks is the thick line."""
-    lines: dict = {}
-    for each in sorted(records, key=lambda each: each["alpha"]):
-        blocks = each["source_block"], each["block"]
-        lines.setdefault(blocks, [(0, start)]).append((each["alpha"], each["value"]))
-    for blocks, points in sorted(lines.items()):
-        chosen = blocks == (best["source_block"], best["block"])
-        width, label = (3, ", chosen") if chosen else (1, "")
-        label = f"block {blocks[0]} → {blocks[1]}{label}"
-        axes.plot(*zip(*points), "o-", ms=3, lw=width, label=label)
-    axes.axvline(best["alpha"], color="gray", ls=":")
-    axes.set_xlabel("steering strength α")
+    names = f"{METHODS[method]}, {Path(args.src).name} → {Path(found.target).name}"
+    title = f"{names}: toxic rate [%] on {toxic[0]['n']} validation prompts (perplexity)"
+    return draw_grid(title, toxic, ratios, [best[key] for key in Point._fields])
 
 
 # ---------------------------------------------------------------- main
@@ -990,17 +963,25 @@ def main(argv=None):
     honesty = [path and path.read_bytes().hex() for path in args.honesty]
     inputs = [data, honesty, models.fingerprint(args.classifier)]
     first_prompts = [data.concepts["fairness"][0][0], template.continue_list(data.split.test[0])]
-    run = Run(__file__, args, models, inputs, first_prompts)
+    steps = len(args.tgt) * (14 + args.maps + 3 * args.random)
+    run = Run(__file__, args, models, inputs, first_prompts, steps=steps)
 
-    records, examples, report = [], [], [opening(args, data.split)]
+    records, examples, report, judged = [], [], [opening(args, data.split)], {}
+    figures, main_tables = [], []
     for target, honesty in zip(args.tgt, args.honesty):
         found = one_target(args, run, lab, target, honesty)
         add_paper_numbers(found.records, PAPER_NAMES)
-        report.append(tables(args, found))
-        run.figure(draw_grid(args, found), f"grid_{Path(target).name}")
+        name = Path(target).name
+        figures.append(run.figure(draw_validation(args, found), f"grid_{name}"))
+        table, *others = tables(args, found)
+        main_tables.append(table)
+        report += others
+        rates = select(found.records, item="Table 2", metric="toxic_rate", part="test", group=None)
+        judged[name] = rates, {}
         records += found.records
         examples += found.examples
-    run.save(records, examples, "\n\n".join(report))
+    headline = [verdict(judged, lower=True), *figures, *main_tables]
+    run.save(records, examples, headline, report)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ from harness import (
     add_paper_numbers,
     at_least,
     beside_controls,
+    draw_grid,
+    draw_strength,
     effect_notes,
     export_concept,
     fail,
@@ -62,7 +64,6 @@ from harness import (
     markdown,
     mcnemar,
     model_options,
-    new_figure,
     option_parser,
     parse_options,
     pivot,
@@ -75,6 +76,8 @@ from harness import (
     select,
     share,
     spread,
+    summary,
+    verdict,
 )
 
 ZOO = f"{TOY}/models"
@@ -830,10 +833,10 @@ def score_rows(run, lab, rows):
 
 
 def one_target(args, run, lab, part):
-    """(records, examples, report) of Table 1 for one target."""
+    """(records, examples, report) of Table 1 for one target; the report begins with its figure."""
     name = Path(part.rows[0].host).name
     records, examples = score_rows(run, lab, part.rows)
-    measured, points = [], {}
+    measured, points, figures = [], {}, []
     for row in part.rows:
         if row.method in map_methods(args):
             grid = validated(run, lab, row)
@@ -842,8 +845,11 @@ def one_target(args, run, lab, part):
             step = f"{row.step}, maps, norms, perplexity"
             found = run.step(step, lab.measure, row, points[row])
             measured += [each for each in found if each not in measured]  # the base is in both
-            figure = draw_grid(args, row, grid, points[row])
-            run.figure(figure, f"grid_{row.method}_{name}")
+            names = f"{METHODS[row.method]}, {Path(args.src).name} → {name}"
+            title = f"MC1 [%] on {grid[0]['n']} validation questions (random directions)\n{names}"
+            tried = select(grid, variant=None), select(grid, variant="random")
+            figure = draw_grid(title, *tried, points[row])
+            figures.append(run.figure(figure, f"grid_{row.method}_{name}"))
     table = []
     alphas = {row.method: point.alpha for row, point in points.items()}
     for metric in ("mc1", "mc2"):
@@ -852,7 +858,13 @@ def one_target(args, run, lab, part):
     mine = select(records, metric="mc1")
     rows = [each for each in table if each["variant"] in (None, "75 % depth")]
     notes = effect_notes(mine, alphas) | row_notes(rows)
-    run.figure(draw_strength(args, points, mine, lab.data.test), f"alpha_{name}")
+    chosen = {row.method: point for row, point in points.items()}
+    title = f"TruthfulQA: {Path(args.src).name} → {name} (vertical: α chosen)"
+    figure = draw_strength(mine, chosen, ylabel="MC1", title=title)
+    guessing = chance(lab.data.test)
+    figure.axes[0].axhline(guessing, color="#bbb", lw=1, zorder=0)
+    figure.axes[0].text(0, guessing, "chance", va="bottom", fontsize=7, color="#666")
+    curves = run.figure(figure, f"alpha_{name}")
 
     # Categories, vectors and texts, of the local map if there is one
     groups = []
@@ -863,8 +875,10 @@ def one_target(args, run, lab, part):
     run.step(f"{row.host} saved, {args.save_vector}", lab.save, row, points[row], *folders)
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
-        f"## Table 1: {Path(args.src).name} -> {name}{paper}",
+        curves,
+        f"## Table 1: {Path(args.src).name} → {name}{paper}",
         print_table(table, part, notes),
+        *figures,
         map_table(measured),
         "Perplexity of plain sentences",
         pivot(select(measured, metric="perplexity"), label, "metric"),
@@ -877,7 +891,7 @@ def one_target(args, run, lab, part):
         examples += texts
         lines = [[text[:60] for text in each.values()] for each in texts]
         report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
-    return records + measured + groups, examples, "\n\n".join(report)
+    return records + measured + groups, examples, report
 
 
 def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
@@ -899,7 +913,7 @@ def other_table(args, run, lab, part):
     """As one_target, for the tables without controls."""
     records, examples = score_rows(run, lab, part.rows)
     title = f"## Table {part.table}: {TITLES[part.table]}"
-    return records, examples, f"{title}\n\n{print_table(records, part, row_notes(records))}"
+    return records, examples, [title, print_table(records, part, row_notes(records))]
 
 
 # ---------------------------------------------------------------- records
@@ -957,16 +971,15 @@ def print_table(records, part, notes) -> str:
     return pivot(records, row_name, lambda each: each["metric"].upper(), part.missing, notes)
 
 
-def summary(args, records) -> str:
-    """MC1 of Table 1, a column for each target."""
-    shown = []
+def judged(args, records) -> dict[str, tuple]:
+    """MC1 of Table 1 and the chosen strengths, of each target."""
+    found = {}
     mine = select(records, item="Table 1", metric="mc1", part="test", group=None)
     for target in args.tgt:
-        found = select(mine, target=target)
-        chosen = select(found, variant="shuffled map")
-        shown += beside_controls(found, {each["method"]: each["alpha"] for each in chosen})
-    title = f"## Summary: MC1 in %, v of {Path(args.src).name}"
-    return f"{title}\n\n{pivot(shown, label, lambda each: Path(each['target']).name)}"
+        own = select(mine, target=target)
+        chosen = select(own, variant="shuffled map")
+        found[Path(target).name] = own, {each["method"]: each["alpha"] for each in chosen}
+    return found
 
 
 def opening(args, data, first: str) -> str:
@@ -981,96 +994,18 @@ def opening(args, data, first: str) -> str:
     )
 
 
-# ---------------------------------------------------------------- figures
-
-
-COLOURS = {"contrans": "#2f6db2", "contrans-local": "#2e8b57"}
-
-
-def draw_curve(axis, records, label: str, **style) -> None:
-    """Values against alpha, and their intervals or ranges as a band."""
-    records = sorted(records, key=lambda each: each["alpha"])
-    keys = ("alpha", "value", "low", "high")
-    alphas, values, low, high = [[each[key] for each in records] for key in keys]
-    axis.plot(alphas, values, marker="o", label=label, **style)
-    axis.fill_between(alphas, low, high, color=style["color"], alpha=0.15, lw=0)
-
-
-def draw_strength(args, points, records, test):
-    """MC1 against alpha by each map, with random directions, and the baselines as lines."""
-    figure, axis = new_figure(figsize=(7.4, 3.6))
-    for row, point in points.items():
-        mine = select(records, method=row.method)
-        colour = COLOURS[row.method]
-        curve = select(records, method="base") + select(mine, variant=None)
-        name = f"{METHODS[row.method]}, block {point.block}"
-        draw_curve(axis, curve, name, color=colour)
-        controls = [each for each in mine if (each["variant"] or "").startswith("random")]
-        directions = [spread(select(controls, alpha=alpha), "random") for alpha in args.alpha]
-        name = f"{args.random} random directions, block {point.block}, range"
-        draw_curve(axis, directions, name, color=colour, ls=":", ms=3)
-        axis.plot(point.alpha, 0, "^", color=colour, clip_on=False)
-    for method, style in {"align-training": "--", "self-align": "-.", "eft": ":"}.items():
-        for each in select(records, method=method):
-            axis.axhline(
-                each["value"],
-                color="#c8352b",
-                lw=1,
-                ls=style,
-                label=METHODS[method],
-            )
-    axis.axhline(chance(test), color="#bbb", lw=1, label="chance")
-    title = f"TruthfulQA: {Path(args.src).name} → {Path(row.host).name} (▲: α chosen on validation)"
-    axis.set(
-        xlabel="steering strength α",
-        ylabel="MC1 [95 %]",
-        ylim=(0, None),
-        title=title,
-    )
-    axis.legend(
-        frameon=False,
-        fontsize=8,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-    )
-    return figure
-
-
-def draw_grid(args, row, grid, best):
-    """MC1 on the validation questions at every block and strength; the chosen point is bold."""
-    ours, others = select(grid, variant=None), select(grid, variant="random")
-    pairs = list(dict.fromkeys((each["source_block"], each["block"]) for each in ours))
-    shape = len(pairs), len(args.alpha)
-    values = np.reshape([100 * each["value"] for each in ours], shape)
-    figure, axis = new_figure(figsize=(1.6 + 0.8 * shape[1], 1.4 + 0.5 * shape[0]))
-    axis.imshow(
-        values,
-        cmap="Blues",
-        vmin=0,
-        vmax=2 * max(1, values.max()),
-        aspect="auto",
-    )
-    for each, other in zip(ours, others):
-        pair = each["source_block"], each["block"]
-        x = args.alpha.index(each["alpha"])
-        y = pairs.index(pair)
-        text = f"{100 * each['value']:.0f} ({100 * other['value']:.0f})"
-        weight = "bold" if (*pair, each["alpha"]) == best else "normal"
-        axis.text(x, y, text, ha="center", va="center", weight=weight)
-    title = f"MC1 [%] on {ours[0]['n']} validation questions (random directions)"
-    axis.set(
-        xticks=range(shape[1]),
-        xticklabels=args.alpha,
-        yticks=range(shape[0]),
-        yticklabels=["{} → {}".format(*pair) for pair in pairs],
-        xlabel="steering strength α",
-        ylabel="blocks",
-        title=f"{METHODS[row.method]}, {Path(args.src).name} → {Path(row.host).name}\n{title}",
-    )
-    return figure
-
-
 # ---------------------------------------------------------------- main
+
+
+def expected_steps(args, parts: list[Part]) -> int:
+    """About how many steps the run will take; a point that is chosen twice is one step."""
+    names = set()
+    for part in parts:
+        for row in part.rows:
+            names |= {row.step, f"{row.step}, validation"} if row.vector else {row.step}
+            if part.table == "1" and row.method in map_methods(args):
+                names |= {f"{row.step} {n}" for n in range(len(args.alpha) + 2)}
+    return len(names) + len(args.tgt)
 
 
 def main(argv=None):
@@ -1097,22 +1032,29 @@ def main(argv=None):
         models.require_fit(vector.model, positive + negative)
         first_prompts += [positive[0], negative[0]]
     inputs = [data, *map(models.fingerprint, sorted(names))]
-    run = Run(__file__, args, models, inputs, first_prompts, ignore=("generate", "save_vector"))
+    ignore = ("generate", "save_vector")
+    steps = expected_steps(args, parts)
+    run = Run(__file__, args, models, inputs, first_prompts, ignore, steps)
     lab = Lab(args, data, models, rows)
 
     report = [opening(args, data, first_prompts[0])]
-    records, examples = [], []
+    records, examples, figures = [], [], []
     for part in parts:
         score = one_target if part.table == "1" else other_table
-        found, answers, text = score(args, run, lab, part)
-        report.append(text)
+        found, answers, texts = score(args, run, lab, part)
+        figures += texts[:1] if part.table == "1" else []
+        report += texts[1:] if part.table == "1" else texts
         records += found
         examples += answers
     for name, result in lab.done.items():
         records += result if name.endswith("validation") else []
-    if len(parts) > 1 or args.table == "1":
-        report.append(summary(args, records))
-    run.save(records, examples, "\n\n".join(report))
+    if args.table in ("1", "all"):
+        targets = judged(args, records)
+        title = f"MC1 in %, v of {Path(args.src).name}"
+        headline = [verdict(targets), *figures, summary(title, targets)]
+        run.save(records, examples, headline, report)
+    else:
+        run.save(records, examples, report)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 1  Options     of all scripts; bad input ends with one line and exit code 2
 2  Files       read with errors that name file and line; written whole or not at all
 3  NDIF        what is checked before any work, and how a job is sent and retried
-4  Runs        a folder for each run, whose steps are computed once
-5  Records     one number each, with its interval; tables are made from them
+4  Runs        a folder for each run, whose steps are computed once; its report and figures
+5  Records     one number each, with its interval; verdict and tables are made from them
 6  Vectors     concept vectors on disk, and in the formats of other programs
+
+    python harness.py runs [FOLDER]    the runs in a folder of results, and what they found
+    python harness.py compare A B      two run folders side by side
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import csv
 import errno
@@ -31,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
+from tqdm import tqdm
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 TOY = ROOT / "data" / "toy"
@@ -193,6 +198,7 @@ def option_parser(
     )
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="of the run folders")
     add("--fresh", action="store_true", help="start over instead of continuing an earlier run")
+    add("--quiet", action="store_true", help="no progress, only the result")
     add("--no-cache", action="store_true", help="neither read nor write cached hidden states")
     add("--allow-pickle", action="store_true", help="load weights that can run any code")
     add("--trust-remote-code", action="store_true", help="run Python that comes with a model")
@@ -235,10 +241,14 @@ def parse_options(
     args.texts = args.texts or args.data / "wikisplit" / "validation.tsv"
     if args.family == "custom" and TOY in args.texts.parents:
         print("note: maps are fitted on text of the toy world; your models need --texts or --data")
+    if (args.sentences or 100) < 100:
+        n = args.sentences - int(args.sentences * 0.2)
+        print(f"note: {n} sentences fit each affine map, which says little (paper: 1600)")
     if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
     folder = os.environ.get("CONTRANS_CACHE", ROOT / "cache")
     CACHE["folder"] = None if args.no_cache else folder
+    PROGRESS["quiet"] = args.quiet
     return args
 
 
@@ -519,18 +529,27 @@ def _run_packs(nn, make, fixed: tuple, packs: list[dict]) -> list:
 # ================================================================ 4  Runs
 
 
+PROGRESS = {"quiet": False}
+
+
+def progress_bar(total: int, text: str, **options) -> tqdm:
+    """A progress bar, on a terminal only, and not under --quiet."""
+    return tqdm(total=total, desc=text, disable=PROGRESS["quiet"] or None, **options)
+
+
 class Run:
     """The folder of one run: <out>/<script>/<source>--<targets>--<hash>/.
 
-        run = Run(__file__, args, models, data, first_prompts)
+        run = Run(__file__, args, models, data, first_prompts, steps=20)
         result = run.step("llama-m eft", function, argument, …)     computed once; any JSON value
-        run.figure(figure, "figure_2a"); run.save(records, examples, report)
+        image = run.figure(figure, "figure_2a")                     to stand in the report
+        run.save(records, examples, [verdict(…), image, table], [more, …])
 
     The hash covers arguments, models, data and the source of the script, common.py and harness.py:
     the same command continues where it stopped, and an edited script starts a run of its own."""
 
-    def __init__(self, script, args, models, data=None, first_prompts=(), ignore=()):
-        # ignore: options that change no result of a step
+    def __init__(self, script, args, models, data=None, first_prompts=(), ignore=(), steps=0):
+        # ignore: options that change no result of a step; steps: about how many there will be
         names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
         names = [name for name in dict.fromkeys(names) if name]
         inputs = {
@@ -538,7 +557,7 @@ class Run:
             "data": _digest(json.loads(json.dumps(data))),
             "first prompts": first_prompts,
         }
-        skipped = {"command", "out", "fresh", "no_cache", "batch_tokens", *ignore}
+        skipped = {"command", "out", "fresh", "quiet", "no_cache", "batch_tokens", *ignore}
         settings = {k: v for k, v in vars(args).items() if k not in skipped}
         settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
         sources = [Path(script), Path(__file__), Path(__file__).with_name("common.py")]
@@ -546,13 +565,14 @@ class Run:
         self.id = _digest([settings, inputs, list(code.values())])[:8]
         self.args = args
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
+        self.title = f"{Path(script).stem}: {short[0]} → {', '.join(short[1:])}"
         name = f"{short[0]}--{'+'.join(short[1:])[:120]}--{self.id}"
         self.folder = args.out / Path(script).stem / name
         self.steps = self.folder / "steps"
         self.reused, self.computed = set(), set()  # names of steps
         if args.fresh and self.steps.exists():
-            for path in self.steps.iterdir():
-                path.unlink()
+            for path in [*self.steps.iterdir(), self.folder / "report.md"]:
+                path.unlink(missing_ok=True)
         about = {"command": args.command, "args": settings, "inputs": inputs, "code": code}
         _write_file(self.folder / "args.json", json.dumps(about, indent=1) + "\n")
         if not self.steps.exists() or args.fresh:
@@ -560,52 +580,62 @@ class Run:
                 self.folder / "environment.json", json.dumps(_environment(), indent=1) + "\n"
             )
         self.steps.mkdir(exist_ok=True)
+        form = "{n_fmt}/{total_fmt} steps |{bar}| {elapsed}, {remaining} left{postfix}"
+        self.bar = progress_bar(steps, "", bar_format=form, leave=False)
 
     def step(self, name: str, function, *args, **kwargs):
         """function(*args, **kwargs), which must be JSON, from the folder if it was computed
         before."""
-        path = self._path(name, "json")
-        self._count(name, path)
-        if not path.exists():
-            _write_file(path, json.dumps(function(*args, **kwargs)))
-        return self._read(path, lambda path: json.loads(path.read_text()))
+
+        def compute():
+            return json.dumps(function(*args, **kwargs))
+
+        return self._once(name, "json", compute, lambda path: json.loads(path.read_text()))
 
     def tensors(self, name: str, function, *args, **kwargs) -> dict:
         """As step, for a dictionary of tensors."""
         from safetensors.torch import load, save
 
-        path = self._path(name, "safetensors")
-        self._count(name, path)
-        if not path.exists():
+        def compute():
             tensors = function(*args, **kwargs)
-            _write_file(path, save({key: each.contiguous() for key, each in tensors.items()}))
-        return self._read(path, lambda path: load(path.read_bytes()))
+            return save({key: each.contiguous() for key, each in tensors.items()})
 
-    def done(self, name: str) -> bool:
-        """Whether a step's result is there already."""
-        return self._path(name, "json").exists() or self._path(name, "safetensors").exists()
+        return self._once(name, "safetensors", compute, lambda path: load(path.read_bytes()))
 
-    def _path(self, name: str, suffix: str) -> Path:
-        short = re.sub(r"[^\w.-]+", "-", name)[:60]  # two names may shorten to one
-        return self.steps / f"{short}-{_digest(name)[:6]}.{suffix}"
-
-    def _count(self, name: str, path: Path) -> None:
+    def _once(self, name: str, suffix: str, compute, read):
+        path = self._path(name, suffix)
         if path.exists():
             self.reused |= {name} - self.computed
         else:
             self.computed.add(name)
-            print(f"[{time.strftime('%H:%M:%S')}] {name}", file=sys.stderr)
-
-    @staticmethod
-    def _read(path: Path, read):
+            number = len(self.reused | self.computed)
+            self.bar.total = max(self.bar.total or 0, number)
+            self.bar.set_postfix_str(name[:60])
+            if self.bar.disable and not PROGRESS["quiet"]:
+                total = max(self.bar.total, number)
+                print(f"[{time.strftime('%H:%M:%S')}] {number}/{total} {name}", file=sys.stderr)
+            _write_file(path, compute())
+        self.bar.initial = len(self.reused)  # of which the time left knows nothing
+        self.bar.n = len(self.reused | self.computed)
+        self.bar.refresh()
         try:
             return read(path)
         except Exception as error:  # each format has its own
             fail(f"{path} is damaged ({type(error).__name__}); remove it to compute it again")
 
-    def save(self, records: list[dict], examples: list[dict], report: str) -> None:
-        """Write records.csv, records.jsonl, examples.jsonl and report.md, and print the report."""
-        names = ("seed", "refine", "norm", "protocol", "intercept", "ridge", "rcond", "sentences")
+    def _path(self, name: str, suffix: str) -> Path:
+        short = re.sub(r"[^\w.-]+", "-", name)[:60]  # two names may shorten to one
+        return self.steps / f"{short}-{_digest(name)[:6]}.{suffix}"
+
+    def save(self, records: list[dict], examples: list[dict], headline: list[str], more=()) -> None:
+        """Write records.csv, records.jsonl, examples.jsonl, report.md and report.html.
+
+        headline: Markdown of the verdict, the headline figure and the headline table, which are
+        also printed; more: further tables and figures."""
+        self.bar.close()
+        names = (
+            "seed", "refine", "map", "norm", "protocol", "intercept", "ridge", "rcond", "sentences",
+        )  # fmt: skip
         about = {name: getattr(self.args, name, None) for name in names}
         columns = [*RECORD, "run", *names]
         records = [each | {"run": self.id} | about for each in records]
@@ -618,24 +648,81 @@ class Run:
         for name, rows in (("records", records), ("examples", examples)):
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             _write_file(self.folder / f"{name}.jsonl", lines)
-        _write_file(self.folder / "report.md", report + "\n")
-        print(f"\n{report}\n\n{self.folder}")
+        if NDIF_STATS["requests"]:
+            _write_file(self.folder / "ndif.json", json.dumps(NDIF_STATS, indent=1) + "\n")
+        title = f"# {self.title}"
+        report = "\n\n".join(filter(None, [title, *headline, *more, _details(self.folder)])) + "\n"
+        _write_file(self.folder / "report.html", _html(self.title, report, self.folder))
+        _write_file(self.folder / "report.md", report)  # last: a run that has it is whole
+        shown = [part for part in [title, *headline] if not part.startswith("![")]
+        print("\n" + "\n\n".join(shown), f"\nreport.html, records and figures:\n{self.folder}")
         if self.reused:
             total = len(self.reused) + len(self.computed)
             print(f"{len(self.reused)} of {total} steps come from an earlier run")
         if NDIF_STATS["requests"]:
-            _write_file(self.folder / "ndif.json", json.dumps(NDIF_STATS, indent=1) + "\n")
             print("NDIF: " + ", ".join(f"{count} {name}" for name, count in NDIF_STATS.items()))
 
-    def figure(self, figure, name: str) -> None:
-        """Save a matplotlib figure as PNG and PDF, and close it."""
+    def figure(self, figure, name: str) -> str:
+        """Save a matplotlib figure as PNG and PDF, close it, and return its line in the report."""
         import matplotlib.pyplot as plt
 
         for suffix in ("png", "pdf"):
             path = self.folder / f"{name}.{suffix}"
-            options = {"format": suffix, "dpi": 150, "bbox_inches": "tight"}
+            options = {"format": suffix, "dpi": 200, "bbox_inches": "tight"}
             _write_file(path, lambda file: figure.savefig(file, **options))
         plt.close(figure)
+        return f"![{name}]({name}.png)"
+
+
+def _details(folder: Path) -> str:
+    """The last section of a report: settings, models, environment and prompts of a run."""
+    about = read_json(folder / "args.json")
+    settings = about["args"] | about["inputs"]["models"] | read_json(folder / "environment.json")
+    rows = [[name, json.dumps(value)] for name, value in settings.items()]
+    prompts = ["~~~text\n" + prompt + "\n~~~" for prompt in about["inputs"]["first prompts"]]
+    return "\n\n".join(["## Details", markdown(["", ""], rows), *prompts])
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.85rem; }
+th, td { border-bottom: 1px solid #8886; padding: 0.2rem 0.7rem; text-align: left; }
+td:first-child, td:last-child { min-width: 8rem; }
+img { background: white; display: block; max-width: 100%; margin: 1rem 0; max-height: 28rem; }
+pre { background: #8882; overflow-x: auto; padding: 0.5rem; white-space: pre-wrap; }
+@media print { body { font-size: 10pt; max-width: none; } table { display: table; } }
+"""
+
+
+def _html(title: str, report: str, folder: Path) -> str:
+    """A report as one file, its figures inside; what a model wrote is never taken for HTML."""
+    from markdown_it import MarkdownIt
+
+    def inside(match) -> str:
+        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = MarkdownIt("js-default").render(report)
+    body = re.sub(r"(?<=[\d,\]]) (?=[\d\[(%])", "&nbsp;", body)  # a number stays with its interval
+    body = re.sub(r'src="([^":/]+\.png)"', inside, body)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    title = f"<title>{title}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}{title}</head><body>{body}</body></html>\n'
+
+
+# ---------------------------------------------------------------- figures
+
+COLUMN, PAGE = 3.4, 6.9  # inches: the widths of a paper's column and of its page
+_LOOKS = {  # colour, marker and line, different in grey too
+    "base": "#000000 x :",
+    "align-training": "#b2182b v --",
+    "self-align": "#b2182b ^ -.",
+    "eft": "#b2182b d :",
+    "contrans": "#2166ac s --",
+    "contrans-local": "#1b7837 o -",
+}
+LOOK = {name: dict(zip(("color", "marker", "ls"), _LOOKS[name].split())) for name in _LOOKS}
 
 
 def new_figure(**size):
@@ -645,9 +732,96 @@ def new_figure(**size):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 8}
+    style |= {"legend.frameon": False, "legend.fontsize": 7, "axes.titlesize": 8}
+    style |= {"figure.titlesize": 8, "lines.markersize": 4, "lines.linewidth": 1.2}
     plt.rcParams.update(style)
     return plt.subplots(layout="constrained", **size)
+
+
+def shades(count: int) -> list:
+    """Colours from dark to light for so many lines or bars, different in grey too."""
+    import matplotlib
+
+    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def draw_curve(axis, x, records: list[dict], name: str, **style) -> None:
+    """Values of records over x, and their intervals or ranges as a band."""
+    value, low, high = [[each[key] for each in records] for key in ("value", "low", "high")]
+    axis.plot(x, value, label=name, **style)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+
+
+def draw_strength(records: list[dict], points: dict, **axes):
+    """A figure: the effect of each method over alpha, beside the highest of its random directions.
+
+    records: of one metric and target. points: {method: (source block, block, the alpha chosen)}.
+    Other methods are horizontal lines. axes: of matplotlib's Axes.set."""
+    figure, axis = new_figure(figsize=(COLUMN, 3.2))
+    [base] = select(records, method="base", variant=None)
+    for method, point in points.items():
+        mine = select(records, method=method, source_block=point[0], block=point[1])
+        mine = sorted(mine, key=lambda each: each["alpha"])
+        curve = [base, *select(mine, variant=None)]
+        draw_curve(axis, [e["alpha"] for e in curve], curve, METHODS[method], **LOOK[method])
+        highest: dict = {}
+        for each in mine:
+            if (each["variant"] or "").startswith("random "):
+                highest.setdefault(each["alpha"], []).append(each["value"])
+        if len(highest) > 1:
+            look = LOOK[method] | {
+                "ls": ":",
+                "marker": ".",
+                "label": "its highest random direction",
+            }
+            axis.plot(list(highest), [max(found) for found in highest.values()], **look)
+        if point[2]:
+            axis.axvline(point[2], color=LOOK[method]["color"], lw=0.5)
+    for method in METHODS:
+        if method in LOOK and method not in points:
+            for each in select(records, method=method, variant=None):
+                look = LOOK[method] | {"marker": "", "lw": 1}
+                axis.axhline(each["value"], label=METHODS[method], **look)
+    axis.set(xlabel="steering strength α", **axes)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_grid(title: str, grid: list[dict], others: list[dict], best):
+    """A figure: a validation grid, blocks by strengths, the chosen point framed.
+
+    others: what stands in brackets at the same points. best: (source block, block, alpha)."""
+    points = [(e["source_block"], e["block"], e["alpha"]) for e in [*grid, *others]]
+    pairs = sorted({point[:2] for point in points})
+    alphas = sorted({point[2] for point in points})
+    shown = np.full((len(pairs), len(alphas)), np.nan)
+    texts: dict = {}
+    for each, point in zip([*grid, *others], points):
+        cell = pairs.index(point[:2]), alphas.index(point[2])
+        value = each["value"]
+        text = f"×{value:.2f}" if value < 10 else f"×{value:.0f}"
+        text = f"{100 * value:.0f}" if each["metric"] in RATES else text
+        if len(texts.setdefault(cell, [])) or each["metric"] != grid[0]["metric"]:
+            text = f"({text})"
+        else:
+            shown[cell] = value
+        texts[cell].append(text)
+    size = (max(COLUMN, 0.8 + 0.66 * len(alphas)), 0.9 + 0.28 * len(pairs))
+    figure, axis = new_figure(figsize=size)
+    axis.imshow(shown, cmap="Greys", vmin=0, vmax=2 * np.nanmax(shown, initial=0.01), aspect="auto")
+    for (y, x), text in texts.items():
+        axis.text(x, y, " ".join(text), ha="center", va="center", fontsize=7)
+    x, y = alphas.index(best[2]), pairs.index(tuple(best[:2]))
+    frame = {"fill": False, "lw": 1.5, "clip_on": False, "zorder": 3}
+    axis.add_patch(figure.patch.__class__((x - 0.5, y - 0.5), 1, 1, **frame))
+    ticks = {"xticks": range(len(alphas)), "yticks": range(len(pairs))}
+    names = {"xticklabels": [f"{alpha:g}" for alpha in alphas]}
+    names["yticklabels"] = ["{} → {}".format(*pair) for pair in pairs]
+    axis.set(**ticks, **names, xlabel="steering strength α", ylabel="blocks", title=title)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
 
 
 def _environment() -> dict:
@@ -685,7 +859,7 @@ METHODS = {
     "eft": "EFT/proxy-tuning",
     "contrans": "ConTrans",
     "contrans-local": "ConTrans, local map",
-    "gradient-descent": "Map by gradient descent (App. A)",
+    "gradient-descent": "Map by gradient descent (App. A), may not converge",
 }
 
 
@@ -736,6 +910,7 @@ VARIANTS = {
     "other": "other concepts' vectors [range]",
     "shuffled map": "map of shuffled texts",
 }
+CONTROLS = ("random", "other", "shuffled map")  # what a vector must be above
 
 
 def label(each: dict) -> str:
@@ -764,6 +939,71 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
             elif found:
                 shown.append(spread(found, kind))
     return shown
+
+
+def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False) -> str:
+    """One line for each target: which vector moves it further than every control does.
+
+    targets: {name: (records of one metric, alpha of each method)}. lower: is less better? A vector
+    holds if it is better than no vector and than its strongest control, each with p < 0.05. That
+    control is the best of its random directions, other concepts' vectors and shuffled maps."""
+    lines = []
+    for target, (records, alphas) in targets.items():
+        here = [e for e in records if e["alpha"] == alphas.get(e["method"], e["alpha"])]
+        [base] = select(here, method="base", variant=None)
+        own = select(here, method="self-align", variant=None)
+        parts = [f"{label(each)} {_percent(each)}" for each in own]
+        last = None  # the control that was spoken of last
+        for ours in select(here, variant=None):
+            same = select(here, method=ours["method"])
+            controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
+            if controls and ours not in own:
+                sign = -1 if lower else 1
+                strongest = max(controls, key=lambda each: sign * each["value"])
+                name = label(ours)
+                if len(select(same, variant=None)) > 1:
+                    name += f" of {Path(ours['source']).name}"
+                parts.append(f"{name} {_judge(ours, base, strongest, sign)}")
+                if strongest is not last:
+                    control = strongest["variant"]
+                    parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
+                last = strongest
+        lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
+    rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
+    return "\n".join([*lines, f"\nA vector holds if it is {rule}; both p stand behind its rate."])
+
+
+def _judge(ours: dict, base: dict, strongest: dict, sign: int) -> str:
+    """What the verdict says about one vector and its strongest control; sign -1: less is better."""
+    p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
+    moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
+    above = sign * (ours["value"] - strongest["value"]) > 0 and p_control < 0.05
+    outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
+    outcome = "**holds**" if above else outcome
+    outcome = outcome if moved else "**does not move it**"
+    return f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
+
+
+def _p_value(before, after) -> float:
+    """p of a difference of two rates: McNemar's, or Fisher's if the items are not the same."""
+    from scipy.stats import fisher_exact
+
+    if len(before) == len(after):
+        return mcnemar(before, after)
+    counts = [[sum(hits), len(hits) - sum(hits)] for hits in (before, after)]
+    return float(fisher_exact(counts).pvalue)
+
+
+def _percent(each: dict) -> str:
+    return f"{100 * each['value']:.1f} %"
+
+
+def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]]) -> str:
+    """The records of the verdict as a table, one column a target: methods and their controls."""
+    shown = []
+    for target, (records, alphas) in targets.items():
+        shown += [each | {"target": target} for each in beside_controls(records, alphas)]
+    return f"{title}\n\n{pivot(shown, label, 'target')}"
 
 
 def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str]:
@@ -891,7 +1131,9 @@ def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, note
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
+    """A Markdown table; what stands in a cell is text, not Markdown."""
+    rows = [[re.sub(r"([|*`<\\])", r"\\\1", str(cell)) for cell in row] for row in rows]
+    rows = [[re.sub(r"\s*\n\s*", " ", cell) for cell in row] for row in rows]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
@@ -946,6 +1188,8 @@ def save_concept(path: Path, vector, **about) -> None:
     """Write a concept vector [d] as safetensors that says what it is (REQUIRED and more)."""
     from safetensors.torch import save
 
+    if vector.dim() != 1:
+        raise ValueError(f"vector must be [d], not {tuple(vector.shape)}")
     if missing := REQUIRED - set(about):
         raise ValueError(
             f"a concept vector must say what it is; missing: {', '.join(sorted(missing))}"
@@ -953,7 +1197,7 @@ def save_concept(path: Path, vector, **about) -> None:
     site = {"site": "residual stream after the block", "token": "last"}
     about = {**site, "sign": "positive minus negative", **about}
     metadata = {"concept_vector": json.dumps(about)}
-    _write_file(path, save({"vector": vector.float().contiguous()}, metadata))
+    _write_file(Path(path), save({"vector": vector.float().contiguous()}, metadata))
 
 
 def load_concept(path: Path, model=None) -> tuple:
@@ -976,9 +1220,11 @@ def export_concept(path: Path, model, vector, layer: int, alpha: float) -> None:
 
     PATH.pt: lm-evaluation-harness, `--model steered --model_args …,steer_path=PATH.pt`.
     PATH.gguf: llama.cpp, `--control-vector PATH.gguf`; it has no control vector after block 0."""
-    vector = vector.float().cpu()
-    if not 0 <= layer < model.n_layers:
-        raise ValueError(f"block {layer} does not exist in {model.name}")
+    path, vector, width = Path(path), vector.float().cpu(), model.config.hidden_size
+    if not isinstance(layer, int) or not 0 <= layer < model.n_layers:
+        raise ValueError(f"layer: block {layer} does not exist in {model.name}")
+    if vector.shape != (width,):
+        raise ValueError(f"vector must be [{width}] for {model.name}, not {tuple(vector.shape)}")
     if path.suffix == ".pt":
         _export_steered(path, model.nn._module, model.nn.layers[layer]._module, vector, alpha)
     elif path.suffix == ".gguf":
@@ -1023,3 +1269,85 @@ def _export_gguf(path: Path, model_type: str, layer: int, shift) -> None:
         writer.close()
 
     _write_file(path, write)
+
+
+# ================================================================ 7  Runs side by side
+
+
+def list_runs(folder: Path) -> str:
+    """The runs below a folder, the newest last: when, whole or not, and the verdict of each."""
+    lines = []
+    for path in sorted(folder.rglob("args.json"), key=lambda path: path.stat().st_mtime):
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        report, steps = path.with_name("report.md"), path.with_name("steps")
+        if report.exists():
+            found = [each for each in read_text(report).splitlines() if each.startswith("- **")]
+            lines += [f"{path.parent}  {when}  whole", *found]
+        else:
+            lines.append(
+                f"{path.parent}  {when}  interrupted after {len(list(steps.iterdir()))} steps"
+            )
+    return "\n".join(lines).replace("**", "") or f"no run in {folder}"
+
+
+def compare_runs(one: Path, other: Path) -> str:
+    """The settings of two runs that differ, and the rates of both with their difference.
+
+    Targets are matched in their order, rates by all else that a record says but for the blocks. The
+    95 % interval of a difference is Newcombe's, as for two samples that share no item."""
+    for folder in (one, other):
+        if not (folder / "records.jsonl").exists():
+            fail(f"{folder} is not the folder of a finished run")
+    abouts = [read_json(folder / "args.json") for folder in (one, other)]
+    differing = []
+    for part in ("args", "inputs", "code"):
+        first, second = [about[part] for about in abouts]
+        for name in dict.fromkeys([*first, *second]):
+            if first.get(name) != second.get(name):
+                both = [json.dumps(about[part].get(name))[:80] for about in abouts]
+                differing.append([name, *both])
+    first, second = [_comparable(*each) for each in zip((one, other), abouts)]
+    rows = []
+    for key in [key for key in first if key in second]:
+        a, b = first[key], second[key]
+        gain = b["value"] - a["value"]
+        below = math.hypot(b["value"] - b["low"], a["high"] - a["value"])
+        above = math.hypot(b["high"] - b["value"], a["value"] - a["low"])
+        change = a | {"value": gain, "low": gain - below, "high": gain + above, "paper": None}
+        cells = [_cell(each | {"paper": None}) for each in (a, b)]
+        names = [Path(a["target"]).name, label(a), f"{a['alpha'] or 0:g}", a["metric"]]
+        rows.append([*names, *cells, _cell(change)])
+    header = ["target", "", "α", "metric", "A", "B", "B − A"]
+    parts = [f"A: {one}\nB: {other}", markdown(["", "A", "B"], differing)]
+    return "\n\n".join([*parts, markdown(header, rows)])
+
+
+def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
+    """The tested rates of a run, of no single control, map, group or emotion, by what they say."""
+    names = [about["args"]["src"], *about["args"]["tgt"]]
+    roles = {name: number for number, name in enumerate(names)}
+    records = [json.loads(line) for line in read_text(folder / "records.jsonl").splitlines()]
+    records = [each for each in select(records, part="test", group=None) if each["low"] is not None]
+    records = select(records, concept="mean") or records
+    fields = ("item", "concept", "method", "variant", "alpha", "metric")
+    found = {}
+    for each in records:
+        if not re.search(r"\d", each["variant"] or ""):
+            models = [roles.get(each[name], each[name]) for name in ("source", "target")]
+            found[*models, *(each[name] for name in fields)] = each
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _Parser(prog="harness.py", description="What is in the run folders.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("runs", help="list runs: when, whole or interrupted, verdict")
+    runs.add_argument("folder", type=Path, nargs="?", default=Path("results"))
+    compare = commands.add_parser("compare", help="two runs side by side, with differences")
+    compare.add_argument("folders", type=Path, nargs=2, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    print(list_runs(args.folder) if args.command == "runs" else compare_runs(*args.folders))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -29,6 +29,7 @@ from conftest import (
     vectors,
 )
 
+import common
 import harness
 from common import (
     BASE,
@@ -1459,3 +1460,36 @@ def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
     with watched(model, act) as seen:
         check_sharing(model, llama[1])
     assert model.sharing == (False, True, True)
+
+
+MISUSE = {  # each names the argument
+    "texts must be a list": [
+        lambda model, move: common.hidden_states(model, "Tom felt", [1]),
+        lambda model, move: common.generate(model, "Tom felt"),
+        lambda model, move: common.perplexity(model, "Tom felt"),
+        lambda model, move: common.score_labels(model, "Tom felt", ["happy", "sad"]),
+    ],
+    "texts is empty": [
+        lambda model, move: common.hidden_states(model, [], [1]),
+        lambda model, move: common.perplexity(model, []),
+        lambda model, move: common.choice_logprobs(model, []),
+    ],
+    "layers must be": [lambda model, move: common.hidden_states(model, ["Tom felt"], 1)],
+    "labels must be": [lambda model, move: common.score_labels(model, ["Tom felt"], "happy")],
+    "pairs must be": [lambda model, move: common.choice_logprobs(model, ["Tom felt"])],
+    "transplants must be a list": [
+        lambda model, move: common.next_token_logits(model, ["Tom felt"], move),
+        lambda model, move: common.perplexity(model, ["Tom felt"], move),
+        lambda model, move: common.logit_lens(model, ["Tom felt"], 1, move),
+    ],
+    "transplant must be": [lambda model, move: common.generate(model, ["Tom felt"], [move])],
+    "v must be": [lambda *_: common.fit_affine(vectors(9, 4), vectors(9, 5)).vector(vectors(1)[0])],
+}
+
+
+@pytest.mark.parametrize("words", MISUSE)
+def test_a_wrong_argument_is_named(words, model):
+    move = common.Transplant.of(vectors(1)[0], 1, 2.0)
+    for call in MISUSE[words]:
+        with pytest.raises((TypeError, ValueError), match=words):
+            call(model, move)

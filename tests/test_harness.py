@@ -20,12 +20,15 @@ import harness
 from common import Transplant, next_token_logits
 from harness import (
     Run,
+    draw_grid,
+    draw_strength,
     export_concept,
     fail,
     load_concept,
     markdown,
     mcnemar,
     model_options,
+    new_figure,
     option_parser,
     parse_options,
     percentile,
@@ -39,6 +42,8 @@ from harness import (
     save_concept,
     select,
     spread,
+    summary,
+    verdict,
 )
 
 # ================================================================ 1  Options
@@ -179,6 +184,13 @@ def test_no_cache_is_an_option(tmp_path, cache_folder):
     assert harness.CACHE["folder"] == str(cache_folder)
 
 
+def test_few_sentences_for_a_map_are_remarked(tmp_path, capsys):
+    parse(tmp_path, "--sentences 5")
+    assert "note: 4 sentences fit each affine map" in capsys.readouterr().out
+    parse(tmp_path, "--sentences 500")
+    assert "note: " not in capsys.readouterr().out
+
+
 # ================================================================ 2  Files
 
 
@@ -267,9 +279,9 @@ def start(tmp_path):
     script = tmp_path / "exp_test.py"
     script.write_text("# a script")
 
-    def begin(words="", inputs=("m", 1)):
+    def begin(words="", inputs=("m", 1), **options):
         args = parse(tmp_path, words, "--out", str(tmp_path / "out"))
-        return Run(script, args, MODELS, inputs)
+        return Run(script, args, MODELS, inputs, **options)
 
     return begin
 
@@ -291,8 +303,6 @@ def test_a_step_is_computed_once_and_read_back_by_the_same_command(start):
             assert run.step("steer α 2 / x", compute, 1, more=2) == VALUE
     assert calls == [((1,), {"more": 2})]
     assert (len(run.reused), len(run.computed)) == (1, 0)
-    assert run.done("steer α 2 / x")
-    assert not run.done("steer α 3 / x")
     assert run.step("pair", lambda: (1, {2: 3})) == [1, {"2": 3}]  # as it will be read back
     for _ in range(2):
         found = start().tensors("v", lambda: {"v": torch.ones(2, 3).T})
@@ -380,18 +390,67 @@ def test_saved_records_read_back(start, capsys):
         record(metric="token_acc", value=math.pi),
     ]
     examples = [{"prompt": "a\nb — ü", "said": None}]
-    run.save(records, examples, "| a |\n|---|\n| α |")
+    image = run.figure(new_figure()[0], "one")
+    run.save(records, examples, ["- **b** α", image], ["| a |\n|---|\n| α |"])
     assert json_rows(run.folder, "examples.jsonl") == examples
     rows = json_rows(run.folder, "records.jsonl")
     for row, each in zip(rows, records, strict=True):
         assert row | each == row
         assert (row["run"], row["seed"], row["norm"]) == (run.id, 3, "as-is")
+        assert {"refine", "map", "protocol"} <= set(row)
     with open(run.folder / "records.csv", newline="") as file:
         table = list(csv.DictReader(file))
     for cells, row in zip(table, rows, strict=True):
         assert cells == {name: "" if value is None else str(value) for name, value in row.items()}
-    assert (run.folder / "report.md").read_text() == "| a |\n|---|\n| α |\n"
-    assert str(run.folder) in capsys.readouterr().out
+    report = (run.folder / "report.md").read_text()
+    assert "- **b** α\n\n![one](one.png)\n\n| a |\n|---|\n| α |\n" in report
+    said = capsys.readouterr().out
+    assert str(run.folder) in said and "- **b** α" in said and "![" not in said
+
+
+def test_what_a_model_has_written_is_text_in_both_reports(start):
+    run, said = start(), "a|b <script>*c*\nd"
+    run.save([], [], [markdown(["said", ""], [[said, "last"]])])
+    page = (run.folder / "report.html").read_text()
+    assert "<script>" not in page
+    assert "<td>a|b &lt;script&gt;*c* d</td>\n<td>last</td>" in page
+
+
+def test_steps_are_told_line_by_line_and_not_at_all_under_quiet(start, capsys):
+    run = start(steps=3)
+    for name in ("one", "two", "one"):
+        run.step(name, int, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("] ")[1] for line in lines] == ["1/3 one", "2/3 two"]
+    again = start("--quiet --seed 1", steps=3)
+    again.step("one", int, 1)
+    assert not capsys.readouterr().err
+    assert start("--quiet").folder == run.folder
+
+
+def runs_command(capsys, *argv) -> str:
+    capsys.readouterr()
+    harness.main([str(each) for each in argv])
+    return capsys.readouterr().out
+
+
+def test_runs_are_listed_and_compared(start, tmp_path, capsys, one_line):
+    one, other, third = start(), start("--seed 1"), start("--seed 2")
+    for run, hits in ((one, 10), (other, 15)):
+        hits = [1] * hits + [0] * (20 - hits)
+        about = {"target": "toy/b", "metric": "mc1", "part": "test"}
+        records = [record(hits, method="base", alpha=0, **about)]
+        records += [record(hits, method="contrans", variant="random 1", alpha=2, **about)]
+        run.save(records, [], ["- **b**, 1.0 % without a vector: nothing."])
+    third.step("a", int, 1)
+    said = runs_command(capsys, "runs", tmp_path)
+    assert said.count("whole") == 2 and said.count("b, 1.0 % without a vector: nothing.") == 2
+    assert f"{third.folder}" in said and "interrupted after 1 steps" in said
+    said = runs_command(capsys, "compare", one.folder, other.folder)
+    assert "| seed" in said and "random 1" not in said
+    # Newcombe 1998, method 10
+    assert "| 50.0 [30, 70] | 75.0 [53, 89] | 25.0 [-5, 49] |" in said
+    one_line(lambda: harness.main(["compare", str(one.folder), str(third.folder)]), "finished")
 
 
 def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, one_line):
@@ -400,7 +459,86 @@ def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, one_lin
     one_line(lambda: Run(__file__, args, MODELS, []), "cannot write")
 
 
+def test_figures_show_every_strength_and_block(start):
+    """Eight strengths, some of them without a rate, in the curves and in the grid."""
+    run, hits = start(), [1, 0, 0, 1]
+    about = {"metric": "mc1", "source_block": 1, "block": 2}
+    records, others = [record(hits, method="base", alpha=0, metric="mc1")], []
+    for alpha in range(1, 9):
+        for variant in (None, "random 0", "random 1"):
+            records.append(record(hits, method="contrans", variant=variant, alpha=alpha, **about))
+        cost = about | {"metric": "perplexity_ratio", "alpha": alpha}
+        others += [record(value=1234.5, **cost), record(value=1.5, **cost | {"block": 3})]
+    curves = draw_strength(records, {"contrans": (1, 2, 3.0)}, ylabel="MC1")
+    [legend] = curves.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["ConTrans", "its highest random direction", "Base Model"]
+    lengths = [len(line.get_xdata()) for line in curves.axes[0].lines]
+    assert lengths[:2] == [9, 8]
+    tried = select(records, variant=None, method="contrans")[:6]
+    grid = draw_grid("MC1 [%]", tried, others, (1, 2, 3))
+    texts = [text.get_text() for text in grid.axes[0].texts]
+    assert texts.count("50 (×1234)") == 6 and texts.count("(×1.50)") == 8
+    for name, figure in (("curves", curves), ("grid", grid)):
+        run.figure(figure, name)
+        assert (run.folder / f"{name}.png").exists() and (run.folder / f"{name}.pdf").exists()
+
+
 # ================================================================ 5  Records
+
+
+def effects(**rates) -> tuple[list[dict], dict]:
+    """Records of rates of 70 items, by what they are: base, contrans, or a control of it."""
+    records = []
+    for name, rate in rates.items():
+        hits = np.arange(70) < 70 * rate
+        method = name if name in ("base", "self-align") else "contrans"
+        variant = None if name in ("base", "contrans", "self-align") else name.replace("_", " ")
+        about = {"method": method, "variant": variant, "alpha": 2.0 * (name != "base")}
+        records.append(record(hits, metric="logit_acc", part="test", **about))
+    return records, {"contrans": 2.0}
+
+
+VERDICTS = [
+    ({"contrans": 0.92, "random_1": 0.48, "shuffled_map": 0.94}, "not above the controls", "94.3"),
+    (
+        {"contrans": 0.92, "random_1": 0.93, "shuffled_map": 0.48},
+        "not above the controls",
+        "random",
+    ),
+    (
+        {"contrans": 0.92, "random_1": 0.9, "shuffled_map": 0.48},
+        "not above the controls",
+        "and 0.5",
+    ),
+    ({"contrans": 0.92, "random_1": 0.55, "other_joy": 0.7}, "holds", "other joy"),
+    ({"contrans": 0.52, "random_1": 0.1}, "does not move it", "52.9"),
+    ({"contrans": 0.1, "random_1": 0.5}, "does not move it", "random 1"),
+]
+
+
+@pytest.mark.parametrize("rates, outcome, word", VERDICTS)
+def test_the_verdict_is_about_the_strongest_control(rates, outcome, word):
+    line, _ = verdict({"tok361": effects(base=0.5, **rates)}).split("\n\n")
+    assert line.startswith("- **tok361**, 50.0 % without a vector")
+    assert f"**{outcome}**" in line or f"**is {outcome}**" in line
+    assert word in line
+    assert line.count("**") == 4
+
+
+def test_the_verdict_of_what_should_fall():
+    found = {"b": effects(base=0.9, contrans=0.1, random_1=0.8, random_2=0.5)}
+    assert "**holds**: 10.0 %" in verdict(found, lower=True)
+    assert "its strongest control, random 2: 50.0 %" in verdict(found, lower=True)
+    assert "does not move it" in verdict(found)
+
+
+def test_the_summary_carries_the_controls_of_the_verdict():
+    found = {name: effects(base=0.5, contrans=0.92, shuffled_map=0.94) for name in ("a", "b")}
+    rows = summary("Title", found).splitlines()
+    assert rows[0] == "Title" and "| a " in rows[2] and "| b " in rows[2]
+    [row] = [row for row in rows if "shuffled" in row]
+    assert row.count("94.3 [86, 98]") == 2
 
 
 WILSON = [
@@ -597,3 +735,15 @@ def test_what_cannot_be_exported_is_refused(name, layer, word, llama, tmp_path):
     with pytest.raises(ValueError, match=word):
         export_concept(tmp_path / name, llama[0], A, layer, 1.0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["v.gguf", "v.pt"])
+def test_a_vector_of_another_model_or_a_swapped_block_is_not_exported(name, llama, tmp_path):
+    path = str(tmp_path / name)
+    with pytest.raises(ValueError, match=r"vector must be \[32\]"):
+        export_concept(path, llama[0], A[:-1], 1, 2.0)
+    with pytest.raises(ValueError, match="layer: block 2.0"):
+        export_concept(path, llama[0], A, 2.0, 1)
+    assert not list(tmp_path.iterdir())
+    export_concept(path, llama[0], A, 1, 2.0)
+    assert (tmp_path / name).exists()

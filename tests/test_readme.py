@@ -28,6 +28,7 @@ PACKAGES = {  # whose module has another name
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
     "websocket": "websocket-client",
+    "markdown_it": "markdown-it-py",
 }
 
 

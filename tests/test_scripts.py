@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,15 @@ def test_the_folder_holds_everything(name, run):
     figures = {path.stem for path in run.folder.glob("*.png")}
     assert figures
     assert figures == {path.stem for path in run.folder.glob("*.pdf")}
-    assert (run.folder / "report.md").read_text().strip() in run.said
+    report = (run.folder / "report.md").read_text()
+    [verdict] = re.findall(r"^- \*\*.*without a vector:.*$", report, re.M)[:1]
+    assert verdict in run.said
+    assert report.index(verdict) < report.index("![") < report.index("| ")
+    page = (run.folder / "report.html").read_text()
+    for figure in figures:
+        assert f"![{figure}]({figure}.png)" in report
+    assert page.count('src="data:image/png;base64,') == len(figures)
+    assert not re.search(r'(src|href)="(?!data:)|url\(', page)  # nothing is fetched
     paths = list(run.folder.glob("*.safetensors"))
     assert len(paths) == VECTORS.get(name, 0)
     for path in paths:
@@ -406,8 +415,8 @@ EVERY_SCRIPT = {
 }
 EMOTION_TASK = {
     "--template feel": "{scenario}",
-    "--labels a b c d e": "six",
-    "--labels a b c d e a": "six",
+    "--labels a b c d e": "6 different",
+    "--labels a b c d e a": "6 different",
     "--labels ab abc d e f g": "told apart",
     "--shots 40 --pairs 1": "",  # too few scenarios, or too long for the context
     "--protocol dirty": "--protocol",
@@ -834,8 +843,9 @@ def test_a_tie_is_wrong(flat):
 
 def test_the_report_says_why_a_row_is_missing(flat):
     assert not flat.find(method="eft")
-    assert "vocabular" in flat.said
-    assert "--tgt-chat" in flat.said
+    report = (flat.folder / "report.md").read_text()
+    assert "vocabular" in report
+    assert "--tgt-chat" in report
 
 
 def test_a_question_is_learnt_from_or_tested(flat):
@@ -924,3 +934,70 @@ def test_a_local_map_moves_emotions_between_real_models(tmp_path):
     others = [each["value"] for each in local if "random" in (each["variant"] or "")]
     assert ours > base["value"] + 0.1
     assert ours > max(others)
+
+
+# ================================================================ copies
+
+
+def own_classes(folder: Path) -> Path:
+    """Data with three classes of one's own, and with no other."""
+    (folder / "emotions").mkdir(parents=True)
+    for name, old in {"joy": "happiness", "rage": "anger", "awe": "surprise"}.items():
+        shutil.copy(ROOT / "data" / "toy" / "emotions" / f"{old}.json", folder / "emotions")
+        (folder / "emotions" / f"{old}.json").rename(folder / "emotions" / f"{name}.json")
+    return folder
+
+
+def run_copy(path: Path, source: str, argv: list, *changes: tuple[str, str]) -> Path:
+    """Run an edited copy of a script as a student does; returns its run folder."""
+    text = (ROOT / source).read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    environment = surroundings(path.parent / "cache") | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(path), *map(str, argv), "--out", str(path.parent / "out")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    [report] = (path.parent / "out").rglob("report.md")
+    assert report.parent.parent.name == path.stem
+    return report.parent
+
+
+OWN_MODELS = ["--src", ZOO / "llama-s", "--tgt", ZOO / "llama-m"]
+PLAIN = ["--texts", harness.TOY / "text" / "purpose_made.txt", "--sentences", "150"]
+TINY = [*OWN_MODELS, *PLAIN, "--random", "2", "--maps", "2", "--limit", "6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["0.75", "auto"])
+def test_a_copy_of_the_emotions_with_three_other_classes_runs(layer, tmp_path):
+    data = own_classes(tmp_path / "data")
+    classes = 'EMOTIONS = ["joy", "rage", "awe"]'
+    old = next(
+        line
+        for line in (ROOT / "exp_emotion.py").read_text().splitlines()
+        if "EMOTIONS = [" in line
+    )
+    argv = [*TINY, "--data", data, "--pairs", "30", "--labels", "happiness", "anger", "surprise"]
+    argv += ["--alpha", *range(1, 9), "--layer", layer]
+    folder = run_copy(tmp_path / "exp_mood.py", "exp_emotion.py", argv, (old, classes))
+    records = json_rows(folder, "records.jsonl")
+    concepts = {each["concept"] for each in records} - {None}
+    assert concepts == {"joy", "rage", "awe", "mean", "map"}
+    first = json.loads((folder / "args.json").read_text())["inputs"]["first prompts"][-1]
+    assert first.count("of the above scenario is") == 7  # six few-shot examples and the question
+    assert bool(list(folder.glob("grid_*.png"))) == (layer == "auto")
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_template_with_two_classes_of_ones_own_runs(tmp_path):
+    scenarios = own_classes(tmp_path / "data") / "emotions"
+    joy, rage = [json.loads((scenarios / f"{name}.json").read_text()) for name in ("joy", "rage")]
+    lines = [json.dumps({"positive": one, "negative": other}) for one, other in zip(joy, rage)]
+    pairs = tmp_path / "my.jsonl"
+    pairs.write_text("\n".join(lines[:40]))
+    argv = [*TINY, "--pairs", pairs, "--labels", "happiness", "anger"]
+    folder = run_copy(tmp_path / "my_concept.py", "exp_template.py", argv)
+    assert "prefers" not in (folder / "report.md").read_text().splitlines()[0]
+    assert len(harness.select(json_rows(folder, "records.jsonl"), method="base")) == 1
