@@ -487,6 +487,25 @@ def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean")
     return torch.stack(directions).float()
 
 
+def permuted_vectors(
+    positive: torch.Tensor, negative: torch.Tensor, count: int, seed: int
+) -> torch.Tensor:
+    """The null of Eq. 1: mean differences [count, layers, d] of pairs [n, layers, d] with the two
+    labels swapped in a random half of the pairs.
+
+    In exactly half, because the concept cancels then. Swapping each at random leaves some of it,
+    and little else once the vectors are rescaled to the norm of v."""
+    difference = positive.double() - negative.double()
+    half = len(difference) // 2
+    signs = torch.zeros(count, len(difference), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for row in signs:
+        order = torch.randperm(len(difference), generator=generator)
+        row[order[:half]], row[order[half : 2 * half]] = 1.0, -1.0
+    v = signs @ difference.flatten(1) / len(difference)
+    return v.unflatten(1, difference.shape[1:]).float()
+
+
 def _probe_direction(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     from sklearn.linear_model import LogisticRegression
 
@@ -1086,16 +1105,29 @@ class Vectors:
         maps = self.maps(vector, target, method)
         return maps.vector(v, point.source_block, point.block, **which)
 
-    def controls(self, vector, target, point, others: list, method="contrans", **counts) -> dict:
-        """control_directions of a vector: {variant: direction [d]}; others: vectors to compare."""
-        return control_directions(
-            self.maps(vector, target, method),
-            self.v(vector, point.source_block),
-            {other.concept: self.v(other, point.source_block) for other in others},
-            point.source_block,
-            point.block,
-            **counts,
-        )
+    def controls(
+        self, vector, target, point, others: list, method="contrans", n_permuted=0, **counts
+    ) -> dict[str, torch.Tensor]:
+        """control_directions of a vector, and "permuted k": v of permuted labels, mapped alike and
+        with the norm of v_hat. others: vectors to compare."""
+        maps = self.maps(vector, target, method)
+        blocks = point.source_block, point.block
+        v = self.v(vector, point.source_block)
+        known = {other.concept: self.v(other, point.source_block) for other in others}
+        directions = control_directions(maps, v, known, *blocks, **counts)
+        if n_permuted:
+            null = self._permuted(vector, point.source_block, n_permuted, counts["seed"])
+            null = _rescale(maps.vector(null, *blocks), maps.vector(v, *blocks))
+            directions |= {f"permuted {k}": each for k, each in enumerate(null)}
+        return directions
+
+    def _permuted(self, vector: Vector, block: int, count: int, seed: int) -> torch.Tensor:
+        """Vectors [count, d] of permuted labels in the model that a vector is refined in."""
+        model, blocks = self.models.load(vector.model), self.blocks(vector.model)
+        states = []
+        for texts in self.pairs(vector.concept, vector.model):
+            states.append(hidden_states(model, texts, blocks)[:, [blocks.index(block)]])
+        return permuted_vectors(*states, count, seed)[:, 0]
 
     def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
         """What the maps of a vector are worth, as fields of harness.record.

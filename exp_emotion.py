@@ -62,6 +62,7 @@ from harness import (
     draw_grid,
     effect_notes,
     fail,
+    fluent,
     label,
     map_methods,
     map_options,
@@ -375,6 +376,7 @@ class Lab:
                 self.points[method],
                 [self.source(other) for other in EMOTIONS if other != emotion],
                 method,
+                n_permuted=args.permutations if method == self.methods()[-1] else 0,
                 n_maps=args.maps,
                 n_random=args.random,
                 seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
@@ -391,8 +393,9 @@ class Lab:
         for (method, variant, alpha, _), hits in zip(arms, found):
             what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
             what["item"] = "Figure 5" if (variant or "").startswith("pairs") else item
-            for metric, each in hits.items():
-                records.append(self.record(each, metric=metric, part="test", **what))
+            is_null = (variant or "").startswith("permuted")
+            for metric in ["token_acc"] if is_null else hits:
+                records.append(self.record(hits[metric], metric=metric, part="test", **what))
         return records
 
     def measure_perplexity(self) -> list[dict]:
@@ -580,8 +583,11 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     tested = []
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)
-    records = grid + tested + pool(tested, "concept", "mean")
-    records += run.step(f"{target} perplexity", lab.measure_perplexity)
+    means = pool(tested, "concept", "mean")
+    tested = [each for each in tested if not (each["variant"] or "").startswith("permuted")]
+    records = grid + tested + means
+    costs = run.step(f"{target} perplexity", lab.measure_perplexity)
+    records += costs + fluent(means, costs)
     records += run.step(f"{target} maps", lab.measure_maps)
     run.step(f"{target} vectors", lab.save_vectors, str(run.folder))
     add_paper_numbers(records, PAPER_NAMES)

@@ -331,12 +331,13 @@ class Lab:
                 moves[None, None, f"random {r}", alpha[strongest]] = move
             for key, found in zip(moves, self.named(target, "test", emotion, moves.values())):
                 hits.setdefault(key, []).extend(found)
+        units = [emotion for emotion in EMOTIONS for _ in self.data.emotions[emotion].test]
         for (method, source, variant, strength), found in hits.items():
             what = about | {"source": source, "variant": variant, "alpha": strength}
             what["source_block"] = self.block(source) if source else None
             what |= {"metric": "token_acc", "part": "test"}
             for each in [method] if method else map_methods(args):  # a control of both maps
-                records.append(record(found, method=each, **what))
+                records.append(record(found, units=units, method=each, **what))
         return records
 
     def choose_alpha(self, target: str, v_hat: torch.Tensor) -> float:

@@ -739,9 +739,11 @@ class Findings:
     def add_row(self, method: str, written: dict, variant=None, note="", **point) -> None:
         """The continuations of the test prompts under one condition, see Lab.write."""
         fields = {"variant": variant, "part": "test", **point}
+        fields["units"] = self.split.groups
         self.add(method, "toxic_rate", written["toxic"], **fields)
         self.add(method, "empty", written["empty"], **fields)
         self.add(method, "copied", written["copied"], **fields)
+        del fields["units"]
         self.add(method, "repeated", values=written["repeated"], **fields)
         self.toxic.setdefault(method, written["toxic"])  # not of controls, which come later
         if method != "base":

@@ -57,6 +57,7 @@ from harness import (
     effect_notes,
     export_concept,
     fail,
+    fluent,
     label,
     map_methods,
     map_options,
@@ -65,6 +66,7 @@ from harness import (
     mcnemar,
     model_options,
     option_parser,
+    paired_gain,
     parse_options,
     pivot,
     read_json,
@@ -236,6 +238,7 @@ PROMPTS = {  # before an answer; before a question of the pairs that v is refine
     "chat": (None, None),  # the chat template of the tokenizer
 }
 PRETEND = "Pretend you're {} person making statements about the world."
+AVERAGED = ("mc2", "log_odds")  # beside MC1
 DEPTHS = ["0.5", "0.625", "0.75", "0.875"]  # tried by --layer auto
 PAPER_DEPTH = "0.75"
 
@@ -666,6 +669,8 @@ class Lab:
         """Records of controls: random directions at each alpha, the others at the chosen one."""
         args = self.args
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
+        if row.method == map_methods(args)[-1]:
+            counts["n_permuted"] = args.permutations
         others = [happiness(args)]
         directions = self.vectors.controls(
             row.vector,
@@ -681,7 +686,11 @@ class Lab:
                 abouts.append(row.about(point) | {"variant": variant, "alpha": alpha})
                 moves.append(Transplant.of(direction, point.block, alpha))
         results = self.score(row, self.data.test, moves)
-        return [each for pair in map(answer_records, results, abouts) for each in pair]
+        records = []
+        for about, result in zip(abouts, results):
+            found = answer_records(result, about)
+            records += found[:1] if about["variant"].startswith("permuted") else found
+        return records
 
     def score(self, row, questions: list[Question], moves) -> list[dict]:
         """Under each transplant: MC1, MC2 and preferred choice of each question, see mark."""
@@ -697,8 +706,8 @@ class Lab:
         results = []
         for scores in logprobs.double().numpy():
             marks = map(mark, questions, np.split(scores, ends[:-1]))
-            mc1, mc2, preferred = zip(*marks)
-            results.append({"mc1": mc1, "mc2": mc2, "preferred": preferred})
+            names = ("mc1", "mc2", "log_odds", "preferred")
+            results.append(dict(zip(names, zip(*marks))))
         return results
 
     def measure(self, row, point) -> list[dict]:
@@ -715,17 +724,21 @@ class Lab:
         for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
             records.append(record(**about, metric=metric, value=value))
         v_hat = self.v_hat(row, point)
-        directions = [v_hat, *random_directions(v_hat, 5, self.args.seed)]
-        moves = [Transplant.of(direction, block, point.alpha) for direction in directions]
+        moves = [BASE]
+        for direction in random_directions(v_hat, 5, self.args.seed):
+            moves.append(Transplant.of(direction, block, point.alpha))
+        for alpha in self.args.alpha:
+            moves.append(Transplant.of(v_hat, block, alpha))
         model = self.models.load(row.host)
         plain = cut_ends(self.data.sentences)[-50:]
-        values, n = perplexity(model, plain, [BASE, *moves])
-        base, ours, *others = values.tolist()
+        values, n = perplexity(model, plain, moves)
+        base, *values = values.tolist()
         what = {"part": "plain sentences", "metric": "perplexity", "n": n}
         without = row._replace(method="base", source=None).about()
         records.append(record(**without | what, value=base))
-        records.append(record(**about | what, value=ours))
-        others = [record(**about | what, value=value) for value in others]
+        others = [record(**about | what, value=value) for value in values[:5]]
+        for alpha, value in zip(self.args.alpha, values[5:]):
+            records.append(record(**about | what | {"alpha": alpha}, value=value))
         return [*records, spread(others, "random")]
 
     def write(self, row, point) -> list[dict]:
@@ -773,14 +786,16 @@ class Lab:
         return True
 
 
-def mark(question: Question, logprobs: np.ndarray) -> tuple[int, float, int]:
-    """(MC1, MC2, preferred choice) from log-likelihoods of the answers; a tie is wrong in MC1."""
+def mark(question: Question, logprobs: np.ndarray) -> tuple[int, float, float, int]:
+    """(MC1, MC2, log-odds, preferred choice) from log-likelihoods of the answers; a tie is wrong in
+    MC1. Log-odds [nats] are of the right choice against all others of MC1."""
     choices = logprobs[: question.choices]
-    best_wrong = np.delete(choices, question.right).max()
+    wrong = np.delete(choices, question.right)
     mass = np.exp(logprobs - logprobs.max())
-    mc1 = choices[question.right] > best_wrong
+    mc1 = choices[question.right] > wrong.max()
     mc2 = mass[question.true].sum() / mass[question.mc2].sum()
-    return int(mc1), float(mc2), int(choices.argmax())
+    log_odds = choices[question.right] - np.logaddexp.reduce(wrong)
+    return int(mc1), float(mc2), float(log_odds), int(choices.argmax())
 
 
 # ---------------------------------------------------------------- one target
@@ -825,8 +840,9 @@ def score_rows(run, lab, rows):
             point = best_point(validated(run, lab, like))
         result = answered(run, lab, row, point)
         records += answer_records(result, row.about(point))
-        for question, right, mc2, preferred in zip(lab.data.test, *result.values()):
+        for question, right, mc2, odds, preferred in zip(lab.data.test, *result.values()):
             about |= {"question": question.text, "right": bool(right), "mc2": mc2}
+            about["log_odds"] = odds
             examples.append(about | {"preferred": question.answers[preferred]})
     add_paper_numbers(records, PAPER_NAMES)
     return records, examples
@@ -850,9 +866,15 @@ def one_target(args, run, lab, part):
             tried = select(grid, variant=None), select(grid, variant="random")
             figure = draw_grid(title, *tried, points[row])
             figures.append(run.figure(figure, f"grid_{row.method}_{name}"))
+    for metric in ("mc1", *AVERAGED):
+        curve = select(records, metric=metric, part="test", group=None)
+        curve = [each for each in curve if not each["variant"]]
+        costs = select(measured, metric="perplexity")
+        same_block = [e for e in curve if e["block"] in {None, *(p.block for p in points.values())}]
+        records += fluent(same_block, costs)
     table = []
     alphas = {row.method: point.alpha for row, point in points.items()}
-    for metric in ("mc1", "mc2"):
+    for metric in ("mc1", *AVERAGED):
         mine = select(records, metric=metric)
         table += beside_controls(mine, alphas) + select(mine, variant="75 % depth")
     mine = select(records, metric="mc1")
@@ -878,10 +900,11 @@ def one_target(args, run, lab, part):
         curves,
         f"## Table 1: {Path(args.src).name} → {name}{paper}",
         print_table(table, part, notes),
+        gain_table(records, alphas),
         *figures,
         map_table(measured),
         "Perplexity of plain sentences",
-        pivot(select(measured, metric="perplexity"), label, "metric"),
+        pivot(select(measured, metric="perplexity"), label, strength),
     ]
     if groups:
         report += ["MC1 by category", pivot(groups, "group", label)]
@@ -922,7 +945,7 @@ def other_table(args, run, lab, part):
 def answer_records(result, about) -> list[dict]:
     about = about | {"part": "test"}
     mc1 = record(hits=result["mc1"], **about, metric="mc1")
-    return [mc1, record(values=result["mc2"], **about, metric="mc2")]
+    return [mc1, *(record(values=result[name], **about, metric=name) for name in AVERAGED)]
 
 
 def category_records(test, result, about) -> list[dict]:
@@ -968,7 +991,30 @@ def row_notes(records) -> dict[str, str]:
 
 def print_table(records, part, notes) -> str:
     """MC1 and MC2 with intervals, the paper's numbers in brackets."""
-    return pivot(records, row_name, lambda each: each["metric"].upper(), part.missing, notes)
+    heads = {"mc1": "MC1", "mc2": "MC2", "log_odds": "log-odds [nats]"}
+    return pivot(records, row_name, lambda each: heads[each["metric"]], part.missing, notes)
+
+
+def strength(each: dict) -> str:
+    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
+
+
+def gain_table(records, alphas) -> str:
+    """How much more log-odds the vectors give to the right answer, question by question."""
+    found = select(records, metric="log_odds", part="test", group=None)
+    found = [each for each in found if each["alpha"] in (None, 0, alphas.get(each["method"]))]
+    plain = [each for each in found if each["variant"] in (None, "shuffled map")]
+    rows = []
+    for ours in select(plain, variant=None):
+        if ours["method"] in alphas:
+            for other in plain:
+                is_other_map = other["method"] in alphas and other["method"] != ours["method"]
+                if other is not ours and not is_other_map:
+                    gain = paired_gain(ours, other)
+                    text = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**gain)
+                    rows.append([label(ours), label(other), text])
+    header = ["log-odds of the right answer", "minus those of", "difference [nats]"]
+    return markdown(header, rows)
 
 
 def judged(args, records) -> dict[str, tuple]:

@@ -172,6 +172,12 @@ def option_parser(
         help="ridge penalty in units of the mean squared singular value (paper: 0)",
     )
     add("--random", type=at_least(1), default=20, help="random directions, as controls")
+    add(
+        "--permutations",
+        type=at_least(0),
+        default=199,
+        help="vectors of permuted labels, as the null (none of remote sources, and in ToxiGen)",
+    )
     add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
     add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
     add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")
@@ -848,9 +854,10 @@ def _environment() -> dict:
 
 RECORD = [
     "item", "source", "target", "concept", "method", "variant", "group", "part", "source_block",
-    "block", "alpha", "metric", "value", "low", "high", "n", "paper",
+    "block", "alpha", "metric", "value", "low", "high", "n", "units", "item_low", "item_high",
+    "paper",
 ]  # fmt: skip
-NUMBERS = ("value", "low", "high", "n", "paper")
+NUMBERS = ("value", "low", "high", "n", "units", "item_low", "item_high", "paper")
 METHODS = {
     "base": "Base Model",
     "align-training": "Align-Training",
@@ -863,24 +870,30 @@ METHODS = {
 }
 
 
-def record(hits=None, values=None, **fields) -> dict:
+def record(hits=None, values=None, units=None, **fields) -> dict:
     """One number with what it is about (RECORD). Rates are fractions; alpha = 0 is method base.
 
     hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n,
     and stays with the record for pool and mcnemar.
-    values: numbers of the items that a mean is over; likewise, with a bootstrap interval."""
+    values: numbers of the items that a mean is over; likewise, with a bootstrap interval.
+    units: what the claim is about (the concept, the group) of each item: low and high are then from
+    resampling the units, and the interval over the items is in item_low and item_high."""
+    items = {}
     if hits is not None:
-        hits = [bool(hit) for hit in hits]
-        low, high = _wilson(sum(hits), len(hits))
-        fields |= {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)}
+        items["hits"] = [bool(hit) for hit in hits]
+        low, high = _wilson(sum(items["hits"]), len(items["hits"]))
     if values is not None:
+        items["values"] = list(values)
         low, high = _bootstrap(values)
-        fields |= {"value": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
+    for found in items.values():
+        fields |= {"value": float(np.mean(found)), "low": low, "high": high, "n": len(found)}
+    if units is not None:
+        fields |= {"units": len(set(units)), "item_low": low, "item_high": high}
+        fields["low"], fields["high"] = _cluster_bootstrap(found, units)
     unknown = set(fields) - set(RECORD)
     if unknown:
         raise ValueError(f"unknown record fields {sorted(unknown)}")
-    each = {name: fields.get(name) for name in RECORD}
-    return each if hits is None else each | {"hits": hits}
+    return {name: fields.get(name) for name in RECORD} | items
 
 
 def select(records: list[dict], **match) -> list[dict]:
@@ -889,28 +902,58 @@ def select(records: list[dict], **match) -> list[dict]:
 
 
 def pool(records: list[dict], field: str, name: str) -> list[dict]:
-    """Records that differ in one field only as one record, over all their items."""
-    groups: dict[tuple, list] = {}
+    """Records that differ in one field only as one record, over all their items; each of the values
+    of that field is a unit."""
+    groups: dict[tuple, tuple] = {}
     for each in records:
         same = [(key, each[key]) for key in RECORD if key not in (*NUMBERS, field)]
-        groups.setdefault(tuple(same), []).extend(each["hits"])
-    return [record(hits, **{field: name}, **dict(same)) for same, hits in groups.items()]
+        hits, units = groups.setdefault(tuple(same), ([], []))
+        hits += each["hits"]
+        units += [each[field]] * len(each["hits"])
+    pooled = []
+    for same, (hits, units) in groups.items():
+        pooled.append(record(hits, units=units, **{field: name}, **dict(same)))
+    return pooled
 
 
 def spread(records: list[dict], variant: str) -> dict:
     """Several records (random directions, maps) as one: mean, lowest, highest, their number."""
     values = [each["value"] for each in records]
     about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
-    return records[0] | about | {"n": len(values), "variant": variant, "paper": None}
+    about |= dict.fromkeys(("units", "item_low", "item_high", "paper"))
+    return records[0] | about | {"n": len(values), "variant": variant}
 
 
+FLUENT = "perplexity at most ×1.1"
 VARIANTS = {
+    FLUENT: FLUENT,
+    "permuted": "permuted labels [range]",
     "map": "other samples of text [range]",
     "random": "random directions [range]",
     "other": "other concepts' vectors [range]",
     "shuffled map": "map of shuffled texts",
 }
 CONTROLS = ("random", "other", "shuffled map")  # what a vector must be above
+
+
+def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
+    """Of each method, the records at its strongest alpha that raises perplexity by at most a tenth,
+    as variant FLUENT; of none, if every alpha costs more.
+
+    curve: records of one target over alpha; costs: its perplexities."""
+    base = np.mean([each["value"] for each in select(costs, method="base")])
+    found = []
+    for method in METHODS:
+        mine = select(costs, method=method, variant=None)
+        allowed = []
+        for alpha in {each["alpha"] for each in mine}:
+            values = [each["value"] for each in select(mine, alpha=alpha)]
+            if np.mean(values) <= 1.1 * base:
+                allowed.append(alpha)
+        if allowed and method != "base":
+            for each in select(curve, method=method, variant=None, alpha=max(allowed)):
+                found.append(each | {"variant": FLUENT})
+    return found
 
 
 def label(each: dict) -> str:
@@ -929,6 +972,9 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
         if method in alphas:
             same = select(same, alpha=alphas[method])
         shown += [each for each in same if not each["variant"]]
+        if same:
+            shown += select(records, method=method, variant=FLUENT)
+        same = [each for each in same if each["variant"] != FLUENT]
         controls = [each for each in same if each["variant"]]
         for kind in VARIANTS:
             found = [each for each in controls if each["variant"].startswith(kind)]
@@ -947,7 +993,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
     targets: {name: (records of one metric, alpha of each method)}. lower: is less better? A vector
     holds if it is better than no vector and than its strongest control, each with p < 0.05. That
     control is the best of its random directions, other concepts' vectors and shuffled maps."""
-    lines = []
+    lines, null = [], []
     for target, (records, alphas) in targets.items():
         here = [e for e in records if e["alpha"] == alphas.get(e["method"], e["alpha"])]
         [base] = select(here, method="base", variant=None)
@@ -957,31 +1003,36 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
         for ours in select(here, variant=None):
             same = select(here, method=ours["method"])
             controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
+            null = [e["value"] for e in same if (e["variant"] or "").startswith("permuted ")]
             if controls and ours not in own:
                 sign = -1 if lower else 1
                 strongest = max(controls, key=lambda each: sign * each["value"])
                 name = label(ours)
                 if len(select(same, variant=None)) > 1:
                     name += f" of {Path(ours['source']).name}"
-                parts.append(f"{name} {_judge(ours, base, strongest, sign)}")
+                parts.append(f"{name} {_judge(ours, base, strongest, null, sign)}")
                 if strongest is not last:
                     control = strongest["variant"]
                     parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
                 last = strongest
         lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
     rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
-    return "\n".join([*lines, f"\nA vector holds if it is {rule}; both p stand behind its rate."])
+    if null:
+        rule += ", and among vectors of permuted labels at p < 0.05 (rank)"
+    return "\n".join([*lines, f"\nA vector holds if it is {rule}; these p stand behind its rate."])
 
 
-def _judge(ours: dict, base: dict, strongest: dict, sign: int) -> str:
+def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int) -> str:
     """What the verdict says about one vector and its strongest control; sign -1: less is better."""
     p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
+    p_null = rank_p(ours["value"], null) if null else 0.0
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
-    above = sign * (ours["value"] - strongest["value"]) > 0 and p_control < 0.05
+    above = sign * (ours["value"] - strongest["value"]) > 0 and max(p_control, p_null) < 0.05
     outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
     outcome = "**holds**" if above else outcome
     outcome = outcome if moved else "**does not move it**"
-    return f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
+    text = f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
+    return f"{text}, permuted {p_null:.2g}" if null else text
 
 
 def _p_value(before, after) -> float:
@@ -1008,20 +1059,23 @@ def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]])
 
 def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str]:
     """For pivot's notes, of records of one metric and target: p of every method against Base
-    (McNemar), and where each ConTrans stands among its random directions."""
+    (McNemar, corrected for their number after Holm), and where each ConTrans stands among its
+    random directions and permuted labels."""
     [base] = select(records, method="base", variant=None)
-    notes = {}
+    notes, p_values = {}, {}
     for each in beside_controls(records, alphas):
         if each["variant"] in (None, "shuffled map") and each is not base:
-            notes[label(each)] = f"p = {mcnemar(base['hits'], each['hits']):.1g}"
-        if each["variant"] == "random":
+            p_values[label(each)] = mcnemar(base["hits"], each["hits"])
+        if each["variant"] in ("random", "permuted"):
             same = select(records, method=each["method"], alpha=each["alpha"])
-            values = [e["value"] for e in same if (e["variant"] or "").startswith("random ")]
+            kind = each["variant"] + " "
+            values = [e["value"] for e in same if (e["variant"] or "").startswith(kind)]
             [ours] = select(same, variant=None)
-            rank = percentile(ours["value"], values)
-            notes[label(each)] = (
-                f"{METHODS[each['method']]} is at percentile {rank:.0f} of {len(values)}"
-            )
+            p = rank_p(ours["value"], values)
+            name = METHODS[each["method"]]
+            notes[label(each)] = f"p of {name} among these {len(values)}: {p:.2g}"
+    for name, p in zip(p_values, holm(list(p_values.values()))):
+        notes[name] = f"p = {p:.1g}"
     return notes
 
 
@@ -1155,6 +1209,39 @@ def mcnemar(before, after) -> float:
     before, after = np.asarray(before, bool), np.asarray(after, bool)
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p values corrected for their number (Holm's step-down procedure)."""
+    order = np.argsort(p_values)
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def rank_p(value: float, null: list[float]) -> float:
+    """One-sided p of a value among draws of its null; never 0."""
+    return (1 + sum(other >= value for other in null)) / (1 + len(null))
+
+
+def paired_gain(ours: dict, other: dict) -> dict[str, float]:
+    """Mean difference of two records over the same items, with a 95 % interval."""
+    kind = "values" if "values" in ours else "hits"
+    difference = np.subtract(ours[kind], other[kind], dtype=float)
+    low, high = _bootstrap(difference)
+    return {"value": float(difference.mean()), "low": low, "high": high, "n": len(difference)}
+
+
+def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean, by resampling the units that its items belong to."""
+    names, unit_of = np.unique(np.asarray(units, str), return_inverse=True)
+    sums = np.bincount(unit_of, np.asarray(values, float))
+    sizes = np.bincount(unit_of)
+    draws = np.random.default_rng(seed).integers(0, len(names), (2000, len(names)))
+    means = sums[draws].sum(1) / sizes[draws].sum(1)
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
 def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
