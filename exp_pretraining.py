@@ -378,7 +378,11 @@ class Lab:
     def directions(self, e: int, vectors: dict, maps: dict, blocks) -> dict[tuple, torch.Tensor]:
         """{(method, variant): direction [d]} of emotion e: vectors, and controls of each map."""
         found = {(method, None): each[e] for method, each in vectors.items()}
-        counts = {"n_maps": 1, "n_random": self.args.random, "seed": self.args.seed * 6 + e}
+        counts = {
+            "n_maps": 1,
+            "n_random": self.args.random,
+            "seed": self.args.seed * len(EMOTIONS) + e,
+        }
         for method, each in maps.items():
             controls = control_directions(each, self.source["v"][e], {}, *blocks, **counts)
             found |= {(method, variant): control for variant, control in controls.items()}

@@ -433,7 +433,7 @@ def draw_heat(args, records: list[dict], method: str):
     size = len(names)
     figure, axes = new_figure(ncols=2, figsize=(max(PAGE, 1.2 * size), 1.4 + 0.35 * size))
     panels = [
-        ("improvement_ratio", "improvement ratio (grey: without a vector 0)", 1, log_or_none),
+        ("improvement_ratio", "improvement ratio (grey: 0, or over 0)", 1, log_or_none),
         ("absolute_improvement", "absolute improvement [points]", 100, lambda gain: gain),
     ]
     for axis, (metric, title, scale, colour_of) in zip(axes, panels):

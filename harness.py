@@ -999,6 +999,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
         [base] = select(here, method="base", variant=None)
         own = select(here, method="self-align", variant=None)
         parts = [f"{label(each)} {_percent(each)}" for each in own]
+        failed = []  # of several vectors by one method, those that do not hold
         last = None  # the control that was spoken of last
         for ours in select(here, variant=None):
             same = select(here, method=ours["method"])
@@ -1007,14 +1008,20 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
             if controls and ours not in own:
                 sign = -1 if lower else 1
                 strongest = max(controls, key=lambda each: sign * each["value"])
-                name = label(ours)
+                name, judged = label(ours), _judge(ours, base, strongest, null, sign)
                 if len(select(same, variant=None)) > 1:
                     name += f" of {Path(ours['source']).name}"
-                parts.append(f"{name} {_judge(ours, base, strongest, null, sign)}")
+                    if "**holds**" not in judged:
+                        failed.append(f"{name} {_percent(ours)}")
+                        continue
+                parts.append(f"{name} {judged}")
                 if strongest is not last:
                     control = strongest["variant"]
                     parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
                 last = strongest
+        if failed:
+            control = f"strongest control, {strongest['variant']}: {_percent(strongest)}"
+            parts.append(f"{', '.join(failed)} **do not hold** ({control})")
         lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
     rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
     if null:

@@ -533,6 +533,18 @@ def test_the_verdict_of_what_should_fall():
     assert "does not move it" in verdict(found)
 
 
+def test_of_several_sources_the_verdict_spells_out_those_that_hold():
+    records, _ = effects(base=0.1, contrans=0.9, random_1=0.3)
+    others = [effects(contrans=rate)[0][0] for rate in (0.3, 0.1)]
+    records[1]["source"] = "big/a"
+    for name, each in zip("bc", others):
+        each["source"] = f"big/{name}"
+    line, _ = verdict({"t": (records + others, {})}).split("\n\n")
+    assert "ConTrans of a **holds**: 90.0 %" in line and line.count("holds") == 1
+    assert "ConTrans of b 30.0 %, ConTrans of c 10.0 % **do not hold**" in line
+    assert "(strongest control, random 1: 30.0 %)" in line
+
+
 def test_the_summary_carries_the_controls_of_the_verdict():
     found = {name: effects(base=0.5, contrans=0.92, shuffled_map=0.94) for name in ("a", "b")}
     rows = summary("Title", found).splitlines()
