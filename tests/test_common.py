@@ -38,6 +38,7 @@ from common import (
     Context,
     Models,
     Point,
+    Sharing,
     Transplant,
     Vector,
     Vectors,
@@ -171,7 +172,7 @@ def ask_lens(model, move, texts):
 
 
 def ask_text(model, move, texts):
-    return generate(model, texts, move, 3)
+    return generate(model, texts, [move], 3)
 
 
 ASK = [  # all that is asked of a model
@@ -305,7 +306,7 @@ def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
             reference.next_logits(texts, shifts).float(),
             0.05,
         )
-        assert generate(model, texts, transplant, 4)
+        assert generate(model, texts, [transplant], 4)
         assert model.precision == "torch.bfloat16"
 
 
@@ -465,7 +466,7 @@ REFUSED = {
     "fit the context": lambda model: generate(model, ["Tom"], max_new_tokens=127),
     "list of strings": lambda model: hidden_states(model, "Tom felt"),
     "block 4 does not exist": lambda model: hidden_states(model, TEXTS, [4]),
-    "block -1 does not exist": lambda model: generate(model, TEXTS, Transplant.of(A, -1, 1.0)),
+    "block -1 does not exist": lambda model: generate(model, TEXTS, [Transplant.of(A, -1, 1.0)]),
     "block 7 does not exist": lambda model: logit_lens(model, TEXTS, 7),
     "number of a block, not 2.0": lambda model: Transplant.of(A, 2.0, 6),  # alpha and layer swapped
     r"vector must be \[d\]": lambda model: Transplant.of(A[None], 2, 1.0),
@@ -1082,10 +1083,9 @@ def test_the_logit_lens_is_norm_and_unembedding_at_its_block(any_pair):
 
 def test_greedy_text_equals_that_of_transformers(any_pair):
     model, reference = any_pair
-    for transplant, shifts in STEERED[:3]:
-        wanted = reference.generate(TEXTS, shifts)
-        assert generate(model, TEXTS, transplant, 8) == wanted
-        assert generate(model, TEXTS[:1], transplant, 8) == wanted[:1]
+    wanted = [reference.generate(TEXTS, shifts) for shifts in SHIFTS]
+    assert generate(model, TEXTS, TRANSPLANTS, 8) == wanted
+    assert generate(model, TEXTS[:1], TRANSPLANTS[1:2], 8) == [wanted[1][:1]]
 
 
 def changed_copy(model, folder: Path, **settings):
@@ -1109,8 +1109,8 @@ def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path
     assert lengths[1] <= 3
     assert max(lengths) == 8
     wanted = reference.generate(TEXTS, shifts, eos)
-    assert generate(model, TEXTS, transplant, 8) == wanted
-    assert generate(model, TEXTS[1:2], transplant, 8) == wanted[1:2]
+    assert generate(model, TEXTS, [transplant], 8) == [wanted]
+    assert generate(model, TEXTS[1:2], [transplant], 8) == [wanted[1:2]]
 
 
 def test_the_settings_of_a_model_folder_do_not_change_how_text_is_made(model, tmp_path):
@@ -1125,8 +1125,8 @@ def test_the_settings_of_a_model_folder_do_not_change_how_text_is_made(model, tm
         do_sample=True,
     )
     for sample in (False, True):
-        wanted = generate(model, TEXTS, BASE, 8, sample)
-        assert generate(changed, TEXTS, BASE, 8, sample) == wanted
+        wanted = generate(model, TEXTS, [BASE], 8, sample)
+        assert generate(changed, TEXTS, [BASE], 8, sample) == wanted
 
 
 def test_samples_repeat_and_leave_the_global_generator_alone(model):
@@ -1134,7 +1134,7 @@ def test_samples_repeat_and_leave_the_global_generator_alone(model):
         return generate(
             model,
             TEXTS,
-            TRANSPLANTS[1],
+            TRANSPLANTS[1:2],
             8,
             sample=True,
             **options,
@@ -1145,7 +1145,7 @@ def test_samples_repeat_and_leave_the_global_generator_alone(model):
     assert torch.equal(state, torch.get_rng_state())
     assert sample(seed=3) == first
     assert sample(seed=4) != first
-    greedy = generate(model, TEXTS, TRANSPLANTS[1], 8)
+    greedy = generate(model, TEXTS, TRANSPLANTS[1:2], 8)
     assert greedy != first
     assert sample(top_p=1e-6) == greedy
     assert sample(temperature=1e-4) == greedy
@@ -1230,9 +1230,10 @@ def check_eft(models, references, pairs, steered):
         close(values, wanted, 1e-4)
         assert flags.tolist() == wanted_flags
         wanted = eft_texts(references, shifts)
-        assert generate(target, TEXTS, transplant, 8, **options) == wanted
+        assert generate(target, TEXTS, [transplant], 8, **options) == [wanted]
         # temperature and top-p are applied to the sum of the logits
-        assert generate(target, TEXTS, transplant, 8, True, top_p=1e-6, **options) == wanted
+        sampled = generate(target, TEXTS, [transplant], 8, True, top_p=1e-6, **options)
+        assert sampled == [wanted]
     return greedy
 
 
@@ -1263,7 +1264,7 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
         max_new_tokens=8,
         eft=tuple(models[1:]),
     )
-    assert got == eft_texts(references, {}, eos)
+    assert got == [eft_texts(references, {}, eos)]
 
 
 @pytest.mark.parametrize(
@@ -1295,7 +1296,7 @@ def test_eft_refuses_another_vocabulary_a_full_context_and_nan(model, tmp_path):
             generate(
                 model,
                 TEXTS,
-                BASE,
+                [BASE],
                 2,
                 sample,
                 eft=(broken, model),
@@ -1333,13 +1334,13 @@ def test_each_thing_is_computed_once(any_pair):
     model, reference = any_pair
     sweep = [Transplant.of(A, 2, alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)]
     next_token_logits(model, TEXTS)  # tries what the model can share
-    assert model.sharing == (True, True, True)
+    assert model.sharing == (True, True, True, True)
     with watched(model) as seen:
         next_token_logits(model, TEXTS, sweep)
     assert rows_through(seen) == [4, 4, 4, 20]
     with watched(model) as seen:
         next_token_logits(
-            replace(model, sharing=(False, False, False)),
+            replace(model, sharing=Sharing(False, False, False, False)),
             TEXTS,
             sweep,
         )
@@ -1431,9 +1432,9 @@ MAMBA = {
     "shared_intermediate_size": 64,
 }
 MORE = {  # what they can share, and as in CONFIGS
-    "gemma2": ([1, 1, 1], transformers.Gemma2Config, GROUPED | GEMMA, *LLAMA_PATHS),
-    "bloom": ([1, 1, 0], transformers.BloomConfig, {}, "transformer.h", "transformer.ln_f"),
-    "mamba": ([1, 0, 0], transformers.GraniteMoeHybridConfig, GROUPED | MAMBA, *LLAMA_PATHS),
+    "gemma2": ([1, 1, 1, 0], transformers.Gemma2Config, GROUPED | GEMMA, *LLAMA_PATHS),
+    "bloom": ([1, 1, 0, 1], transformers.BloomConfig, {}, "transformer.h", "transformer.ln_f"),
+    "mamba": ([1, 0, 0, 1], transformers.GraniteMoeHybridConfig, GROUPED | MAMBA, *LLAMA_PATHS),
 }
 
 
@@ -1448,7 +1449,7 @@ def test_what_a_model_cannot_share_is_computed_in_full(family, tmp_path, capsys)
     assert ("cannot share" in capsys.readouterr().out) == (0 in shares)
     transplant, shifts = STEERED[2]
     wanted = reference.generate(TEXTS, shifts)
-    assert generate(model, TEXTS, transplant, 8) == wanted
+    assert generate(model, TEXTS, [transplant], 8) == [wanted]
 
 
 def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
@@ -1459,7 +1460,7 @@ def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
     model = replace(llama[0], sharing=None)
     with watched(model, act) as seen:
         check_sharing(model, llama[1])
-    assert model.sharing == (False, True, True)
+    assert model.sharing == (False, True, True, True)
 
 
 MISUSE = {  # each names the argument
