@@ -60,15 +60,6 @@ CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the cac
 GPU_BATCH_TOKENS = 4096
 
 
-class Sharing(NamedTuple):
-    """What of a model can be computed once for several rows, or in pieces; see 7 Engine."""
-
-    blocks: bool
-    cache: bool
-    branches: bool
-    pieces: bool
-
-
 @dataclass
 class Model:
     """A causal LM: the nnsight model, and what the functions below need to know about it."""
@@ -79,7 +70,7 @@ class Model:
     precision: str  # "torch.float32", "nf4" …
     remote: str | None  # address of the NDIF server that runs it
     batch_tokens: int  # tokens computed in one forward pass
-    sharing: Sharing | None = None  # see _sharing
+    sharing: tuple[bool, bool, bool, bool] | None = None  # see _sharing
 
     @property
     def tokenizer(self):
@@ -1212,7 +1203,7 @@ def next_token_logits(
     model: Model, texts: list[str], transplants: list[Transplant] = (BASE,)
 ) -> torch.Tensor:
     """Logits of the token after each text: [transplants, texts, vocabulary], float32 on the CPU."""
-    return _next_logits(model, _encode(model, texts), transplants)
+    return _logits(model, [(row, []) for row in _encode(model, texts)], transplants)
 
 
 def choice_logprobs(
@@ -1348,15 +1339,12 @@ def generate(
     rows = _encode(model, texts)
     _require_eft_fits(model, eft, rows, max_new_tokens)
     _require_room(model, rows, max_new_tokens)
-    luck = None
-    if sample:
-        generator = torch.Generator().manual_seed(seed)
-        luck = torch.rand(len(texts), max_new_tokens, generator=generator)
-    options = (max_new_tokens, temperature, top_p)
-    models = (model, *eft)
-    write = _written
-    if not all(_sharing(each).cache for each in models) or eft and any(m.remote for m in models):
-        write = _written_by_logits
+    generator = torch.Generator().manual_seed(seed)
+    luck = torch.rand(len(texts), max_new_tokens, generator=generator)
+    options = (max_new_tokens, temperature if sample else 0.0, top_p)
+    several = eft and any(each.remote for each in (model, *eft))  # places, one of them NDIF
+    cached = all(_sharing(each)[1] for each in (model, *eft))
+    write = _written if cached and not several else _written_by_logits
     result = [[""] * len(texts) for _ in transplants]
     for member, i, ids in write(model, rows, transplants, eft, options, luck):
         result[member][i] = model.tokenizer.decode(ids, skip_special_tokens=True)
@@ -1366,7 +1354,7 @@ def generate(
 def _written(model: Model, rows, transplants, eft, options: tuple, luck):
     """Yield (transplant, row, its new tokens)."""
     max_new_tokens = options[0]
-    small = tuple((each.nn, tuple(_sharing(each))) for each in eft)
+    small = tuple((each.nn, _sharing(each)) for each in eft)
     for members in _groups(model, transplants, max(map(len, rows))):
         copies = len(members)
 
@@ -1376,29 +1364,23 @@ def _written(model: Model, rows, transplants, eft, options: tuple, luck):
             pieces = [batch[first : first + size] for first in range(0, len(batch), size)]
             return {
                 "pieces": [[rows[i] for i in piece] for piece in pieces],
-                "luck": None if luck is None else luck[batch],
+                "luck": luck[batch],
             }
 
         shifts = _shifts(model, [transplants[i] for i in members])
-        fixed = (shifts, copies, tuple(_sharing(model)), options, small)
+        fixed = (shifts, copies, _sharing(model), options, small)
         costs = [copies * (len(row) + max_new_tokens) / CACHED_PER_COMPUTED for row in rows]
-        for batch, (new_tokens, finite) in _each_batch(model, _writer, fixed, pack, costs):
-            if not finite:
-                raise FloatingPointError(
-                    f"NaN or infinity in the logits of {model.name} ({model.precision})"
-                )
+        for batch, new_tokens in _each_batch(model, _writer, fixed, pack, costs):
             for member, written in zip(members, new_tokens.unflatten(0, (copies, -1))):
                 for i, ids in zip(batch, written):
                     yield member, i, ids[ids >= 0]
 
 
 def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small: tuple):
-    """Make a function that continues one batch under all transplants.
-
-    It returns the new tokens [copies * rows, max_new_tokens], -1 after the end, and whether the
-    logits were finite."""
-    max_new_tokens, *warping = options
-    ends = torch.tensor(nn.generation_config.eos_token_id or [])  # a model may have several
+    """Make a function that continues one batch under all transplants: new tokens
+    [copies * rows, max_new_tokens], -1 after the end."""
+    max_new_tokens, *sampling = options
+    ends = _end_tokens(nn)
     models = [(1, nn, shifts, sharing)]
     models += [(sign, each, {}, its) for sign, (each, its) in zip((1, -1), small)]
 
@@ -1417,9 +1399,8 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
             logits = scores[0]
             for (sign, *_), others in zip(models[1:], scores[1:]):
                 logits = _add_logits(logits, sign, others)
-            if not logits.amax(-1).isfinite().all():
-                return new_tokens, False
-            token = _choose(logits, None if luck is None else luck[alive % n, step], *warping)
+            _require_finite(logits.amax(-1), "logits")
+            token = _choose(logits, luck[alive % n, step], *sampling)
             new_tokens[alive, step] = token
             going = ~torch.isin(token, ends)
             if step + 1 == max_new_tokens or not going.any():
@@ -1431,9 +1412,15 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
                     caches[i] = [(keys[going], values[going]) for keys, values in caches[i]]
                 of_rows = {block: shift[alive // n] for block, shift in own.items()}
                 scores[i] = _read_tokens(each, token, mask, of_rows, its, caches[i])
-        return new_tokens, True
+        return new_tokens
 
     return write
+
+
+def _end_tokens(nn):
+    """The tokens that end a text; a model may have several, or none."""
+    ends = nn.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.long)
 
 
 def _read_prompts(nn, pieces, shifts: dict, copies: int, sharing: tuple, room: int):
@@ -1454,9 +1441,7 @@ def _read_prompts(nn, pieces, shifts: dict, copies: int, sharing: tuple, room: i
         start = 0
         for part, piece in zip(parts, pieces):
             end = start + len(piece)
-            part = part.unflatten(
-                0, (-1, len(piece))
-            )  # up to the steered block: one for all copies
+            part = part.unflatten(0, (-1, len(piece)))  # [1 or copies, rows, …]
             whole[:, start:end, :, width - part.shape[3] : width] = part
             start = end
         return whole.flatten(0, 1)
@@ -1480,8 +1465,9 @@ def _read_tokens(nn, tokens, mask, shifts: dict, sharing: tuple, blocks):
 
 
 def _choose(logits, luck, temperature: float, top_p: float):
-    """The likeliest token of each row; with luck [rows], numbers from 0 to 1, a sampled one."""
-    if luck is None:
+    """A token for each row: where the cumulative probability reaches luck [rows], from 0 to 1; the
+    likeliest at temperature 0."""
+    if not temperature:
         return logits.argmax(-1).cpu()
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -1495,17 +1481,18 @@ def _choose(logits, luck, temperature: float, top_p: float):
 def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luck):
     """As _written, from the logits after the whole text: where one of the models is on NDIF, all
     are asked once per new token; and where a model has no KV cache to go on from."""
-    max_new_tokens, *warping = options
-    ends = torch.tensor(model.nn.generation_config.eos_token_id or [])
+    max_new_tokens, *sampling = options
+    ends = _end_tokens(model.nn)
     for member, transplant in enumerate(transplants):
         alive = torch.arange(len(rows))
         new_tokens = torch.full((len(rows), max_new_tokens), -1)
         for step in range(max_new_tokens):
             whole = [[*rows[i], *new_tokens[i, :step].tolist()] for i in alive]
-            logits = _next_logits(model, whole, [transplant])[0]
+            trees = [(row, []) for row in whole]
+            [logits] = _logits(model, trees, [transplant])
             for sign, small in zip((1, -1), eft):
-                logits = _add_logits(logits, sign, _next_logits(small, whole, [BASE])[0])
-            token = _choose(logits, None if luck is None else luck[alive, step], *warping)
+                logits = _add_logits(logits, sign, _logits(small, trees)[0])
+            token = _choose(logits, luck[alive, step], *sampling)
             new_tokens[alive, step] = token
             alive = alive[~torch.isin(token, ends)]
             if not len(alive):
@@ -1662,7 +1649,7 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
     options = {"use_cache": False} if cache is None else {"past_key_values": cache}
     with torch.no_grad():
         with nn.trace(inputs, **options):
-            for block in range(len(nn.layers)) if parting is not None else shifts:
+            for block in range(len(nn.layers)):
                 if parting is not None and block > parting:
                     args, kwargs = nn.layers[block].inputs
                     args = (args[0], *_repeat(args[1:], copies))  # args[0] is the stream
@@ -1691,12 +1678,12 @@ def _unembed(nn, states, sharing: tuple):
     Logits in bfloat16 are multiples of 0.125 from 16 on: many would be equal."""
     if not sharing[3]:
         return states.float()
-    weight, bias = nn.unembed.weight, getattr(nn.unembed, "bias", None)
-    if not weight.is_cuda or weight.dtype == torch.float32:
-        bias = None if bias is None else bias.float()
-        return torch.nn.functional.linear(states.float(), weight.float(), bias)
-    logits = torch.mm(states.flatten(0, -2), weight.T, out_dtype=torch.float32)
-    logits = logits.unflatten(0, states.shape[:-1])
+    weight, bias = nn.unembed.weight, nn.unembed.bias
+    if weight.is_cuda and weight.dtype != torch.float32:
+        logits = torch.mm(states.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        logits = logits.unflatten(0, states.shape[:-1])
+    else:
+        logits = torch.nn.functional.linear(states.float(), weight.float())
     return logits if bias is None else logits + bias
 
 
@@ -1789,68 +1776,56 @@ def _kv_cache(blocks, filled: int):
     return cache
 
 
-def _sharing(model: Model) -> Sharing:
-    """What the model can share; tried once, on a few tokens."""
+def _sharing(model: Model) -> tuple[bool, bool, bool, bool]:
+    """Which of blocks, cache, branches and pieces work; tried once, on a few tokens."""
     if model.sharing is None:
         fixed = (model.config.hidden_size, model.precision == "torch.float32")
-        [(_, found)] = _each_batch(model, _try_sharing, fixed, lambda batch: {}, [1])
-        model.sharing = Sharing(*found)
-        names = (
-            "blocks below the steered one",
-            "a KV cache",
-            "the context of choices",
-            "the memory of logits",
-        )
+        [(_, model.sharing)] = _each_batch(model, _try_sharing, fixed, lambda batch: {}, [1])
+        names = ("blocks", "a KV cache", "branches", "an unembedding in pieces")
         missing = [name for name, works in zip(names, model.sharing) if not works]
         if missing:
-            print(f"{model.name} cannot share {', '.join(missing)}: computed in full")
+            print(f"{model.name} does without {', '.join(missing)}: slower, or more memory")
     return model.sharing
 
 
 def _try_sharing(nn, width: int, exact: bool):
     first, second = [3, 4, 5, 6], [3, 4, 5, 7, 8]
-    rows = [(first, []), (second, [])]
     generator = torch.Generator().manual_seed(0)
     shifts = {len(nn.layers) // 2: torch.randn(2, width, generator=generator)}
-    none = (False, False, False, False)
-    plain = _forward(nn, rows, shifts, 2, none)[0].float()
 
-    def agrees(compute, *sharing) -> bool:
-        try:
-            logits = compute(sharing)
-        except Exception:  # whatever it is: the model's own forward decides what it can do
-            return False
-        return bool((logits - plain).abs().max() <= (1e-3 if exact else 0.1) * plain.std())
-
-    def at_once(sharing):
-        states, _ = _forward(nn, rows, shifts, 2, sharing)
+    def at_once(sharing, trees=((first, []), (second, []))):
+        states, _ = _forward(nn, trees, shifts, 2, sharing)
         return _unembed(nn, states, sharing)
 
-    def from_prefix(sharing):
-        _, prefix = _forward(nn, [(first[:2], [])], shifts, 2, sharing, keep_cache=True)
-        tails = [(first[2:], []), (second[2:], [])]
-        return _forward(nn, tails, shifts, 2, sharing, prefix)[0].float()
-
     def from_cache(sharing):
-        pieces = [[second[:-1]], [first[:-1]]]
-        _, blocks = _read_prompts(nn, pieces, shifts, 2, sharing, room=1)
-        mask = torch.tensor([[1] * 5, [0] + [1] * 4] * 2)
+        pieces = [[first[:-1]], [second[:-1]]]
+        _, blocks = _read_prompts(nn, pieces, shifts, 2, sharing, room=0)
+        mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]] * 2)
         own = {block: shift.repeat_interleave(2, 0) for block, shift in shifts.items()}
-        logits = _read_tokens(nn, torch.tensor([8, 6, 8, 6]), mask, own, sharing, blocks)
-        return logits.unflatten(0, (2, 2)).flip(1)
+        logits = _read_tokens(nn, torch.tensor([6, 8, 6, 8]), mask, own, sharing, blocks)
+        return logits.unflatten(0, (2, 2))
 
     def from_branches(sharing):
         tree = (first[:3], [first[3:] + [9], second[3:] + [9]])
-        logits, _ = _forward(nn, [tree], shifts, 2, sharing)
-        return logits[:, [1, 3]].float()  # the last token of each tail
+        return at_once(sharing, [tree])[:, [1, 3]]  # the last token of each tail
 
     def attempt():
+        plain = at_once((False, False, False, False))
+
+        def agrees(compute, *sharing) -> bool:
+            try:
+                logits = compute(sharing)
+            except Exception:  # whatever it is: the model's own forward decides what it can do
+                return False
+            return bool((logits - plain).abs().max() <= (1e-3 if exact else 0.1) * plain.std())
+
         blocks = agrees(at_once, True, False, False, False)
-        cache = agrees(from_prefix, blocks, True, False, False)
-        cache = cache and agrees(from_cache, blocks, True, False, False)
-        branches = agrees(from_branches, blocks, False, True, False)
-        pieces = agrees(at_once, blocks, False, False, True)
-        return blocks, cache, branches, pieces
+        return (
+            blocks,
+            agrees(from_cache, blocks, True, False, False),
+            agrees(from_branches, blocks, False, True, False),
+            agrees(at_once, blocks, False, False, True),
+        )
 
     return attempt
 
@@ -1863,7 +1838,7 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
 
     scores are the logits [t, nodes, vocabulary] of these trees, or with `reduce` what _reduce makes
     of them on the spot: full logits of a real vocabulary are 100 MB a batch."""
-    sharing = tuple(_sharing(model))
+    sharing = _sharing(model)
     heads = [head for head, _ in trees]
     past = _common_prefix(heads) if sharing[1] and _fits_window(model, trees) else 0
     prefix = heads[0][:past]
@@ -1961,7 +1936,7 @@ def _logprobs(
         if eft:
             mine = [trees[i] for i in batch]
             for sign, small in zip((1, -1), eft):
-                scores = _add_logits(scores, sign, _all_logits(small, mine))
+                scores = _add_logits(scores, sign, _logits(small, mine))
             scores = _reduce(lambda logits: logits, scores, mine)
         indices = [i for tree in batch for i in members[tree]]
         sums[some, indices], greedy[some, indices] = scores
@@ -1973,7 +1948,7 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
     hold."""
     alone = [(head, [tail]) for head, tail in zip(heads, tails)]
     # The mask of a batch of trees knows no window, so every row of it must fit the window.
-    branching = all(_sharing(model).branches and _fits_window(model, alone) for model in models)
+    branching = all(_sharing(model)[2] and _fits_window(model, alone) for model in models)
     trees, members, open_trees = [], [], {}
     for i, (head, tail) in enumerate(zip(heads, tails)):
         tree = open_trees.get(tuple(head)) if share_heads else None
@@ -1992,25 +1967,16 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
     return trees, members
 
 
-def _next_logits(model: Model, rows: list[list[int]], transplants) -> torch.Tensor:
-    """Logits after each row of tokens: [transplants, rows, vocabulary]."""
-    transplants = list(transplants)
-    result = None
-    for members, batch, logits in _scores(model, [(row, []) for row in rows], transplants, False):
-        if result is None:
-            result = torch.empty(len(transplants), len(rows), logits.shape[-1])
-        result[members, batch] = logits.cpu()
+def _logits(model: Model, trees: list, transplants=(BASE,)) -> torch.Tensor:
+    """Logits at all nodes of the trees, in their order: [transplants, nodes, vocabulary]."""
+    ends = np.cumsum([1 + sum(len(tail) - 1 for tail in tails) for _, tails in trees]).tolist()
+    nodes = [range(*each) for each in zip([0, *ends], ends)]  # of each tree
+    result = torch.empty(0)
+    for members, batch, logits in _scores(model, trees, list(transplants), reduce=False):
+        if not len(result):
+            result = torch.empty(len(transplants), ends[-1], logits.shape[-1])
+        result[members, [node for i in batch for node in nodes[i]]] = logits.cpu()
     return result
-
-
-def _all_logits(model: Model, trees: list) -> torch.Tensor:
-    """Logits at all nodes of the trees, in their order: [1, nodes, vocabulary]."""
-    parts = [None] * len(trees)
-    for _, batch, logits in _scores(model, trees, [BASE], reduce=False):
-        nodes = [1 + sum(len(tail) - 1 for tail in trees[i][1]) for i in batch]
-        for i, part in zip(batch, logits.split(nodes, 1)):
-            parts[i] = part
-    return torch.cat(parts, 1)
 
 
 def _add_logits(logits: torch.Tensor, sign: int, others: torch.Tensor) -> torch.Tensor:
