@@ -1081,7 +1081,7 @@ import sys
 from common import Transplant, load_model, perplexity, score_labels
 import torch
 model = load_model(sys.argv[1], device="cpu")
-texts = ["the old town " * 60 + f"{n} felt" for n in range(20)]
+texts = ["the old town " * 60 + f"{n} felt" for n in range(4)]
 moves = [Transplant.of(torch.randn(768), 12, alpha) for alpha in (1.0, 2.0, 3.0, 4.0)]
 perplexity(model, texts, moves)
 score_labels(model, texts, ["happy", "sad"], moves)
@@ -1106,7 +1106,7 @@ def test_a_sweep_with_a_large_vocabulary_stays_in_memory(tmp_path):
     )
     command = [sys.executable, "-c", PEAK, str(folder)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(found.stdout) / 1024 < 3000  # MiB
+    assert int(found.stdout) / 1024 < 1900  # MiB; 2,700 with all logits at once
 
 
 @pytest.mark.parametrize(
