@@ -1503,28 +1503,27 @@ def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luc
 
 # ================================================================ 7  Engine
 #
-# Everything above asks for one of two things: hidden states, or logits after given tokens. What
-# makes
-# it fast is computed once where it is the same:
+# Everything above asks for one of three things: hidden states, logits after given tokens, or text.
+# What makes it fast is computed once where it is the same:
 #
 # blocks    Below the first steered block nothing depends on the transplant. Each prompt goes
-# through
-#             those blocks once, and through the blocks above it once per transplant.
-#   prefix    Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
+#           through those blocks once, and through the blocks above it once per transplant.
+# cache     Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
+#           Text goes on from a cache of its prompt; what has ended leaves the batch.
 # branches  Continuations of one context (the choices of a question, the labels of a prompt) are
-# one
-#             row: the context, then each continuation, with a mask that hides them from each other.
+#           one row: the context, then each continuation, with a mask that hides them from each
+#           other.
+# pieces    The unembedding is applied to a few states at a time, in float32: all logits of a
+#           batch would take more memory than the model.
 #
 # All of it is exact. Architectures differ in what they can do, so _sharing compares each of the
-# three
-# with the plain way on a few tokens of every model, and what differs is not used.
+# four with the plain way on a few tokens of every model, and what differs is not used.
 #
 # A prompt with its continuations is a tree: (head, tails), token ids of the context and of each
 # continuation. Its logits are read at its nodes: the last token of the head, then the tokens of
-# each
-# tail but its last. Functions that run on NDIF (_state_reader, _scorer …) travel there as source
-# text:
-# they take the nnsight model `nn`, tensors, numbers, lists and tuples, and use no class of ours.
+# each tail but its last. Functions that run on NDIF (_state_reader, _scorer, _writer …) travel
+# there as source text: they take the nnsight model `nn`, tensors, numbers, lists and tuples, and
+# use no class of ours.
 
 CACHED_PER_COMPUTED = 8  # a cached token costs memory, not time: this many count as a computed one
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache

@@ -1485,7 +1485,7 @@ def test_small_batches_give_the_same_values(pair, batch_tokens):
 def test_a_forward_pass_holds_no_more_tokens_than_it_may(model):
     model = replace(model, batch_tokens=64)
     with watched(model) as seen:
-        for ask in (ask_states, ask_logits, ask_choices, ask_perplexity):
+        for ask in (ask_states, ask_logits, ask_choices, ask_perplexity, ask_text):
             ask(model, TRANSPLANTS[1], TEXTS * 4)
         next_token_logits(model, TEXTS, TRANSPLANTS)
     assert len(seen[0]) > 8
