@@ -1867,7 +1867,7 @@ def _groups(model: Model, transplants, cost: float):
     the same first block are neighbours, since they share the blocks up to it."""
 
     def first_block(i: int) -> int:
-        return min([part[0] for part in transplants[i].parts], default=sys.maxsize)
+        return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
 
     order = sorted(range(len(transplants)), key=first_block)
     size = max(1, int(model.batch_tokens // cost))

@@ -1585,8 +1585,12 @@ MISUSE = {  # each names the argument
         lambda model, move: common.next_token_logits(model, ["Tom felt"], move),
         lambda model, move: common.perplexity(model, ["Tom felt"], move),
         lambda model, move: common.logit_lens(model, ["Tom felt"], 1, move),
+        lambda model, move: common.generate(model, ["Tom felt"], move),
     ],
-    "transplant must be": [lambda model, move: common.generate(model, ["Tom felt"], [move])],
+    "transplant must be": [
+        lambda model, move: common.hidden_states(model, ["Tom felt"], [1], [move]),
+        lambda model, move: common.generate(model, ["Tom felt"], ["strong"]),
+    ],
     "v must be": [lambda *_: common.fit_affine(vectors(9, 4), vectors(9, 5)).vector(vectors(1)[0])],
 }
 
