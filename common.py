@@ -26,7 +26,6 @@ import os
 import random
 import re
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ class Model:
     precision: str  # "torch.float32", "nf4" …
     remote: str | None  # address of the NDIF server that runs it
     batch_tokens: int  # tokens computed in one forward pass
-    sharing: tuple[bool, bool, bool] | None = None  # see _sharing
+    sharing: tuple[bool, bool, bool, bool] | None = None  # see _sharing
 
     @property
     def tokenizer(self):
@@ -1236,7 +1235,7 @@ def next_token_logits(
     model: Model, texts: list[str], transplants: list[Transplant] = (BASE,)
 ) -> torch.Tensor:
     """Logits of the token after each text: [transplants, texts, vocabulary], float32 on the CPU."""
-    return _next_logits(model, _encode(model, texts), transplants)
+    return _logits(model, [(row, []) for row in _encode(model, texts)], transplants)
 
 
 def choice_logprobs(
@@ -1353,113 +1352,215 @@ def logit_lens(
 def generate(
     model: Model,
     texts: list[str],
-    transplant: Transplant = BASE,
+    transplants: list[Transplant] = (BASE,),
     max_new_tokens: int = 32,
     sample: bool = False,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
     eft: tuple[Model, ...] = (),
-) -> list[str]:
-    """The continuation of each text, without the text; all tokens of both are steered.
+) -> list[list[str]]:
+    """The continuation of each text under each transplant, without the text; all tokens of both are
+    steered. [transplants][texts].
 
-    Greedy, or sampled with `seed`, which leaves torch's global random state alone (a sample depends
-    on how texts fall into batches). A row ends at the end-of-sequence token. eft: (small chat,
-    small base) as in choice_logprobs; if one of the three is on NDIF, it is asked for its logits
-    token by token."""
+    Greedy, or sampled with `seed`: the k-th token of a text is drawn with the same random number
+    under every transplant and in every batch. A text ends at the end-of-sequence token. eft:
+    (small chat, small base) as in choice_logprobs; if one of the three is on NDIF, it is asked for
+    its logits token by token."""
+    transplants = list(transplants)
     rows = _encode(model, texts)
     _require_eft_fits(model, eft, rows, max_new_tokens)
     _require_room(model, rows, max_new_tokens)
-    shifts = _shifts(model, [transplant])
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": model.tokenizer.pad_token_id,
-        "do_sample": sample,
-        # Switch off what a model's generation_config sets for itself.
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "num_beams": 1,
-        "remove_invalid_values": True,  # avoids a cryptic sampling error; NaN is reported below
-    }
-    if sample:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    costs = [(len(row) + max_new_tokens) / CACHED_PER_COMPUTED for row in rows]
-    if eft and any(each.remote for each in (model, *eft)):
-        batches = _batches(model, costs)
-        steps = (
-            (b, _eft_remote([rows[i] for i in b], model, transplant, eft, seed, options))
-            for b in batches
-        )
-    else:
-        small = tuple(each.nn for each in eft)
-        fixed = (shifts, options, seed, small)
-        steps = _each_batch(model, _writer, fixed, _rows_of(rows), costs)
-    result = [""] * len(texts)
-    for batch, (new_tokens, finite) in steps:
-        if not finite:
-            raise FloatingPointError(
-                f"NaN or infinity in the logits of {model.name} ({model.precision})"
-            )
-        for i, ids in zip(batch, new_tokens):
-            result[i] = model.tokenizer.decode(ids, skip_special_tokens=True)
+    generator = torch.Generator().manual_seed(seed)
+    luck = torch.rand(len(texts), max_new_tokens, generator=generator)
+    options = (max_new_tokens, temperature if sample else 0.0, top_p)
+    several = eft and any(each.remote for each in (model, *eft))  # places, one of them NDIF
+    cached = all(_sharing(each)[1] for each in (model, *eft))
+    write = _written if cached and not several else _written_by_logits
+    result = [[""] * len(texts) for _ in transplants]
+    for member, i, ids in write(model, rows, transplants, eft, options, luck):
+        result[member][i] = model.tokenizer.decode(ids, skip_special_tokens=True)
     return result
 
 
-def _writer(nn, shifts: dict, options: dict, seed: int, small: tuple):
-    """Make a function that continues one batch: new tokens [B, new], and if logits were finite."""
+def _written(model: Model, rows, transplants, eft, options: tuple, luck):
+    """Yield (transplant, row, its new tokens)."""
+    max_new_tokens = options[0]
+    small = tuple((each.nn, _sharing(each)) for each in eft)
+    for members in _groups(model, transplants, max(map(len, rows))):
+        copies = len(members)
 
-    def write(rows):
-        inputs = _pad(rows, nn.tokenizer.pad_token_id)
-        inputs.pop("position_ids")  # generate makes its own from the mask
-        extra = {}
-        if small:
-            mask = inputs["attention_mask"].to(nn._module.device)
-            extra["logits_processor"] = [_EftProcessor(*small, mask)]
-        with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
-            warnings.filterwarnings("ignore", message=".*was never reached.*")  # rows may end early
-            torch.manual_seed(seed)
-            with nn.generate(**options, **extra) as tracer:
-                with tracer.invoke(inputs):
-                    finite = list().save()  # noqa: C408 (a literal has no .save)
-                    for _step in tracer.iter[: options["max_new_tokens"]]:
-                        for layer, shift in shifts.items():
-                            add_shift(_residual(nn.layers[layer].output), shift)
-                        finite.append(nn.unembed.output[:, -1].isfinite().all())
-                with tracer.invoke():  # runs even when the loop above ends early
-                    ids = tracer.result.save()
-        return ids[:, inputs["input_ids"].shape[1] :].cpu(), all(map(bool, finite))
+        def pack(batch, copies=copies):
+            # As many rows as are computed at once are fewer than those whose tokens are kept.
+            size = max(1, int(model.batch_tokens // (copies * len(rows[batch[0]]))))
+            pieces = [batch[first : first + size] for first in range(0, len(batch), size)]
+            return {
+                "pieces": [[rows[i] for i in piece] for piece in pieces],
+                "luck": luck[batch],
+            }
+
+        shifts = _shifts(model, [transplants[i] for i in members])
+        fixed = (shifts, copies, _sharing(model), options, small)
+        costs = [copies * (len(row) + max_new_tokens) / CACHED_PER_COMPUTED for row in rows]
+        for batch, new_tokens in _each_batch(model, _writer, fixed, pack, costs):
+            for member, written in zip(members, new_tokens.unflatten(0, (copies, -1))):
+                for i, ids in zip(batch, written):
+                    yield member, i, ids[ids >= 0]
+
+
+def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small: tuple):
+    """Make a function that continues one batch under all transplants: new tokens
+    [copies * rows, max_new_tokens], -1 after the end."""
+    max_new_tokens, *sampling = options
+    ends = _end_tokens(nn)
+    models = [(1, nn, shifts, sharing)]
+    models += [(sign, each, {}, its) for sign, (each, its) in zip((1, -1), small)]
+
+    def write(pieces, luck):
+        lengths = torch.tensor([len(row) for piece in pieces for row in piece])
+        n, width = len(lengths), max(lengths)
+        alive = torch.arange(copies * n)  # rows that have not ended, copy after copy
+        mask = (torch.arange(width) >= width - lengths.repeat(copies)[:, None]).long()
+        new_tokens = torch.full((copies * n, max_new_tokens), -1)
+        scores, caches = [], []
+        for _, each, own, its in models:
+            logits, blocks = _read_prompts(each, pieces, own, copies, its, max_new_tokens)
+            scores.append(logits)
+            caches.append(blocks)
+        for step in range(max_new_tokens):
+            logits = scores[0]
+            for (sign, *_), others in zip(models[1:], scores[1:]):
+                logits = _add_logits(logits, sign, others)
+            _require_finite(logits.amax(-1), "logits")
+            token = _choose(logits, luck[alive % n, step], *sampling)
+            new_tokens[alive, step] = token
+            going = ~torch.isin(token, ends)
+            if step + 1 == max_new_tokens or not going.any():
+                break
+            alive, token = alive[going], token[going]
+            mask = torch.nn.functional.pad(mask[going], (0, 1), value=1)
+            for i, (_, each, own, its) in enumerate(models):
+                if not going.all():
+                    caches[i] = [(keys[going], values[going]) for keys, values in caches[i]]
+                of_rows = {block: shift[alive // n] for block, shift in own.items()}
+                scores[i] = _read_tokens(each, token, mask, of_rows, its, caches[i])
+        return new_tokens
 
     return write
 
 
+def _end_tokens(nn):
+    """The tokens that end a text; a model may have several, or none."""
+    ends = nn.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.long)
+
+
+def _read_prompts(nn, pieces, shifts: dict, copies: int, sharing: tuple, room: int):
+    """Logits after each prompt [copies * rows, vocabulary], and keys and values of each block, all
+    prompts padded on the left, with room for more tokens."""
+    own = copies if shifts else 1
+    logits, kept = [], []
+    for piece in pieces:
+        trees = [(row, []) for row in piece]
+        states, blocks = _forward(nn, trees, shifts, own, sharing, keep_cache=True)
+        logits.append(_unembed(nn, states, sharing).expand(copies, -1, -1))
+        kept.append(blocks)
+    width = max(blocks[0][0].shape[2] for blocks in kept)
+
+    def join(parts):
+        _, heads, _, size = parts[0].shape
+        whole = parts[0].new_zeros(copies, sum(map(len, pieces)), heads, width + room, size)
+        start = 0
+        for part, piece in zip(parts, pieces):
+            end = start + len(piece)
+            part = part.unflatten(0, (-1, len(piece)))  # [1 or copies, rows, …]
+            whole[:, start:end, :, width - part.shape[3] : width] = part
+            start = end
+        return whole.flatten(0, 1)
+
+    joined = []
+    for _ in range(len(kept[0])):
+        keys, values = zip(*[blocks.pop(0) for blocks in kept])  # memory is freed block by block
+        joined.append((join(keys), join(values)))
+    return torch.cat(logits, 1).flatten(0, 1), joined
+
+
+def _read_tokens(nn, tokens, mask, shifts: dict, sharing: tuple, blocks):
+    """Logits [rows, vocabulary] after one more token of each row, whose keys and values are added
+    to those of the blocks."""
+    inputs = {"input_ids": tokens[:, None], "attention_mask": mask}
+    inputs["position_ids"] = mask.sum(1, keepdim=True) - 1
+    rows = torch.arange(len(tokens))
+    cache = _kv_cache(blocks, mask.shape[1] - 1)
+    states = _run(nn, inputs, rows, torch.zeros_like(rows), shifts, sharing, cache)
+    return _unembed(nn, states, sharing)
+
+
+def _choose(logits, luck, temperature: float, top_p: float):
+    """A token for each row: where the cumulative probability reaches luck [rows], from 0 to 1; the
+    likeliest at temperature 0."""
+    if not temperature:
+        return logits.argmax(-1).cpu()
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    logits = TemperatureLogitsWarper(temperature)(None, logits)
+    logits = TopPLogitsWarper(top_p)(None, logits)
+    mass = logits.softmax(-1).cumsum(-1)
+    wanted = luck[:, None].to(mass) * mass[:, -1:]
+    return torch.searchsorted(mass, wanted, right=True)[:, 0].clamp(max=mass.shape[1] - 1).cpu()
+
+
+def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luck):
+    """As _written, from the logits after the whole text: where one of the models is on NDIF, all
+    are asked once per new token; and where a model has no KV cache to go on from."""
+    max_new_tokens, *sampling = options
+    ends = _end_tokens(model.nn)
+    for member, transplant in enumerate(transplants):
+        alive = torch.arange(len(rows))
+        new_tokens = torch.full((len(rows), max_new_tokens), -1)
+        for step in range(max_new_tokens):
+            whole = [[*rows[i], *new_tokens[i, :step].tolist()] for i in alive]
+            trees = [(row, []) for row in whole]
+            [logits] = _logits(model, trees, [transplant])
+            for sign, small in zip((1, -1), eft):
+                logits = _add_logits(logits, sign, _logits(small, trees)[0])
+            token = _choose(logits, luck[alive, step], *sampling)
+            new_tokens[alive, step] = token
+            alive = alive[~torch.isin(token, ends)]
+            if not len(alive):
+                break
+        for i, ids in enumerate(new_tokens):
+            yield member, i, ids[ids >= 0]
+
+
 # ================================================================ 7  Engine
 #
-# Everything above asks for one of two things: hidden states, or logits after given tokens. What
-# makes
-# it fast is computed once where it is the same:
+# Everything above asks for one of three things: hidden states, logits after given tokens, or text.
+# What makes it fast is computed once where it is the same:
 #
 # blocks    Below the first steered block nothing depends on the transplant. Each prompt goes
-# through
-#             those blocks once, and through the blocks above it once per transplant.
-#   prefix    Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
+#           through those blocks once, and through the blocks above it once per transplant.
+# cache     Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
+#           Text goes on from a cache of its prompt; what has ended leaves the batch.
 # branches  Continuations of one context (the choices of a question, the labels of a prompt) are
-# one
-#             row: the context, then each continuation, with a mask that hides them from each other.
+#           one row: the context, then each continuation, with a mask that hides them from each
+#           other.
+# pieces    The unembedding is applied to a few states at a time, in float32: all logits of a
+#           batch would take more memory than the model.
 #
 # All of it is exact. Architectures differ in what they can do, so _sharing compares each of the
-# three
-# with the plain way on a few tokens of every model, and what differs is not used.
+# four with the plain way on a few tokens of every model, and what differs is not used.
 #
 # A prompt with its continuations is a tree: (head, tails), token ids of the context and of each
 # continuation. Its logits are read at its nodes: the last token of the head, then the tokens of
-# each
-# tail but its last. Functions that run on NDIF (_state_reader, _scorer …) travel there as source
-# text:
-# they take the nnsight model `nn`, tensors, numbers, lists and tuples, and use no class of ours.
+# each tail but its last. Functions that run on NDIF (_state_reader, _scorer, _writer …) travel
+# there as source text: they take the nnsight model `nn`, tensors, numbers, lists and tuples, and
+# use no class of ours.
 
 CACHED_PER_COMPUTED = 8  # a cached token costs memory, not time: this many count as a computed one
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
 BRANCH_TOKENS = 512  # tokens of all tails of one tree
+UNEMBED_ROWS = 256  # of logits in memory at once: 125 MB for 128,256 tokens
 
 
 def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batches_per_job=8):
@@ -1545,24 +1646,41 @@ def _pad(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- one forward pass
 
 
-def _forward(nn, trees, shifts: dict, copies: int, shared: bool, prefix=(), keep_cache=False):
+def _forward(nn, trees, shifts: dict, copies: int, sharing: tuple, prefix=(), keep_cache=False):
     """One forward pass of `trees` under each of `copies` transplants.
 
-    shifts: {block: [copies, d]}. shared: blocks up to the first steered one run once for all
-    copies. prefix: keys and values of each block for the tokens before all trees. Returns logits
-    [copies, nodes, vocabulary], and the cache of this pass if keep_cache."""
-    parting = min(shifts) if shared and shifts and copies > 1 else None
+    shifts: {block: [copies, d]}. prefix: keys and values of each block for the tokens before all
+    trees. Returns [copies, nodes, d or vocabulary], see _run, and with keep_cache keys and values
+    of each block."""
+    from transformers.cache_utils import DynamicCache
+
     past = prefix[0][0].shape[2] if prefix else 0
     inputs, rows, columns = _pack_trees(trees, nn.tokenizer.pad_token_id, past, nn.dtype)
     n = len(trees)
-    if parting is None:
+    shifts = {block: shift.repeat_interleave(n, 0) for block, shift in shifts.items()}
+    if not (sharing[0] and shifts):
         inputs = {name: _repeat(value, copies) for name, value in inputs.items()}
     rows = torch.cat([rows + n * copy for copy in range(copies)])
     columns = columns.repeat(copies)
-    options = {"past_key_values": _prefix_cache(prefix)} if prefix else {"use_cache": keep_cache}
+    cache = _kv_cache(prefix, past) if prefix else DynamicCache() if keep_cache else None
+    found = _run(nn, inputs, rows, columns, shifts, sharing, cache)
+    kept = [(layer.keys, layer.values) for layer in cache.layers] if keep_cache else None
+    return found.unflatten(0, (copies, -1)), kept
+
+
+def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
+    """One forward pass that adds shifts, {block: [rows of the result, d]}.
+
+    Where the result has more rows than the inputs, the blocks up to the first steered one run once
+    for all copies of a row. Returns what goes into the unembedding at the nodes (rows, columns),
+    [nodes, d], or logits [nodes, vocabulary] of a model whose unembedding cannot be done in
+    pieces."""
+    copies = max(map(len, shifts.values()), default=0) // len(inputs["input_ids"])
+    parting = min(shifts) if copies > 1 else None
+    options = {"use_cache": False} if cache is None else {"past_key_values": cache}
     with torch.no_grad():
         with nn.trace(inputs, **options):
-            for block in range(len(nn.layers)) if parting is not None else shifts:
+            for block in range(len(nn.layers)):
                 if parting is not None and block > parting:
                     args, kwargs = nn.layers[block].inputs
                     args = (args[0], *_repeat(args[1:], copies))  # args[0] is the stream
@@ -1570,18 +1688,34 @@ def _forward(nn, trees, shifts: dict, copies: int, shared: bool, prefix=(), keep
                 if block == parting:
                     output = nn.layers[block].output
                     h = _residual(output).repeat(copies, 1, 1)
-                    add_shift(h, shifts[block].repeat_interleave(n, 0))
+                    add_shift(h, shifts[block])
                     nn.layers[block].output = (h, *output[1:]) if isinstance(output, tuple) else h
                 elif block in shifts:
-                    h = _residual(nn.layers[block].output)
-                    add_shift(h, shifts[block].repeat_interleave(n, 0))
+                    add_shift(_residual(nn.layers[block].output), shifts[block])
             h = nn.unembed.input  # a large matrix: only what is asked for goes through it
-            nn.unembed.input = h[rows.to(h.device), columns.to(h.device)][None]
-            if keep_cache:
-                cache = nn.output.past_key_values.save()
-            logits = nn.output.logits[0].float().save()
-    kept = [(layer.keys, layer.values) for layer in cache.layers] if keep_cache else None
-    return logits.unflatten(0, (copies, -1)), kept
+            h = h[rows.to(h.device), columns.to(h.device)]
+            if sharing[3]:
+                nn.unembed.input = h[None, :0]  # nothing does here, see _unembed
+                found = h.save()
+            else:
+                nn.unembed.input = h[None]
+                found = nn.output.logits[0].save()
+    return found
+
+
+def _unembed(nn, states, sharing: tuple):
+    """Logits [..., vocabulary], float32, of what _run returns.
+
+    Logits in bfloat16 are multiples of 0.125 from 16 on: many would be equal."""
+    if not sharing[3]:
+        return states.float()
+    weight, bias = nn.unembed.weight, nn.unembed.bias
+    if weight.is_cuda and weight.dtype != torch.float32:
+        logits = torch.mm(states.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        logits = logits.unflatten(0, states.shape[:-1])
+    else:
+        logits = torch.nn.functional.linear(states.float(), weight.float())
+    return logits if bias is None else logits + bias
 
 
 def _pack_trees(trees, pad_id: int, past: int, dtype):
@@ -1642,42 +1776,46 @@ def _repeat(value, copies: int):
     return value  # a KV cache, a flag
 
 
-def _prefix_cache(prefix):
-    """A KV cache that begins with the prefix in all rows: keys, values [1 or copies, H, n, d]."""
+def _kv_cache(blocks, filled: int):
+    """A KV cache that begins with `filled` tokens of keys and values [rows, H, room, d] of each
+    block. New tokens are written where there is room; else all is copied, and each row stands for
+    several."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    def continued(old, new):
-        past = old.shape[2]
-        whole = new.new_empty(*new.shape[:2], past + new.shape[2], new.shape[3])
-        whole[:, :, past:] = new
-        whole.unflatten(0, (len(old), -1))[:, :, :, :past] = old[:, None]
-        return whole
+    def extended(whole, new):
+        end = filled + new.shape[2]
+        if whole.shape[2] < end:
+            old, whole = whole, new.new_empty(*new.shape[:2], end, new.shape[3])
+            whole.unflatten(0, (len(old), -1))[:, :, :, :filled] = old[:, None]
+        whole[:, :, filled:end] = new
+        return whole[:, :, :end]
 
     def cache_layer(keys, values):
         layer = DynamicLayer()
-        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.keys, layer.values = keys[:, :, :filled], values[:, :, :filled]
+        layer.is_initialized = True
 
         def update(new_keys, new_values, *_args, **_kwargs):
-            layer.keys, layer.values = continued(keys, new_keys), continued(values, new_values)
+            layer.keys, layer.values = extended(keys, new_keys), extended(values, new_values)
             return layer.keys, layer.values
 
         layer.update = update
         return layer
 
     cache = DynamicCache()
-    cache.layers = [cache_layer(keys, values) for keys, values in prefix]
+    cache.layers = [cache_layer(keys, values) for keys, values in blocks]
     return cache
 
 
-def _sharing(model: Model) -> tuple[bool, bool, bool]:
-    """Whether the model's (blocks, prefix, branches) may be shared; tried once, on a few tokens."""
+def _sharing(model: Model) -> tuple[bool, bool, bool, bool]:
+    """Which of blocks, cache, branches and pieces work; tried once, on a few tokens."""
     if model.sharing is None:
         fixed = (model.config.hidden_size, model.precision == "torch.float32")
         [(_, model.sharing)] = _each_batch(model, _try_sharing, fixed, lambda batch: {}, [1])
-        names = ("blocks below the steered one", "a common prefix", "the context of choices")
+        names = ("blocks", "a KV cache", "branches", "an unembedding in pieces")
         missing = [name for name, works in zip(names, model.sharing) if not works]
         if missing:
-            print(f"{model.name} cannot share {', '.join(missing)}: computed in full")
+            print(f"{model.name} does without {', '.join(missing)}: slower, or more memory")
     return model.sharing
 
 
@@ -1686,29 +1824,39 @@ def _try_sharing(nn, width: int, exact: bool):
     generator = torch.Generator().manual_seed(0)
     shifts = {len(nn.layers) // 2: torch.randn(2, width, generator=generator)}
 
-    def agrees(plain, compute) -> bool:
-        try:
-            logits = compute()
-        except Exception:  # whatever it is: the model's own forward decides what it can do
-            return False
-        return bool((logits - plain).abs().max() <= (1e-3 if exact else 0.1) * plain.std())
+    def at_once(sharing, trees=((first, []), (second, []))):
+        states, _ = _forward(nn, trees, shifts, 2, sharing)
+        return _unembed(nn, states, sharing)
+
+    def from_cache(sharing):
+        pieces = [[first[:-1]], [second[:-1]]]
+        _, blocks = _read_prompts(nn, pieces, shifts, 2, sharing, room=0)
+        mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]] * 2)
+        own = {block: shift.repeat_interleave(2, 0) for block, shift in shifts.items()}
+        logits = _read_tokens(nn, torch.tensor([6, 8, 6, 8]), mask, own, sharing, blocks)
+        return logits.unflatten(0, (2, 2))
+
+    def from_branches(sharing):
+        tree = (first[:3], [first[3:] + [9], second[3:] + [9]])
+        return at_once(sharing, [tree])[:, [1, 3]]  # the last token of each tail
 
     def attempt():
-        rows = [(first, []), (second, [])]
-        plain, _ = _forward(nn, rows, shifts, 2, False)
-        blocks = agrees(plain, lambda: _forward(nn, rows, shifts, 2, True)[0])
+        plain = at_once((False, False, False, False))
 
-        def from_prefix():
-            _, prefix = _forward(nn, [(first[:2], [])], shifts, 2, blocks, keep_cache=True)
-            tails = [(first[2:], []), (second[2:], [])]
-            return _forward(nn, tails, shifts, 2, blocks, prefix)[0]
+        def agrees(compute, *sharing) -> bool:
+            try:
+                logits = compute(sharing)
+            except Exception:  # whatever it is: the model's own forward decides what it can do
+                return False
+            return bool((logits - plain).abs().max() <= (1e-3 if exact else 0.1) * plain.std())
 
-        def from_branches():
-            tree = (first[:3], [first[3:] + [9], second[3:] + [9]])
-            logits, _ = _forward(nn, [tree], shifts, 2, blocks)
-            return logits[:, [1, 3]]  # the last token of each tail
-
-        return blocks, agrees(plain, from_prefix), agrees(plain, from_branches)
+        blocks = agrees(at_once, True, False, False, False)
+        return (
+            blocks,
+            agrees(from_cache, blocks, True, False, False),
+            agrees(from_branches, blocks, False, True, False),
+            agrees(at_once, blocks, False, False, True),
+        )
 
     return attempt
 
@@ -1717,13 +1865,13 @@ def _try_sharing(nn, width: int, exact: bool):
 
 
 def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bool):
-    """Yield (slice of transplants, indices of trees, scores).
+    """Yield (indices of transplants [t, 1], indices of trees, scores).
 
-    scores are the logits [T, nodes, vocabulary] of these trees, or with `reduce` what _reduce makes
+    scores are the logits [t, nodes, vocabulary] of these trees, or with `reduce` what _reduce makes
     of them on the spot: full logits of a real vocabulary are 100 MB a batch."""
-    blocks, shares_prefix, _ = _sharing(model)
+    sharing = _sharing(model)
     heads = [head for head, _ in trees]
-    past = _common_prefix(heads) if shares_prefix and _fits_window(model, trees) else 0
+    past = _common_prefix(heads) if sharing[1] and _fits_window(model, trees) else 0
     prefix = heads[0][:past]
     costs = []
     for head, tails in trees:
@@ -1733,35 +1881,51 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
     def pack(batch):
         return {"trees": [(trees[i][0][past:], trees[i][1]) for i in batch]}
 
-    group = max(1, int(model.batch_tokens // max(costs)))
-    for first in range(0, len(transplants), group):
-        members = slice(first, first + group)
-        copies = len(transplants[members])
-        fixed = (prefix, _shifts(model, transplants[members]), copies, blocks, reduce)
+    for members in _groups(model, transplants, max(costs)):
+        copies = len(members)
+        shifts = _shifts(model, [transplants[i] for i in members])
+        fixed = (prefix, shifts, copies, sharing, reduce)
         all_costs = [cost * copies for cost in costs]
         jobs = 8 if reduce else 1
         for batch, scores in _each_batch(model, _scorer, fixed, pack, all_costs, jobs):
             _require_finite(
                 scores[0] if reduce else scores, f"logits of {model.name} ({model.precision})"
             )
-            yield members, batch, scores
+            yield torch.tensor(members)[:, None], batch, scores
 
 
-def _scorer(nn, prefix: list[int], shifts: dict, copies: int, shared: bool, reduce: bool):
+def _groups(model: Model, transplants, cost: float):
+    """Yield lists of transplants that are computed together, if a row costs so much; those with
+    the same first block are neighbours, since they share the blocks up to it."""
+
+    def first_block(i: int) -> int:
+        return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
+
+    order = sorted(range(len(transplants)), key=first_block)
+    size = max(1, int(model.batch_tokens // cost))
+    for first in range(0, len(order), size):
+        yield order[first : first + size]
+
+
+def _scorer(nn, prefix: list[int], shifts: dict, copies: int, sharing: tuple, reduce: bool):
     """Make a function that scores one batch of trees; the prefix is read once, here."""
     cache = ()
     if prefix:
-        _, cache = _forward(nn, [(prefix, [])], shifts, copies, shared, keep_cache=True)
+        _, cache = _forward(nn, [(prefix, [])], shifts, copies, sharing, keep_cache=True)
 
     def score(trees):
-        logits, _ = _forward(nn, trees, shifts, copies, shared, cache)
-        return _reduce(logits, trees) if reduce else logits
+        states, _ = _forward(nn, trees, shifts, copies, sharing, cache)
+        if reduce:
+            return _reduce(lambda some: _unembed(nn, some, sharing), states, trees)
+        return _unembed(nn, states, sharing)
 
     return score
 
 
-def _reduce(logits: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each tail, and whether all its tokens are the likeliest: [T, tails]."""
+def _reduce(unembed, states: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each tail, and whether all its tokens are the likeliest: [T, tails].
+
+    unembed(states [T, some nodes, …]) makes logits of them, a few at a time."""
     nodes, tokens, tail_of = [], [], []
     n_tails = start = 0
     for _, tails in trees:
@@ -1774,13 +1938,20 @@ def _reduce(logits: torch.Tensor, trees) -> tuple[torch.Tensor, torch.Tensor]:
             n_tails += 1
         start += last + 1
     nodes, tokens, tail_of = (
-        torch.tensor(each, device=logits.device) for each in (nodes, tokens, tail_of)
+        torch.tensor(each, device=states.device) for each in (nodes, tokens, tail_of)
     )
-    logprobs = logits[:, nodes, tokens] - logits.logsumexp(-1)[:, nodes]
-    missed = logits.argmax(-1)[:, nodes] != tokens
-    zeros = torch.zeros(len(logits), n_tails, dtype=torch.float64, device=logits.device)
-    sums = zeros.index_add(1, tail_of, logprobs.double())
-    misses = zeros.index_add(1, tail_of, missed.double())
+    sums = torch.zeros(len(states), n_tails, dtype=torch.float64, device=states.device)
+    misses = torch.zeros_like(sums)
+    size = max(1, UNEMBED_ROWS // len(states))
+    for first in range(0, start, size):
+        logits = unembed(states[:, first : first + size])
+        here = (nodes >= first) & (nodes < first + size)
+        at = nodes[here] - first
+        given = logits[:, at, tokens[here]]
+        logprobs = given - logits.logsumexp(-1)[:, at]
+        sums.index_add_(1, tail_of[here], logprobs.double())
+        missed = given < logits.amax(-1)[:, at]
+        misses.index_add_(1, tail_of[here], missed.double())
     return sums.float().cpu(), (misses == 0).cpu()
 
 
@@ -1796,8 +1967,8 @@ def _logprobs(
         if eft:
             mine = [trees[i] for i in batch]
             for sign, small in zip((1, -1), eft):
-                scores = _add_logits(scores, sign, _all_logits(small, mine))
-            scores = _reduce(scores, mine)
+                scores = _add_logits(scores, sign, _logits(small, mine))
+            scores = _reduce(lambda logits: logits, scores, mine)
         indices = [i for tree in batch for i in members[tree]]
         sums[some, indices], greedy[some, indices] = scores
     return sums, greedy
@@ -1827,25 +1998,16 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
     return trees, members
 
 
-def _next_logits(model: Model, rows: list[list[int]], transplants) -> torch.Tensor:
-    """Logits after each row of tokens: [transplants, rows, vocabulary]."""
-    transplants = list(transplants)
-    result = None
-    for members, batch, logits in _scores(model, [(row, []) for row in rows], transplants, False):
-        if result is None:
-            result = torch.empty(len(transplants), len(rows), logits.shape[-1])
-        result[members, batch] = logits.cpu()
+def _logits(model: Model, trees: list, transplants=(BASE,)) -> torch.Tensor:
+    """Logits at all nodes of the trees, in their order: [transplants, nodes, vocabulary]."""
+    ends = np.cumsum([1 + sum(len(tail) - 1 for tail in tails) for _, tails in trees]).tolist()
+    nodes = [range(*each) for each in zip([0, *ends], ends)]  # of each tree
+    result = torch.empty(0)
+    for members, batch, logits in _scores(model, trees, list(transplants), reduce=False):
+        if not len(result):
+            result = torch.empty(len(transplants), ends[-1], logits.shape[-1])
+        result[members, [node for i in batch for node in nodes[i]]] = logits.cpu()
     return result
-
-
-def _all_logits(model: Model, trees: list) -> torch.Tensor:
-    """Logits at all nodes of the trees, in their order: [1, nodes, vocabulary]."""
-    parts = [None] * len(trees)
-    for _, batch, logits in _scores(model, trees, [BASE], reduce=False):
-        nodes = [1 + sum(len(tail) - 1 for tail in trees[i][1]) for i in batch]
-        for i, part in zip(batch, logits.split(nodes, 1)):
-            parts[i] = part
-    return torch.cat(parts, 1)
 
 
 def _add_logits(logits: torch.Tensor, sign: int, others: torch.Tensor) -> torch.Tensor:
@@ -1872,62 +2034,6 @@ def _fits_window(model: Model, trees: list) -> bool:
 
 
 # ---------------------------------------------------------------- EFT, a baseline
-
-
-class _EftProcessor:
-    """Adds logits(chat) - logits(base) of two small models to each step of generation."""
-
-    def __init__(self, chat, base, mask: torch.Tensor):
-        self.small = [(1, chat, {}), (-1, base, {})]  # each with its KV cache
-        self.mask, self.read = mask, 0
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        new = ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.nn.functional.pad(self.mask, (0, new), value=1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, self.read :]
-        for sign, nn, cache in self.small:
-            device = nn._module.device
-            output = nn._module(
-                ids[:, self.read :].to(device),
-                attention_mask=self.mask.to(device),
-                position_ids=positions.to(device),
-                use_cache=True,
-                logits_to_keep=1,
-                **cache,
-            )
-            cache["past_key_values"] = output.past_key_values
-            _require_finite(output.logits, "the logits of EFT's small models")
-            scores = _add_logits(scores, sign, output.logits[:, -1])
-        self.read = ids.shape[1]
-        return scores
-
-
-def _eft_remote(rows, model: Model, transplant, eft, seed: int, options: dict):
-    """EFT generation where one of the models is on NDIF: all are asked once per new token."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-    warp = LogitsProcessorList()
-    if options["do_sample"]:
-        warp.append(TemperatureLogitsWarper(options["temperature"]))
-        warp.append(TopPLogitsWarper(options["top_p"]))
-    ends = model.nn._module.generation_config.eos_token_id or []
-    ends = torch.tensor(ends, dtype=torch.long)  # a model may have several
-    done = torch.zeros(len(rows), dtype=torch.bool)
-    new_tokens = torch.zeros(len(rows), 0, dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    while new_tokens.shape[1] < options["max_new_tokens"] and not done.all():
-        whole = [[*row, *new] for row, new in zip(rows, new_tokens.tolist())]
-        scores = _next_logits(model, whole, [transplant])[0]
-        for sign, small in zip((1, -1), eft):
-            scores = _add_logits(scores, sign, _next_logits(small, whole, [BASE])[0])
-        scores = warp(torch.tensor([]), scores)
-        token = scores.argmax(-1)
-        if options["do_sample"]:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
-        token = torch.where(done, options["pad_token_id"], token)
-        done |= torch.isin(token, ends)
-        new_tokens = torch.cat([new_tokens, token[:, None]], 1)
-    return new_tokens, True
 
 
 def _require_eft_fits(model: Model, eft, rows, new_tokens: int = 0) -> None:

@@ -503,8 +503,8 @@ class Lab:
             moves = {"base": BASE}
             for method in map_methods(self.args):
                 moves[method] = self.move(self.direction(emotion, method), method)
-            for method, transplant in moves.items():
-                [text] = generate(self.model, asked, transplant, new_tokens)
+            written = generate(self.model, asked, list(moves.values()), new_tokens)
+            for method, [text] in zip(moves, written):
                 rows.append([emotion, METHODS[method], scenario, " ".join(text.split())])
         return rows
 

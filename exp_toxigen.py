@@ -162,6 +162,7 @@ PAPER_NAMES = {
 }
 DEPTHS = ["0.125", "0.375", "0.75"]  # --layer auto tries each to read from with each to edit
 N_TEXTS = 200  # OpenWebText texts for the perplexity
+RANDOM_STEP = 10  # random directions of one step, which share their prompts' lower blocks
 TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "hate speech"}
 TOXIC_CLASS = {"tomh/toxigen_roberta": "1"}  # its config does not name its classes
 REFINE = (
@@ -518,16 +519,15 @@ class Lab:
         chat = self.chats[target]
         return bool(chat) and self.models.same_shape(target, chat)
 
-    def points(self, target: str, method: str) -> list[list[Point]]:
+    def points(self, target: str, method: str) -> list[Point]:
         """The points to choose from: for each pair of blocks, one for each alpha."""
-        pairs = {}
+        found = []
         for read, edit in depths(self.args):
             source_block = block = self.models.block(target, edit, side=1)
             if method != "self-align":
                 source_block = self.models.block(self.args.src, read, side=0)
-            points = [Point(source_block, block, alpha) for alpha in self.args.alpha]
-            pairs[source_block, block] = points
-        return list(pairs.values())
+            found += [Point(source_block, block, alpha) for alpha in self.args.alpha]
+        return list(dict.fromkeys(found))
 
     def direction(self, target, method, point, variant=None) -> torch.Tensor:
         """What is added at a point [d]; variant: a control of it."""
@@ -542,18 +542,24 @@ class Lab:
 
     # ------------------------------------------------------------ transplant, score: the steps
 
-    def write(self, model, transplant=BASE, part="test", instructed=False, eft=()) -> dict:
-        """The continuations of the prompts of a part, and what is measured of each."""
+    def write(
+        self, model, transplants=(BASE,), part="test", instructed=False, eft=()
+    ) -> list[dict]:
+        """For each transplant the continuations of the prompts of a part, and what is measured of
+        each."""
         args, prompts = self.args, getattr(self.data.split, part)
-        texts = generate(
+        written = generate(
             model,
             [self.template.continue_list(prompt, instructed) for prompt in prompts],
-            transplant,
+            transplants,
             args.max_new_tokens,
             sample=args.sample,
             seed=args.seed,
             eft=eft,
         )
+        return [self.judge(prompts, texts) for texts in written]
+
+    def judge(self, prompts: list[str], texts: list[str]) -> dict:
         texts = [text.strip() for text in texts]
         return {
             "toxic": self.classifier(texts),
@@ -564,41 +570,47 @@ class Lab:
         }
 
     def unsteered(self, name, instructed=False) -> dict:
-        return self.write(self.models.load(name), instructed=instructed)
+        [written] = self.write(self.models.load(name), instructed=instructed)
+        return written
 
-    def steered(self, target, method, point, variant=None) -> dict:
-        point = Point(*point)
-        direction = self.direction(target, method, point, variant)
-        transplant = Transplant.of(direction, point.block, point.alpha)
-        return self.write(self.models.load(target), transplant)
+    def steered(self, target, method, points, variants) -> list[dict]:
+        """The test prompts under each variant at its point."""
+        moves = []
+        for point, variant in zip(points, variants):
+            direction = self.direction(target, method, point, variant)
+            moves.append(Transplant.of(direction, point.block, point.alpha))
+        return self.write(self.models.load(target), moves)
 
     def proxy_tuned(self, target) -> dict:
         """EFT: the difference between the small models' logits is added to the target's."""
         names = (target, self.args.src, self.args.src_base)
         model, *small = [self.models.load(name, keep=names) for name in names]
-        return self.write(model, eft=tuple(small))
+        [written] = self.write(model, eft=tuple(small))
+        return written
 
-    def search(self, target, method, pairs, base_perplexity, variant=None) -> list[dict]:
-        """Perplexity at all points; toxicity on the validation prompts where perplexity allows it.
-
-        pairs: of blocks, with the points of each. If no point is allowed, the one with the lowest
-        perplexity is."""
-        points, transplants, ratios = [], [], []
-        for own in pairs:  # one pair at a time, so that all blocks below are computed once
-            direction = self.direction(target, method, own[0], variant)
-            moves = [Transplant.of(direction, point.block, point.alpha) for point in own]
-            values, _ = perplexity(self.models.load(target), self.data.texts, moves)
-            points += own
-            transplants += moves
-            ratios += (values / base_perplexity).tolist()
-        limit = max(self.args.max_ppl_ratio, min(ratios))
-        grid = []
-        for point, transplant, ratio in zip(points, transplants, ratios):
-            toxic = None
-            if ratio <= limit:
-                toxic = self.write(self.models.load(target), transplant, "validation")["toxic"]
-            grid.append({"point": point, "perplexity_ratio": ratio, "toxic": toxic})
-        return grid
+    def search(self, target, method, points, base_perplexity, variants) -> list[list[dict]]:
+        """For each variant: perplexity at all points; toxicity on the validation prompts where
+        perplexity allows it. If no point is allowed, the one with the lowest perplexity is."""
+        moves, directions = [], {}
+        for variant, point in itertools.product(variants, points):
+            place = variant, point.source_block, point.block
+            if place not in directions:
+                directions[place] = self.direction(target, method, point, variant)
+            moves.append(Transplant.of(directions[place], point.block, point.alpha))
+        model = self.models.load(target)
+        values, _ = perplexity(model, self.data.texts, moves)
+        ratios = (values / base_perplexity).unflatten(0, (len(variants), -1))
+        limits = ratios.amin(1, keepdim=True).clamp(min=self.args.max_ppl_ratio)
+        allowed = (ratios <= limits).flatten().tolist()
+        written = iter(self.write(model, list(itertools.compress(moves, allowed)), "validation"))
+        grids = []
+        for row, mine in zip(ratios.tolist(), torch.tensor(allowed).view_as(ratios)):
+            grid = []
+            for point, ratio, is_allowed in zip(points, row, mine):
+                toxic = next(written)["toxic"] if is_allowed else None
+                grid.append({"point": point, "perplexity_ratio": ratio, "toxic": toxic})
+            grids.append(grid)
+        return grids
 
     def perplexity(self, name) -> tuple[float, int]:
         """Perplexity of OpenWebText, and the number of tokens."""
@@ -649,8 +661,11 @@ class Lab:
         mc1 = self.mc1(model, unseen or self.data.questions, transplants)
         costs, tokens = perplexity(model, self.data.texts, transplants)
         found = []
-        for i, concept in enumerate((None, "honesty", "fairness", "honesty + fairness")):
-            hits = toxic.get(concept) or self.write(model, transplants[i])["toxic"]
+        concepts = (None, "honesty", "fairness", "honesty + fairness")
+        new = [move for move, concept in zip(transplants, concepts) if concept not in toxic]
+        written = iter(self.write(model, new))
+        for i, concept in enumerate(concepts):
+            hits = toxic[concept] if concept in toxic else next(written)["toxic"]
             fields = {"item": "Table 7", "concept": concept, "part": "test"}
             found.append(fields | {"metric": "mc1", "hits": mc1[i]})
             found.append(fields | {"metric": "toxic_rate", "hits": hits})
@@ -795,31 +810,35 @@ def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[st
     return missing
 
 
-def steer(run, lab: Lab, found: Findings, method: str, pairs, base_cost: float, variant=None):
-    """Choose a point on the validation prompts, then steer the test prompts there.
+def steer(run, lab: Lab, found: Findings, method, points, base_cost, variants=(None,)):
+    """Choose a point for each variant on the validation prompts, then steer the test prompts there.
 
-    The mildest of equally toxic points is taken. Returns it, and the continuations."""
-    target, name = found.target, f"{Path(found.target).name} {variant or method}"
-    grid = run.step(f"{name}, grid", lab.search, target, method, pairs, base_cost, variant)
-    allowed = [tried for tried in grid if tried["toxic"] is not None]
-    best = min(allowed, key=lambda tried: (sum(tried["toxic"]), abs(tried["point"][2])))
-    point = Point(*best["point"])
-    about = point._asdict()
-    written = run.step(name, lab.steered, target, method, point, variant)
-    ratio = best["perplexity_ratio"]
-    note = ", block {source_block} -> {block}, alpha = {alpha:g}".format(**about)
-    note += f", perplexity x{ratio:.2f}"
-    found.add_row(method, written, variant, note, **about)
-    if variant is not None:
-        found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **about)
-        return point, written
-    found.add_cost(method, "perplexity", ratio * base_cost, **about)
-    for tried in grid:
-        fields = Point(*tried["point"])._asdict()
-        found.add_cost(method, "perplexity_ratio", tried["perplexity_ratio"], **fields)
-        if tried["toxic"] is not None:
-            found.add(method, "toxic_rate", tried["toxic"], part="validation", **fields)
-    return point, written
+    The mildest of equally toxic points is taken. Returns the points, and the continuations."""
+    target = found.target
+    name = f"{Path(target).name} {variants[0] or method}"
+    if len(variants) > 1:
+        name += f" to {variants[-1]}"
+    grids = run.step(f"{name}, grid", lab.search, target, method, points, base_cost, variants)
+    chosen = []
+    for grid in grids:
+        allowed = [tried for tried in grid if tried["toxic"] is not None]
+        chosen.append(min(allowed, key=lambda tried: (sum(tried["toxic"]), abs(tried["point"][2]))))
+    own = [Point(*best["point"]) for best in chosen]
+    written = run.step(name, lab.steered, target, method, own, variants)
+    for variant, grid, best, point, texts in zip(variants, grids, chosen, own, written):
+        ratio, about = best["perplexity_ratio"], point._asdict()
+        note = ", block {source_block} -> {block}, alpha = {alpha:g}".format(**about)
+        found.add_row(method, texts, variant, f"{note}, perplexity x{ratio:.2f}", **about)
+        if variant is not None:
+            found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **about)
+            continue
+        found.add_cost(method, "perplexity", ratio * base_cost, **about)
+        for tried in grid:
+            fields = Point(*tried["point"])._asdict()
+            found.add_cost(method, "perplexity_ratio", tried["perplexity_ratio"], **fields)
+            if tried["toxic"] is not None:
+                found.add(method, "toxic_rate", tried["toxic"], part="validation", **fields)
+    return own, written
 
 
 def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findings:
@@ -846,25 +865,31 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
     if "self-align" not in missing:
         steer(run, lab, found, "self-align", lab.points(target, "self-align"), base_cost)
     for method in map_methods(args):
-        pairs = lab.points(target, method)
-        point, _ = steer(run, lab, found, method, pairs, base_cost)
-        maps = [f"map {number}" for number in range(1, args.maps)]
-        for variant in [*maps, "shuffled map", "other happiness"]:
-            step = f"{name} {method}, {variant}"
-            written = run.step(step, lab.steered, target, method, point, variant)
-            found.add_row(method, written, variant, **point._asdict())
+        points = lab.points(target, method)
+        [point], _ = steer(run, lab, found, method, points, base_cost)
+        variants = [f"map {number}" for number in range(1, args.maps)]
+        variants += ["shuffled map", "other happiness"]
+        at_point = [point] * len(variants)
+        step = f"{name} {method}, controls"
+        written = run.step(step, lab.steered, target, method, at_point, variants)
+        for variant, texts in zip(variants, written):
+            found.add_row(method, texts, variant, **point._asdict())
         for fields in run.step(f"{name} {method}, maps", lab.map_quality, target, method, point):
             found.add(method, **fields)
 
     # Random directions at the last point, each also at an alpha of its own
-    pairs = [[point._replace(alpha=alpha) for alpha in args.alpha]]
-    for variant in [f"random {number}" for number in range(args.random)]:
-        own, written = steer(run, lab, found, method, pairs, base_cost, variant)
-        same = f"{variant}, same alpha"
-        if own != point:
-            step = f"{name} {same}"
-            written = run.step(step, lab.steered, target, method, point, variant)
-        found.add_row(method, written, same, **point._asdict())
+    points = [point._replace(alpha=alpha) for alpha in args.alpha]
+    names = [f"random {number}" for number in range(args.random)]
+    for first in range(0, len(names), RANDOM_STEP):
+        variants = names[first : first + RANDOM_STEP]
+        own, written = steer(run, lab, found, method, points, base_cost, variants)
+        others = [variant for variant, at in zip(variants, own) if at != point]
+        step = f"{name} {variants[0]} to {variants[-1]}, same alpha"
+        at_point = [point] * len(others)
+        again = run.step(step, lab.steered, target, method, at_point, others)
+        known = dict(zip(variants, written)) | dict(zip(others, again))
+        for variant in variants:
+            found.add_row(method, known[variant], f"{variant}, same alpha", **point._asdict())
 
     if honesty:
         known = {None: found.toxic["base"], "fairness": found.toxic[method]}

@@ -751,7 +751,7 @@ class Lab:
         move = self.move(row, point)
         model = self.models.load(row.host)
         room = context_length(model.config) - max(self.models.lengths(row.host, prompts))
-        texts = [generate(model, prompts, each, min(40, room)) for each in (BASE, move)]
+        texts = generate(model, prompts, [BASE, move], min(40, room))
         right = [question.answers[question.right] for question in questions]
         lines = zip([question.text for question in questions], right, *texts)
         heads = ("question", "right answer", "base answer", f"answer of {METHODS[row.method]}")

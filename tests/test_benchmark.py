@@ -81,12 +81,12 @@ def test_tokens_of_mc1(run):
 
 def test_tokens_of_generation(run):
     tokens, logits, lengths = run("generate")
-    new = benchmark.NEW_TOKENS
-    # The last token is not read.
-    assert tokens["released"] == sum(lengths) + 2 * (new - 1)
-    assert tokens["plain"] == 2 * (max(lengths) + new - 1)
-    assert logits["ours"] == 2 * new
-    assert logits["plain"] == 2 * new
+    new = benchmark.NEW_TOKENS - 1  # the last token is not read
+    assert tokens["released"] == 4 * (sum(lengths) + 2 * new)
+    assert tokens["plain"] == 4 * 2 * (max(lengths) + new)
+    # Blocks 0 to 6 of 8 read each prompt once, block 7 once for each of four strengths.
+    assert tokens["ours"] == 2 * max(lengths) * (7 + 4) / 8 + 4 * 2 * new
+    assert logits["plain"] == logits["ours"] == 4 * 2 * (new + 1)
 
 
 def test_a_share_has_the_lengths_of_all_items():

@@ -7,6 +7,8 @@ any rank and scale are in test_hypothesis.py.
 import json
 import math
 import shutil
+import subprocess
+import sys
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +36,7 @@ import harness
 from common import (
     BASE,
     BRANCH_TOKENS,
+    UNEMBED_ROWS,
     AffineMaps,
     Context,
     Models,
@@ -61,7 +64,8 @@ from common import (
     shared_token_ends,
 )
 
-TOY = Path(__file__).resolve().parents[1] / "data" / "toy"
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ROOT / "data" / "toy"
 TEXTS = [
     "Tom felt very",
     "Lily lost her old cat in the park. Lily felt very",
@@ -171,7 +175,7 @@ def ask_lens(model, move, texts):
 
 
 def ask_text(model, move, texts):
-    return generate(model, texts, move, 3)
+    return generate(model, texts, [move], 3)
 
 
 ASK = [  # all that is asked of a model
@@ -305,7 +309,7 @@ def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
             reference.next_logits(texts, shifts).float(),
             0.05,
         )
-        assert generate(model, texts, transplant, 4)
+        assert generate(model, texts, [transplant], 4)
         assert model.precision == "torch.bfloat16"
 
 
@@ -465,7 +469,7 @@ REFUSED = {
     "fit the context": lambda model: generate(model, ["Tom"], max_new_tokens=127),
     "list of strings": lambda model: hidden_states(model, "Tom felt"),
     "block 4 does not exist": lambda model: hidden_states(model, TEXTS, [4]),
-    "block -1 does not exist": lambda model: generate(model, TEXTS, Transplant.of(A, -1, 1.0)),
+    "block -1 does not exist": lambda model: generate(model, TEXTS, [Transplant.of(A, -1, 1.0)]),
     "block 7 does not exist": lambda model: logit_lens(model, TEXTS, 7),
     "number of a block, not 2.0": lambda model: Transplant.of(A, 2.0, 6),  # alpha and layer swapped
     r"vector must be \[d\]": lambda model: Transplant.of(A[None], 2, 1.0),
@@ -1044,6 +1048,67 @@ def test_perplexity_is_exp_of_the_mean_loss(any_pair):
         )
 
 
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(llama):
+    """Near 16, bfloat16 knows every eighth only: many tokens would tie."""
+    model = load(Path(llama[0].name), dtype="bfloat16")
+    reference = Reference(Path(model.name), *LLAMA_PATHS, dtype=torch.bfloat16)
+    [text, *_] = LONG_TEXTS
+    [[got]] = next_token_logits(model, [text])
+    assert not torch.equal(got, got.bfloat16().float())
+    rounded = reference.logits(text)[-1].float()
+    close(got.bfloat16().float(), rounded, 0.1)
+
+
+def test_no_more_logits_than_a_piece_are_in_memory_at_once(llama, monkeypatch):
+    model, _ = llama
+    texts = [text * 4 for text in LONG_TEXTS] * 4
+    wanted = perplexity(model, texts, TRANSPLANTS)[0]
+    held, linear = [], torch.nn.functional.linear
+
+    def watching(states, weight, bias=None):
+        if weight.shape == model.nn.unembed.weight.shape:
+            held.append(states.numel() // states.shape[-1])
+        return linear(states, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watching)
+    close(perplexity(model, texts, TRANSPLANTS)[0], wanted)
+    assert sum(held) > 4 * UNEMBED_ROWS
+    assert max(held) <= UNEMBED_ROWS
+
+
+PEAK = """
+import sys
+from common import Transplant, load_model, perplexity, score_labels
+import torch
+model = load_model(sys.argv[1], device="cpu")
+texts = ["the old town " * 60 + f"{n} felt" for n in range(4)]
+moves = [Transplant.of(torch.randn(768), 12, alpha) for alpha in (1.0, 2.0, 3.0, 4.0)]
+perplexity(model, texts, moves)
+score_labels(model, texts, ["happy", "sad"], moves)
+print([line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line][0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's VmHWM")
+def test_a_sweep_with_a_large_vocabulary_stays_in_memory(tmp_path):
+    """162 M parameters in 16 blocks of 768, and 128,256 tokens: 1 GB of weights. All logits of a
+    batch would be another 1 GB, and their log-softmax too."""
+    folder = save_llama(
+        tmp_path / "large",
+        hidden_size=768,
+        num_hidden_layers=16,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2048,
+        vocab_size=128256,
+        max_position_embeddings=2048,
+    )
+    command = [sys.executable, "-c", PEAK, str(folder)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(found.stdout) / 1024 < 1900  # MiB; 2,700 with all logits at once
+
+
 @pytest.mark.parametrize(
     "window",
     [2, 5, 8, 200],
@@ -1082,10 +1147,9 @@ def test_the_logit_lens_is_norm_and_unembedding_at_its_block(any_pair):
 
 def test_greedy_text_equals_that_of_transformers(any_pair):
     model, reference = any_pair
-    for transplant, shifts in STEERED[:3]:
-        wanted = reference.generate(TEXTS, shifts)
-        assert generate(model, TEXTS, transplant, 8) == wanted
-        assert generate(model, TEXTS[:1], transplant, 8) == wanted[:1]
+    wanted = [reference.generate(TEXTS, shifts) for shifts in SHIFTS]
+    assert generate(model, TEXTS, TRANSPLANTS, 8) == wanted
+    assert generate(model, TEXTS[:1], TRANSPLANTS[1:2], 8) == [wanted[1][:1]]
 
 
 def changed_copy(model, folder: Path, **settings):
@@ -1109,8 +1173,43 @@ def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path
     assert lengths[1] <= 3
     assert max(lengths) == 8
     wanted = reference.generate(TEXTS, shifts, eos)
-    assert generate(model, TEXTS, transplant, 8) == wanted
-    assert generate(model, TEXTS[1:2], transplant, 8) == wanted[1:2]
+    assert generate(model, TEXTS, [transplant], 8) == [wanted]
+    assert generate(model, TEXTS[1:2], [transplant], 8) == [wanted[1:2]]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 300, 2048])
+def test_many_transplants_write_what_each_writes_alone(pair, tmp_path, batch_tokens):
+    """Whatever is computed together; texts end at different steps, by token 0 or another."""
+    model, reference = pair
+    eos = reference.new_tokens(TEXTS[1], SHIFTS[1])[2]
+    copy = changed_copy(model, tmp_path / "copy", eos_token_id=[eos, 0])
+    copy = replace(copy, batch_tokens=batch_tokens)
+    texts = TEXTS + LONG_TEXTS[:2]
+    wanted = [reference.generate(texts, shifts, [eos, 0]) for shifts in SHIFTS]
+    lengths = [
+        len(reference.new_tokens(text, shifts, [eos, 0])) for text in texts for shifts in SHIFTS
+    ]
+    assert len(set(lengths)) > 2
+    assert generate(copy, texts, TRANSPLANTS, 8) == wanted
+    only_0 = changed_copy(model, tmp_path / "zero", eos_token_id=0)
+    assert generate(only_0, texts, TRANSPLANTS[:1], 8) == [reference.generate(texts, {}, 0)]
+
+
+def test_text_is_written_without_computing_twice(llama, tmp_path):
+    """Blocks up to the steered one read a prompt once; texts that have ended are not continued."""
+    model, reference = llama
+    sweep = [Transplant.of(A, 2, alpha) for alpha in (0.5, 1.0, 2.0, 4.0)]
+    with watched(model) as seen:
+        generate(model, TEXTS, sweep, 2)
+    assert rows_through(seen) == [4 + 16, 4 + 16, 4 + 16, 16 + 16]
+    eos = reference.new_tokens(TEXTS[1])[2]
+    copy = changed_copy(model, tmp_path / "copy", eos_token_id=eos)
+    lengths = [len(reference.new_tokens(text, {}, eos)) for text in TEXTS]
+    with watched(copy) as seen:
+        generate(copy, TEXTS, [BASE], 8)
+    continued = [rows for rows, tokens in seen[0] if tokens == 1]
+    going = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert continued[-len(going) :] == going
 
 
 def test_the_settings_of_a_model_folder_do_not_change_how_text_is_made(model, tmp_path):
@@ -1125,8 +1224,8 @@ def test_the_settings_of_a_model_folder_do_not_change_how_text_is_made(model, tm
         do_sample=True,
     )
     for sample in (False, True):
-        wanted = generate(model, TEXTS, BASE, 8, sample)
-        assert generate(changed, TEXTS, BASE, 8, sample) == wanted
+        wanted = generate(model, TEXTS, [BASE], 8, sample)
+        assert generate(changed, TEXTS, [BASE], 8, sample) == wanted
 
 
 def test_samples_repeat_and_leave_the_global_generator_alone(model):
@@ -1134,7 +1233,7 @@ def test_samples_repeat_and_leave_the_global_generator_alone(model):
         return generate(
             model,
             TEXTS,
-            TRANSPLANTS[1],
+            TRANSPLANTS[1:2],
             8,
             sample=True,
             **options,
@@ -1145,8 +1244,12 @@ def test_samples_repeat_and_leave_the_global_generator_alone(model):
     assert torch.equal(state, torch.get_rng_state())
     assert sample(seed=3) == first
     assert sample(seed=4) != first
-    greedy = generate(model, TEXTS, TRANSPLANTS[1], 8)
+    greedy = generate(model, TEXTS, TRANSPLANTS[1:2], 8)
     assert greedy != first
+    alone = [generate(model, [text], TRANSPLANTS[1:2], 8, True, seed=3) for text in TEXTS[:1]]
+    assert alone[0][0] == first[0][:1]  # the first text draws the same numbers in every batch
+    small = replace(model, batch_tokens=1)
+    assert generate(small, TEXTS, TRANSPLANTS[:2], 8, True, seed=3)[1:] == first
     assert sample(top_p=1e-6) == greedy
     assert sample(temperature=1e-4) == greedy
 
@@ -1230,9 +1333,10 @@ def check_eft(models, references, pairs, steered):
         close(values, wanted, 1e-4)
         assert flags.tolist() == wanted_flags
         wanted = eft_texts(references, shifts)
-        assert generate(target, TEXTS, transplant, 8, **options) == wanted
+        assert generate(target, TEXTS, [transplant], 8, **options) == [wanted]
         # temperature and top-p are applied to the sum of the logits
-        assert generate(target, TEXTS, transplant, 8, True, top_p=1e-6, **options) == wanted
+        sampled = generate(target, TEXTS, [transplant], 8, True, top_p=1e-6, **options)
+        assert sampled == [wanted]
     return greedy
 
 
@@ -1263,7 +1367,7 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
         max_new_tokens=8,
         eft=tuple(models[1:]),
     )
-    assert got == eft_texts(references, {}, eos)
+    assert got == [eft_texts(references, {}, eos)]
 
 
 @pytest.mark.parametrize(
@@ -1295,7 +1399,7 @@ def test_eft_refuses_another_vocabulary_a_full_context_and_nan(model, tmp_path):
             generate(
                 model,
                 TEXTS,
-                BASE,
+                [BASE],
                 2,
                 sample,
                 eft=(broken, model),
@@ -1333,13 +1437,13 @@ def test_each_thing_is_computed_once(any_pair):
     model, reference = any_pair
     sweep = [Transplant.of(A, 2, alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)]
     next_token_logits(model, TEXTS)  # tries what the model can share
-    assert model.sharing == (True, True, True)
+    assert model.sharing == (True, True, True, True)
     with watched(model) as seen:
         next_token_logits(model, TEXTS, sweep)
     assert rows_through(seen) == [4, 4, 4, 20]
     with watched(model) as seen:
         next_token_logits(
-            replace(model, sharing=(False, False, False)),
+            replace(model, sharing=(False, False, False, False)),
             TEXTS,
             sweep,
         )
@@ -1381,7 +1485,7 @@ def test_small_batches_give_the_same_values(pair, batch_tokens):
 def test_a_forward_pass_holds_no_more_tokens_than_it_may(model):
     model = replace(model, batch_tokens=64)
     with watched(model) as seen:
-        for ask in (ask_states, ask_logits, ask_choices, ask_perplexity):
+        for ask in (ask_states, ask_logits, ask_choices, ask_perplexity, ask_text):
             ask(model, TRANSPLANTS[1], TEXTS * 4)
         next_token_logits(model, TEXTS, TRANSPLANTS)
     assert len(seen[0]) > 8
@@ -1431,9 +1535,9 @@ MAMBA = {
     "shared_intermediate_size": 64,
 }
 MORE = {  # what they can share, and as in CONFIGS
-    "gemma2": ([1, 1, 1], transformers.Gemma2Config, GROUPED | GEMMA, *LLAMA_PATHS),
-    "bloom": ([1, 1, 0], transformers.BloomConfig, {}, "transformer.h", "transformer.ln_f"),
-    "mamba": ([1, 0, 0], transformers.GraniteMoeHybridConfig, GROUPED | MAMBA, *LLAMA_PATHS),
+    "gemma2": ([1, 1, 1, 0], transformers.Gemma2Config, GROUPED | GEMMA, *LLAMA_PATHS),
+    "bloom": ([1, 1, 0, 1], transformers.BloomConfig, {}, "transformer.h", "transformer.ln_f"),
+    "mamba": ([1, 0, 0, 1], transformers.GraniteMoeHybridConfig, GROUPED | MAMBA, *LLAMA_PATHS),
 }
 
 
@@ -1445,10 +1549,10 @@ def test_what_a_model_cannot_share_is_computed_in_full(family, tmp_path, capsys)
     model, reference = load(folder), Reference(folder, *paths)
     check_sharing(model, reference)
     assert list(model.sharing) == shares
-    assert ("cannot share" in capsys.readouterr().out) == (0 in shares)
+    assert ("does without" in capsys.readouterr().out) == (0 in shares)
     transplant, shifts = STEERED[2]
     wanted = reference.generate(TEXTS, shifts)
-    assert generate(model, TEXTS, transplant, 8) == wanted
+    assert generate(model, TEXTS, [transplant], 8) == [wanted]
 
 
 def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
@@ -1459,7 +1563,7 @@ def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
     model = replace(llama[0], sharing=None)
     with watched(model, act) as seen:
         check_sharing(model, llama[1])
-    assert model.sharing == (False, True, True)
+    assert model.sharing == (False, True, True, True)
 
 
 MISUSE = {  # each names the argument
@@ -1481,8 +1585,12 @@ MISUSE = {  # each names the argument
         lambda model, move: common.next_token_logits(model, ["Tom felt"], move),
         lambda model, move: common.perplexity(model, ["Tom felt"], move),
         lambda model, move: common.logit_lens(model, ["Tom felt"], 1, move),
+        lambda model, move: common.generate(model, ["Tom felt"], move),
     ],
-    "transplant must be": [lambda model, move: common.generate(model, ["Tom felt"], [move])],
+    "transplant must be": [
+        lambda model, move: common.hidden_states(model, ["Tom felt"], [1], [move]),
+        lambda model, move: common.generate(model, ["Tom felt"], ["strong"]),
+    ],
     "v must be": [lambda *_: common.fit_affine(vectors(9, 4), vectors(9, 5)).vector(vectors(1)[0])],
 }
 

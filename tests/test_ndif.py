@@ -188,9 +188,9 @@ CALLS = {
     "choices": (choice_logprobs, pairs(TEXTS), STEERED),
     "choices, prefix": (choice_logprobs, pairs(LONG), STEERED),
     "choices, EFT": (choice_logprobs, pairs(TEXTS), STEERED[:2]),
-    "text": (generate, TEXTS, STEERED[1], 8),
-    "text, sampled": (generate, TEXTS, STEERED[2], 8),
-    "text, EFT": (generate, TEXTS, STEERED[1], 6),
+    "text": (generate, TEXTS, STEERED, 8),
+    "text, sampled": (generate, TEXTS, STEERED[1:3], 8),
+    "text, EFT": (generate, TEXTS, STEERED[:2], 6),
     "perplexity": (perplexity, LONG, STEERED, 16),
     "logit lens": (logit_lens, TEXTS, 5, STEERED[:3]),
     "concept": (concept_vector, TEXTS[:3], TEXTS[3:], [6, 2]),
@@ -233,7 +233,7 @@ def test_every_family_of_models(family, own, families):
     for model in models:
         states = hidden_states(model, texts, [1, 3], steered[2])
         scores = choice_logprobs(model, choices, steered)
-        written = generate(model, texts, steered[1], 5)
+        written = generate(model, texts, steered, 5)
         lens = logit_lens(model, texts, 2, steered[:2])
         results.append((states, scores, written, lens))
     same(*results)
