@@ -40,22 +40,51 @@ from harness import cached, fail, on_ndif, progress_bar, read_text
 # One path to blocks, final norm and unembedding on every architecture; nnsight skips the others.
 PATHS = {
     "model.layers": "layers",
+    "model.language_model.layers": "layers",  # of models that also see or hear
+    "model.text_model.layers": "layers",
+    "language_model.model.layers": "layers",
     "model.decoder.layers": "layers",
     "gpt_neox.layers": "layers",
+    "gpt_neox_japanese.layers": "layers",
     "transformer.h": "layers",
+    "transformer.blocks": "layers",
+    "biogpt.layers": "layers",
+    "backbone.layers": "layers",
+    "rwkv.blocks": "layers",
     "model.norm": "final_norm",
+    "model.language_model.norm": "final_norm",
+    "model.text_model.norm": "final_norm",
+    "language_model.model.norm": "final_norm",
+    "model.final_norm": "final_norm",
     "model.final_layernorm": "final_norm",
+    "model.embedding_norm": "final_norm",
+    "model.language_model.embedding_norm": "final_norm",
+    "model.layer_norm": "final_norm",
+    "model.norm_f": "final_norm",
+    "model.decoder.layer_norm": "final_norm",
     "model.decoder.final_layer_norm": "final_norm",
     "gpt_neox.final_layer_norm": "final_norm",
+    "gpt_neox_japanese.final_layer_norm": "final_norm",
     "transformer.ln_f": "final_norm",
+    "transformer.norm_f": "final_norm",
+    "transformer.layernorm": "final_norm",
+    "biogpt.layer_norm": "final_norm",
+    "backbone.norm_f": "final_norm",
+    "rwkv.ln_out": "final_norm",
     "lm_head": "unembed",
+    "language_model.lm_head": "unembed",
     "embed_out": "unembed",
+    "output_projection": "unembed",
+    "head": "unembed",
 }
 QUANTIZED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
 DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
+DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
+CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
+CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
 CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
 GPU_BATCH_TOKENS = 4096
 
@@ -78,7 +107,7 @@ class Model:
 
     @property
     def config(self):
-        return self.nn.config
+        return self.nn.config.get_text_config(decoder=True)  # of a model that also sees, its text's
 
     @property
     def n_layers(self) -> int:
@@ -99,70 +128,156 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Model:
-    """Load a causal LM.
+    """Load a causal LM, or a model that also sees or hears, of which only the text part is used.
 
     name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
     bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
     all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
     then. batch_tokens: tokens computed in one forward pass; lower it when memory runs out. Raises
-    ValueError for an unknown dtype, a GPU that is not there, and an architecture whose blocks are
-    not found (the message names its module lists)."""
+    ValueError for an unknown dtype, a device that is not there, weights that are not complete, and
+    an architecture whose blocks are not found (the message names its module lists)."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every file of weights hides the table
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
+    _require_device(device)
     repo, revision = _split_revision(name)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     torch_dtype = torch.bfloat16 if on_gpu else torch.float32
     if dtype in ("float32", "bfloat16", "float16"):
         torch_dtype = getattr(torch, dtype)
-
-    options: dict[str, Any] = {}
-    if not remote:
-        everywhere = "auto" if on_gpu else "cpu"
-        options["dispatch"] = True
-        options["dtype"] = torch_dtype
-        options["device_map"] = everywhere if device == "auto" else device
-        options["trust_remote_code"] = trust_remote_code  # None would ask on the terminal
-        if not allow_pickle:
-            options["use_safetensors"] = True
-        if dtype in QUANTIZED:
-            from transformers import BitsAndBytesConfig
-
-            settings = QUANTIZED[dtype] | {"bnb_4bit_compute_dtype": torch_dtype}
-            options["quantization_config"] = BitsAndBytesConfig(**settings)
-    elif trust_remote_code:
-        options["trust_remote_code"] = True
-    nn = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    settings = {"task": "text-generation", "rename": PATHS, "tokenizer": _read_tokenizer(repo, hub)}
+    if remote:
+        if trust_remote_code:
+            settings["trust_remote_code"] = True
+        nn = TransformersModel(repo, revision=revision, **settings)
+    else:
+        module = _load_weights(repo, hub, dtype, torch_dtype, device, allow_pickle)
+        if not getattr(module, "hf_device_map", None):  # else accelerate has placed it
+            settings["device"] = module.device
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # a model that also sees is not on a list there
+        nn = TransformersModel(module, **settings)
+        logging.set_verbosity(before)
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False)
     nn._module.eval()
-    if nn.tokenizer.pad_token is None:  # padded positions are masked, so any token will do
-        first = nn.tokenizer.convert_ids_to_tokens(0)
-        nn.tokenizer.pad_token = nn.tokenizer.eos_token or nn.tokenizer.bos_token or first
+    batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu or remote else CPU_BATCH_TOKENS)
+    if not remote and not _takes_padding(name, nn):
+        print(f"{name} does not ignore padding: computed one text at a time")
+        batch_tokens = 1
     return Model(
         name=str(name),
         nn=nn,
         fingerprint=_fingerprint(name),
         precision=dtype if dtype in QUANTIZED else str(torch_dtype),
         remote=remote,
-        batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu or remote else CPU_BATCH_TOKENS),
+        batch_tokens=batch_tokens,
     )
+
+
+def _require_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown: auto, cpu, cuda, cuda:1 …") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+
+
+def _read_tokenizer(repo: str, hub: dict):
+    """The tokenizer, told to put no EOS after a text: the last token is read, and continued."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(repo, **hub)
+    ids = tokenizer("a").input_ids
+    if tokenizer.is_fast and ids and ids[-1] == tokenizer.eos_token_id:
+        starts = ids[0] == tokenizer.bos_token_id
+        bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts else []
+        text = f"{tokenizer.bos_token} $A" if starts else "$A"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=text, special_tokens=bos
+        )
+    if tokenizer.pad_token is None:  # padded positions are masked, so any token will do
+        first = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or first
+    return tokenizer
+
+
+def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, allow_pickle: bool):
+    """The transformers model; raises ValueError if its files do not hold all of its tensors."""
+    import transformers
+
+    everywhere = "auto" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    options = {"dtype": torch_dtype, "device_map": everywhere if device == "auto" else device}
+    if not allow_pickle:
+        options["use_safetensors"] = True
+    if dtype in QUANTIZED:
+        settings = QUANTIZED[dtype] | {"bnb_4bit_compute_dtype": torch_dtype}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**settings)
+    config = transformers.AutoConfig.from_pretrained(repo, **hub)
+    auto_class = transformers.AutoModelForCausalLM
+    is_text = config.get_text_config(decoder=True) is config
+    is_text = is_text and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_text and type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        auto_class = transformers.AutoModelForMultimodalLM
+    module, report = auto_class.from_pretrained(repo, output_loading_info=True, **hub, **options)
+    absent = sorted(report["missing_keys"])  # without those that are tied to others
+    if absent:
+        raise ValueError(f"its files lack {len(absent)} of its tensors, such as {absent[0]}")
+    return module
+
+
+def _takes_padding(name: str, nn) -> bool:
+    """Whether padding on the left changes nothing; some recurrent models read it as text.
+
+    Raises ValueError for what is no causal LM with one residual stream, tried on a few tokens."""
+    row, found = [5, 6, 7], []
+    for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
+        inputs = _pad(rows, nn.tokenizer.pad_token_id)
+        try:
+            with torch.no_grad():
+                with nn.trace(inputs, use_cache=False):
+                    streams = [_residual(block.output).cpu() for block in nn.layers]
+                    streams = torch.stack(streams).save()
+                    logits = nn.output.logits[-1].float().save()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model lacks
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{name} does not run on text alone: {reason}") from error
+        shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
+        got = list(streams.shape[1:])
+        if got != shape:
+            raise ValueError(f"{name}: its blocks give {got} and not one residual stream {shape}")
+        found.append(logits)
+    alone, longer, padded = found[0][2], found[1][2], found[2][-1]
+    tolerance = alone.std() * (1e-3 if nn.dtype == torch.float32 else 0.1)
+    if (longer - alone).abs().max() > tolerance:
+        raise ValueError(f"{name} is no causal LM: a token sees those that follow it")
+    return bool((padded - alone).abs().max() <= tolerance)
 
 
 def _require_known_paths(name: str, nn) -> None:
-    if all(hasattr(nn, part) for part in ("layers", "final_norm", "unembed")):
-        return
-    modules = nn._module.named_modules()
-    lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
-    raise ValueError(
-        f"{name}: blocks, final norm or unembedding of {type(nn._module).__name__} are not found; "
-        f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS"
-    )
+    kind = type(nn._module).__name__
+    if not all(hasattr(nn, part) for part in ("layers", "final_norm", "unembed")):
+        modules = nn._module.named_modules()
+        lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
+        raise ValueError(
+            f"{name}: blocks, final norm or unembedding of {kind} are not found; "
+            f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS"
+        )
+    n_layers = nn.config.get_text_config(decoder=True).num_hidden_layers
+    if len(nn.layers) != n_layers:
+        raise ValueError(f"{name}: {kind} has {len(nn.layers)} blocks, its config says {n_layers}")
 
 
 class Models:
@@ -173,6 +288,10 @@ class Models:
     def __init__(
         self, remote=(), host=None, allow_pickle=False, trust_remote_code=False, **loading
     ):
+        try:
+            _require_device(loading.get("device", "auto"))
+        except ValueError as error:
+            fail(f"--device: {error}")
         self.remote, self.host = set(remote), host  # names of the models that NDIF runs
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
         self.loading = loading  # dtype, device, batch_tokens
@@ -267,6 +386,31 @@ class Models:
         except ValueError as error:
             fail(f"{name}: {error}; give others with --labels")
 
+    def chat_prompt(self, name: str, text: str) -> str:
+        """What a user says, in the chat template of a model, up to where its answer begins.
+
+        Reasoning models are told not to think, and where the template itself begins a thought, it
+        is closed. Templates that print the date get a fixed one, so that a run can be repeated. BOS
+        is left out if the tokenizer puts it first anyway."""
+        import jinja2
+
+        tokenizer = self.tokenizer(name)
+        try:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                chat_template=CLOCK + tokenizer.get_chat_template(),
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            fail(f"the chat template of {name} cannot be used: {error}")
+        if prompt.rstrip().endswith("<think>"):
+            prompt = prompt.rstrip() + "\n\n</think>\n\n"
+        if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            prompt = prompt.removeprefix(tokenizer.bos_token)
+        return prompt
+
     def same_vocabulary(self, *names: str) -> bool:
         first, *others = [self.tokenizer(name).get_vocab() for name in names]
         return all(other == first for other in others)
@@ -279,6 +423,8 @@ class Models:
 
     def _read(self, name: str) -> tuple:
         if name not in self.known:
+            if not Path(_split_revision(name)[0]).is_dir():
+                _require_hub_or_cache()
             local = name not in self.remote
             if local and not self.allow_pickle:
                 _require_safetensors(name)
@@ -289,7 +435,7 @@ class Models:
 @functools.cache  # a large tokenizer takes a second to read
 def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
     """(config, tokenizer) of a model; ends the program with one line if they cannot be read."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     repo, revision = _split_revision(name)
     is_folder = Path(repo).is_dir()
@@ -299,8 +445,8 @@ def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
         fail(f"{repo} is not a model folder: it has no config.json")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(repo, **options)
-        return config, AutoTokenizer.from_pretrained(repo, **options)
+        config = AutoConfig.from_pretrained(repo, **options).get_text_config(decoder=True)
+        return config, _read_tokenizer(repo, options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         if "gated" in str(error) or "401" in str(error):
@@ -334,10 +480,22 @@ def _require_safetensors(name: str) -> None:
     try:
         names = ("model.safetensors", "model.safetensors.index.json")
         found = [file_exists(repo, file, revision=revision) for file in names]
-    except Exception:  # no network, of whichever client: the hub's cache is all there is
+    except Exception:  # no network, or a refusal that reading the config explains
         return
     if not any(found):
         fail(f"the weights of {repo} are not safetensors: {advice}")
+
+
+@functools.cache
+def _require_hub_or_cache() -> None:
+    """Without a network, use the hub's cache alone: else each request is retried for 30 seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whichever client huggingface_hub has; any answer is an answer
+        print(f"no answer from {constants.ENDPOINT} ({error}): models from the hub's cache alone")
+        constants.HF_HUB_OFFLINE = True
 
 
 def _fingerprint(name: str) -> str:
@@ -361,6 +519,17 @@ def _fingerprint(name: str) -> str:
             content = f"{stat.st_size} {stat.st_mtime_ns}".encode()
         digest.update(path.name.encode() + b"\0" + content)
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
+    """(prompt, continuation) with the space between them where the tokenizer has it.
+
+    Most have it before a word. Where it ends the word before ("Tom▁"), it ends the prompt, too."""
+    if text.startswith(" "):
+        ids, whole, spaced = tokenizer([prompt, prompt + text, f"{prompt} "]).input_ids
+        if whole[: len(ids)] != ids and whole[: len(spaced)] == spaced:
+            return f"{prompt} ", text[1:]
+    return prompt, text
 
 
 def context_length(config) -> int:
@@ -1253,7 +1422,8 @@ def choice_logprobs(
     its context, or if the vocabularies differ."""
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError("pairs must be a list of (context, continuation)")
-    contexts = _encode(model, [context for context, _ in pairs])
+    contexts = [fit_space(model.tokenizer, *pair)[0] for pair in pairs]
+    contexts = _encode(model, contexts)
     rows = _encode(model, [context + text for context, text in pairs])
     for context, row, pair in zip(contexts, rows, pairs):
         if row[: len(context)] != context or len(row) == len(context):
@@ -1274,6 +1444,8 @@ def score_labels(
     them apart take its place, scored by log-probability. Raises ValueError if no number of tokens
     does."""
     _require_strings("labels", labels)
+    _require_strings("texts", prompts)
+    prompts = [fit_space(model.tokenizer, prompt, f" {labels[0]}")[0] for prompt in prompts]
     rows = _encode(model, prompts)
     words = _label_tokens(model.tokenizer, prompts[0], labels)
     heads = [row for row in rows for _ in words]
@@ -1287,7 +1459,8 @@ def score_labels(
 
 def _label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
     """The tokens of each label after the prompt, as many as tell all labels apart (usually one)."""
-    texts = [prompt, *(f"{prompt} {label}" for label in labels)]
+    start, _ = fit_space(tokenizer, prompt, f" {labels[0]}")
+    texts = [start, *(f"{prompt} {label}" for label in labels)]
     start, *rows = tokenizer(texts, verbose=False).input_ids
     if any(row[: len(start)] != start for row in rows):
         raise ValueError("a label changes the tokens of the prompt before it")
