@@ -57,6 +57,7 @@ def options(argv=None):
     add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")
     add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
+    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add("--save-vector", type=Path, metavar="FOLDER")
     args = parse_options(parser, FAMILIES, argv)
     if args.layer == "auto":

@@ -200,6 +200,7 @@ def options(argv=None):
         help="source models of Table 3, each with its base",
     )
     add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
+    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add(
         "--generate",
         type=at_least(0),

@@ -218,12 +218,6 @@ def option_parser(
         help="ridge penalty in units of the mean squared singular value (paper: 0)",
     )
     add("--random", type=at_least(1), default=20, help="random directions, as controls")
-    add(
-        "--permutations",
-        type=at_least(0),
-        default=199,
-        help="vectors of permuted labels, as the null (none of remote sources, and in ToxiGen)",
-    )
     add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
     add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
     add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")

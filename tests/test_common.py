@@ -60,6 +60,7 @@ from common import (
     logit_lens,
     nearest_positions,
     next_token_logits,
+    permuted_vectors,
     perplexity,
     plain_texts,
     random_directions,
@@ -797,6 +798,20 @@ def test_a_concept_vector_is_refined_from_the_states_of_the_texts(llama, method)
         wanted[[2, 0]],
         1e-4,
     )
+
+
+def test_permuted_labels_leave_nothing_of_the_concept():
+    positive, negative = vectors(20, 8, seed=3)[:, None], vectors(20, 8, seed=4)[:, None]
+    null = permuted_vectors(positive + 100.0, negative, 50, seed=0)
+    assert null.shape == (50, 1, 8)
+    assert null.abs().max() < 5  # the 100 that all pairs share has gone
+    difference = torch.eye(6)[:, None]
+    signs = 6 * permuted_vectors(difference, 0 * difference, 200, seed=1)[:, 0]
+    assert set(signs.round().flatten().tolist()) == {-1.0, 1.0}
+    assert signs.sum(1).abs().max() < 1e-5
+    assert len({tuple(row) for row in signs.round().tolist()}) == 20  # all of 6 over 3
+    odd = 7 * permuted_vectors(torch.eye(7)[:, None], torch.zeros(7, 1, 7), 5, seed=1)[:, 0]
+    assert (odd.round() == 0).sum(1).tolist() == [1] * 5
 
 
 # ================================================================ 4  Affine map

@@ -24,15 +24,20 @@ from harness import (
     draw_strength,
     export_concept,
     fail,
+    fluent,
+    holm,
     load_concept,
     markdown,
     mcnemar,
     model_options,
     new_figure,
     option_parser,
+    paired_gain,
     parse_options,
     percentile,
     pivot,
+    pool,
+    rank_p,
     read_json,
     read_table,
     read_text,
@@ -583,6 +588,60 @@ def test_a_mean_has_a_bootstrap_interval():
     assert record(values=values.tolist()) == found
     found = record(values=[0.25] * 7)
     assert found["low"] == found["value"] == found["high"] == 0.25
+
+
+def test_the_interval_is_over_the_units_of_the_claim():
+    hits = [1] * 50 + [0] * 50 + [1] * 50 + [0] * 50
+    units = [name for name in "abcd" for _ in range(50)]
+    found = record(hits=hits, units=units)
+    assert (found["value"], found["n"], found["units"]) == (0.5, 200, 4)
+    assert (found["low"], found["high"]) == (0.0, 1.0)  # four concepts, all or nothing
+    assert (found["item_low"], found["item_high"]) == pytest.approx((0.4314, 0.5686), abs=1e-4)
+    alike = record(hits=[1, 0] * 100, units=units)
+    assert alike["low"] == alike["high"] == 0.5
+
+
+def test_pooled_records_have_the_pooled_field_as_unit():
+    one, other = record([1] * 10, concept="fear"), record([0] * 30, concept="anger")
+    [found] = pool([one, other], "concept", "mean")
+    assert (found["concept"], found["value"], found["n"], found["units"]) == ("mean", 0.25, 40, 2)
+    assert (found["low"], found["high"]) == (0.0, 1.0)
+
+
+def test_p_values_are_corrected_for_their_number():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # Holm 1979
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_rank_among_the_null_is_never_0():
+    assert rank_p(0.5, [0.1] * 199) == pytest.approx(0.005)
+    assert rank_p(0.1, [0.1] * 199) == 1.0
+    assert rank_p(0.5, [0.6, 0.5, 0.4]) == 0.75
+
+
+def test_a_paired_gain_is_over_the_same_items():
+    ours, base = record(values=[1.0, 2.0, 3.0] * 20), record(values=[0.5, 1.5, 2.5] * 20)
+    expected = {"value": 0.5, "low": 0.5, "high": 0.5, "n": 60}
+    assert paired_gain(ours, base) == pytest.approx(expected)
+    assert paired_gain(record([1, 1, 0, 0]), record([0, 1, 0, 0]))["value"] == 0.25
+
+
+def test_the_fluent_record_is_at_the_strongest_alpha_within_a_tenth():
+    curve, costs = [], [record(method="base", alpha=0, value=10.0)]
+    for alpha, cost in [(1, 10.5), (2, 10.9), (3, 12.0)]:
+        curve.append(record(method="contrans", alpha=alpha, value=alpha / 10))
+        costs.append(record(method="contrans", alpha=alpha, value=cost))
+    [found] = fluent(curve, costs)
+    assert (found["alpha"], found["value"]) == (2, 0.2)
+    assert found["variant"] == harness.FLUENT
+    assert fluent(curve, [costs[0], costs[3]]) == []
+
+
+def test_a_vector_must_also_beat_permuted_labels():
+    records, alphas = effects(base=0.0, contrans=0.9, random_1=0.1)
+    for count, word in [(0, "**holds**"), (3, "**is not above the controls**")]:
+        null = [records[1] | {"variant": f"permuted {k}", "value": 0.9} for k in range(count)]
+        assert word in verdict({"t": (records + null, alphas)})
 
 
 def test_a_record_has_all_fields_and_no_others():

@@ -57,13 +57,13 @@ SCRIPTS = {
 EMOTION_SCRIPTS = ["exp_emotion", "exp_pretraining", "exp_pythia"]
 SMALL = ["--sentences", "120", "--alpha", "2", "--random", "2", "--limit", "3"]
 OPTIONS = {
-    "exp_emotion": "--maps 2 --shots 0 --pairs 10",
+    "exp_emotion": "--maps 2 --shots 0 --pairs 10 --permutations 9",
     "exp_pretraining": "--shots 0 --pairs 10",
     "exp_pythia": "--shots 1 --pairs 10",
-    "exp_template": "--maps 2",
+    "exp_template": "--maps 2 --permutations 9",
     "exp_toxigen": "--maps 2 --pairs 5 --validation 1 --limit 1 --alpha 1 4"
     " --max-new-tokens 8 --layer 0.75",
-    "exp_truthfulqa": "--maps 2 --table all --generate 1 --layer 0.75",
+    "exp_truthfulqa": "--maps 2 --table all --generate 1 --layer 0.75 --permutations 9",
 }
 VECTORS = {"exp_emotion": 6, "exp_toxigen": 1, "exp_truthfulqa": 1}  # that a run writes
 HONESTY = ["--honesty", f"{harness.TOY}/concepts/v_honesty_llama-m.safetensors"]
@@ -743,15 +743,16 @@ def test_one_model_at_a_time_gives_the_same_numbers(finished, tmp_path):
 # ================================================================ TruthfulQA
 
 
-def mc_by_hand(item: dict, logprob) -> tuple[bool, float]:
-    """MC1 and MC2 of a question of the file. logprob: of an answer."""
+def mc_by_hand(item: dict, logprob) -> tuple[bool, float, float]:
+    """MC1, MC2 and log-odds of a question of the file. logprob: of an answer."""
     first, second = item["mc1_targets"], item["mc2_targets"]
     [right] = [answer for answer in first if first[answer]]
     wrong = [answer for answer in first if not first[answer]]
     mc1 = logprob(right) > max(map(logprob, wrong))
     mass = {answer: math.exp(logprob(answer)) for answer in second}
     true = sum(mass[answer] for answer in second if second[answer])
-    return mc1, true / sum(mass.values())
+    against = math.log(sum(math.exp(logprob(answer)) for answer in wrong))
+    return mc1, true / sum(mass.values()), logprob(right) - against
 
 
 def logprob_by_hand(
@@ -783,11 +784,24 @@ def test_answers_are_scored_as_by_plain_transformers(method, signs, finished, da
     for row in rows:
         prompt = f"[INST] {row['question']}[/INST]"
         logprob = functools.partial(logprob_by_hand, models, signs, prompt)
-        mc1, mc2 = mc_by_hand(items[row["question"]], logprob)
+        mc1, mc2, log_odds = mc_by_hand(items[row["question"]], logprob)
         assert row["right"] == mc1
         assert row["mc2"] == pytest.approx(mc2, rel=1e-3)
-    [each] = run.find(item="Table 1", method=method, metric="mc2")
-    assert is_rate(each, [row["mc2"] for row in rows])
+        assert row["log_odds"] == pytest.approx(log_odds, abs=1e-3)
+    for metric in ("mc2", "log_odds"):
+        [each] = run.find(item="Table 1", method=method, metric=metric)
+        assert is_rate(each, [row[metric] for row in rows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp_emotion", "exp_truthfulqa"])
+def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
+    run = finished(name)
+    concept = {"concept": "mean"} if name == "exp_emotion" else {"item": "Table 1"}
+    null = [each for each in run.find(part="test", **concept) if "permuted" in str(each["variant"])]
+    assert {each["method"] for each in null} == {"contrans-local"}
+    assert len(null) == 9
+    assert "p of ConTrans, local map among these 9" in (run.folder / "report.md").read_text()
 
 
 def test_a_number_in_several_tables_is_one_number(finished):
