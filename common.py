@@ -1363,12 +1363,15 @@ class Vectors:
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
         """The near states of the source's base model, in as many samples of text as there are."""
         size = self.map_options["n_sentences"]
-        names = [vector.base, target]
+        names, others = [vector.base, target], context.others
+        samples = max(1, len(self.sentences) // size)
         found = []
-        for sample in range(max(1, len(self.sentences) // size)):
+        for sample in range(samples):
             rows = sample_rows(len(self.sentences), size, sample)
             plain = [self.sentences[row] for row in rows]
-            pool = local_pool(self.models, names, context, plain, seed=sample)
+            rows = sample_rows(len(others), len(others) // samples, sample)
+            own = context._replace(others=tuple(others[row] for row in rows))
+            pool = local_pool(self.models, names, own, plain, seed=sample)
             near = self.near[vector.model, context]
             model = self.models.load(vector.base)
             found.append(near_states(model, pool, near, len(plain), seed=sample))

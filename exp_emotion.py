@@ -87,7 +87,7 @@ from harness import (
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200}
-TOY_SETTINGS = {"alpha": [1, 2, 3, 5], "sentences": 1000, "limit": 50}
+TOY_SETTINGS = {"alpha": [0.5, 1, 2, 3, 5], "sentences": 1000, "limit": 50}
 FAMILIES = read_families("base", SETTINGS, toy=TOY_SETTINGS)
 PAPER_NAMES = paper_names(toy="llama")
 DEPTHS = ["0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]  # tried by --layer auto

@@ -1,0 +1,103 @@
+"""The numbers of the README's two tables, from the records of the default commands.
+
+pytest -m slow tests/test_results.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import exp_emotion
+import exp_truthfulqa
+from harness import select
+
+pytestmark = pytest.mark.slow
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+TARGETS = ["llama-m", "llama-l"]
+EMOTION_ROWS = {  # method, and the beginning of its variant
+    "base model": ("base", None),
+    "Self-Align, the target's own vector": ("self-align", None),
+    "**ConTrans**, the paper's map": ("contrans", None),
+    "**ConTrans, local map**": ("contrans-local", None),
+    "the same at the largest α with perplexity ≤ ×1.1": ("contrans-local", "perplexity"),
+    "local map, 5 disjoint samples of text": ("contrans-local", "map "),
+    "199 vectors of permuted labels": ("contrans-local", "permuted"),
+    "20 random directions": ("contrans-local", "random"),
+    "the other five emotions' vectors": ("contrans-local", "other"),
+    "map of shuffled texts": ("contrans-local", "shuffled"),
+}
+TRUTHFULQA_ROWS = {
+    "Base Model": ("base", None),
+    "Align-Training": ("align-training", None),
+    "EFT/proxy-tuning": ("eft", None),
+    "Self-Align": ("self-align", None),
+    "ConTrans, the paper's map": ("contrans", None),
+    "its random directions": ("contrans", "random"),
+    "ConTrans, local map": ("contrans-local", None),
+    "the same at the largest α with perplexity ≤ ×1.1": ("contrans-local", "perplexity"),
+    "local map, 5 disjoint samples": ("contrans-local", "map "),
+    "its vectors of permuted labels": ("contrans-local", "permuted"),
+    "its random directions, its shuffled map": ("contrans-local", "random"),
+    "local map at the paper's 75 % depth": ("contrans-local", "75 % depth"),
+}
+
+
+def records_of(main, folder: Path) -> list[dict]:
+    main(["--out", str(folder), "--quiet"])
+    [path] = folder.rglob("records.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def readme_row(name: str, after: str) -> list[str]:
+    """The cells of a row of the first table after a text."""
+    _, _, rest = README.partition(after)
+    assert rest, after
+    [row] = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", rest.split("\n##")[0], re.MULTILINE)
+    return [cell.strip() for cell in row.split("|")]
+
+
+def cell(records: list[dict], method: str, variant: str | None) -> str:
+    """A rate with its interval, or the mean of several with their range, in %."""
+    own = select(records, method=method, variant=None)
+    chosen = [e for e in select(records, method=method) if "shuffled map" == e["variant"]]
+    if chosen:
+        own = select(own, alpha=chosen[0]["alpha"])
+    if method == "self-align":
+        own = [max(own, key=lambda each: each["value"])]
+    found = own if variant is None else []
+    for each in select(records, method=method):
+        if variant and (each["variant"] or "").startswith(variant):
+            found.append(each)
+    if variant in ("random", "permuted", "other"):
+        found = select(found, alpha=own[0]["alpha"])
+    if variant == "map ":
+        found += own
+    values = [each["value"] for each in found]
+    low, high = min(values), max(values)
+    if len(found) == 1:
+        low, high = found[0]["low"], found[0]["high"]
+    return f"{100 * sum(values) / len(values):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def test_the_table_of_emotions(tmp_path):
+    records = records_of(exp_emotion.main, tmp_path)
+    mean = select(records, concept="mean", metric="token_acc", part="test", item="Figure 2a")
+    mean += select(records, concept="mean", metric="token_acc", part="test", item="Figure 6")
+    for name, (method, variant) in EMOTION_ROWS.items():
+        cells = []
+        for target in TARGETS:
+            mine = [each for each in mean if each["target"].endswith(target)]
+            cells.append(cell(mine, method, variant))
+        assert readme_row(name, "## Two commands")[:2] == cells, name
+
+
+def test_the_table_of_truthfulqa(tmp_path):
+    records = records_of(exp_truthfulqa.main, tmp_path)
+    tested = select(records, item="Table 1", metric="mc1", part="test", group=None)
+    for name, (method, variant) in TRUTHFULQA_ROWS.items():
+        for column, target in zip((0, 2), TARGETS):
+            mine = [each for each in tested if each["target"].endswith(target)]
+            written = readme_row(name, "**TruthfulQA**")[column]
+            assert written.startswith(cell(mine, method, variant)), name
