@@ -935,7 +935,8 @@ def main(argv=None):
     honesty = [path and path.read_bytes().hex() for path in args.honesty]
     inputs = [data, honesty, models.fingerprint(args.classifier)]
     first_prompts = [data.concepts["fairness"][0][0], template.continue_list(data.split.test[0])]
-    steps = len(args.tgt) * (14 + args.maps + 3 * args.random)
+    batches = -(-args.random // RANDOM_STEP)  # rounded up
+    steps = len(args.tgt) * (11 + 4 * len(map_methods(args)) + 3 * batches)
     run = Run(__file__, args, models, inputs, first_prompts, steps=steps)
 
     records, examples, report, judged = [], [], [opening(args, data.split)], {}

@@ -61,7 +61,7 @@ def readme_row(name: str, after: str) -> list[str]:
 def cell(records: list[dict], method: str, variant: str | None) -> str:
     """A rate with its interval, or the mean of several with their range, in %."""
     own = select(records, method=method, variant=None)
-    chosen = [e for e in select(records, method=method) if "shuffled map" == e["variant"]]
+    chosen = [e for e in select(records, method=method) if e["variant"] == "shuffled map"]
     if chosen:
         own = select(own, alpha=chosen[0]["alpha"])
     if method == "self-align":
