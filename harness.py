@@ -926,7 +926,7 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
     and stays with the record for pool and mcnemar.
     values: numbers of the items that a mean is over; likewise, with a bootstrap interval.
     units: what the claim is about (the concept, the group) of each item: low and high are then from
-    resampling the units, and the interval over the items is in item_low and item_high."""
+    resampling the units, but not narrower than the interval over the items (item_low, item_high)."""
     items = {}
     if hits is not None:
         items["hits"] = [bool(hit) for hit in hits]
@@ -938,7 +938,8 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
         fields |= {"value": float(np.mean(found)), "low": low, "high": high, "n": len(found)}
     if units is not None:
         fields |= {"units": len(set(units)), "item_low": low, "item_high": high}
-        fields["low"], fields["high"] = _cluster_bootstrap(found, units)
+        ends = _cluster_bootstrap(found, units)  # of no width where all units are alike
+        fields |= {"low": min(low, ends[0]), "high": max(high, ends[1])}
     unknown = set(fields) - set(RECORD)
     if unknown:
         raise ValueError(f"unknown record fields {sorted(unknown)}")
