@@ -926,7 +926,7 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
     and stays with the record for pool and mcnemar.
     values: numbers of the items that a mean is over; likewise, with a bootstrap interval.
     units: what the claim is about (the concept, the group) of each item: low and high are then from
-    resampling the units, but not narrower than the interval over the items (item_low, item_high)."""
+    resampling the units, but not within the interval over the items (item_low, item_high)."""
     items = {}
     if hits is not None:
         items["hits"] = [bool(hit) for hit in hits]
