@@ -40,16 +40,42 @@ from harness import cached, fail, on_ndif, progress_bar, read_text
 # One path to blocks, final norm and unembedding on every architecture; nnsight skips the others.
 PATHS = {
     "model.layers": "layers",
+    "model.language_model.layers": "layers",  # of models that also see or hear
+    "model.text_model.layers": "layers",
+    "language_model.model.layers": "layers",
     "model.decoder.layers": "layers",
     "gpt_neox.layers": "layers",
+    "gpt_neox_japanese.layers": "layers",
     "transformer.h": "layers",
+    "transformer.blocks": "layers",
+    "biogpt.layers": "layers",
+    "backbone.layers": "layers",
+    "rwkv.blocks": "layers",
     "model.norm": "final_norm",
+    "model.language_model.norm": "final_norm",
+    "model.text_model.norm": "final_norm",
+    "language_model.model.norm": "final_norm",
+    "model.final_norm": "final_norm",
     "model.final_layernorm": "final_norm",
+    "model.embedding_norm": "final_norm",
+    "model.language_model.embedding_norm": "final_norm",
+    "model.layer_norm": "final_norm",
+    "model.norm_f": "final_norm",
+    "model.decoder.layer_norm": "final_norm",
     "model.decoder.final_layer_norm": "final_norm",
     "gpt_neox.final_layer_norm": "final_norm",
+    "gpt_neox_japanese.final_layer_norm": "final_norm",
     "transformer.ln_f": "final_norm",
+    "transformer.norm_f": "final_norm",
+    "transformer.layernorm": "final_norm",
+    "biogpt.layer_norm": "final_norm",
+    "backbone.norm_f": "final_norm",
+    "rwkv.ln_out": "final_norm",
     "lm_head": "unembed",
+    "language_model.lm_head": "unembed",
     "embed_out": "unembed",
+    "output_projection": "unembed",
+    "head": "unembed",
 }
 QUANTIZED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -78,7 +104,7 @@ class Model:
 
     @property
     def config(self):
-        return self.nn.config
+        return self.nn.config.get_text_config(decoder=True)  # of a model that also sees, its text's
 
     @property
     def n_layers(self) -> int:
@@ -99,70 +125,135 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Model:
-    """Load a causal LM.
+    """Load a causal LM, or a model that also sees or hears, of which only the text part is used.
 
     name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
     bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
     all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
     then. batch_tokens: tokens computed in one forward pass; lower it when memory runs out. Raises
-    ValueError for an unknown dtype, a GPU that is not there, and an architecture whose blocks are
-    not found (the message names its module lists)."""
+    ValueError for an unknown dtype, a device that is not there, weights that are not complete, and
+    an architecture whose blocks are not found (the message names its module lists)."""
     from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every file of weights hides the table
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
+    _require_device(device)
     repo, revision = _split_revision(name)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     torch_dtype = torch.bfloat16 if on_gpu else torch.float32
     if dtype in ("float32", "bfloat16", "float16"):
         torch_dtype = getattr(torch, dtype)
-
-    options: dict[str, Any] = {}
-    if not remote:
-        everywhere = "auto" if on_gpu else "cpu"
-        options["dispatch"] = True
-        options["dtype"] = torch_dtype
-        options["device_map"] = everywhere if device == "auto" else device
-        options["trust_remote_code"] = trust_remote_code  # None would ask on the terminal
-        if not allow_pickle:
-            options["use_safetensors"] = True
-        if dtype in QUANTIZED:
-            from transformers import BitsAndBytesConfig
-
-            settings = QUANTIZED[dtype] | {"bnb_4bit_compute_dtype": torch_dtype}
-            options["quantization_config"] = BitsAndBytesConfig(**settings)
-    elif trust_remote_code:
-        options["trust_remote_code"] = True
-    nn = TransformersModel(repo, task="text-generation", rename=PATHS, revision=revision, **options)
+    settings = {"task": "text-generation", "rename": PATHS}
+    if remote:
+        if trust_remote_code:
+            settings["trust_remote_code"] = True
+        nn = TransformersModel(repo, revision=revision, **settings)
+    else:
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        module = _load_weights(repo, hub, dtype, torch_dtype, device, allow_pickle)
+        if not getattr(module, "hf_device_map", None):  # else accelerate has placed it
+            settings["device"] = module.device
+        tokenizer = AutoTokenizer.from_pretrained(repo, **hub)
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # a model that also sees is not on a list there
+        nn = TransformersModel(module, tokenizer=tokenizer, **settings)
+        logging.set_verbosity(before)
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False)
     nn._module.eval()
     if nn.tokenizer.pad_token is None:  # padded positions are masked, so any token will do
         first = nn.tokenizer.convert_ids_to_tokens(0)
         nn.tokenizer.pad_token = nn.tokenizer.eos_token or nn.tokenizer.bos_token or first
+    batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu or remote else CPU_BATCH_TOKENS)
+    if not remote and not _takes_padding(name, nn):
+        print(f"{name} does not ignore padding: computed one text at a time")
+        batch_tokens = 1
     return Model(
         name=str(name),
         nn=nn,
         fingerprint=_fingerprint(name),
         precision=dtype if dtype in QUANTIZED else str(torch_dtype),
         remote=remote,
-        batch_tokens=batch_tokens or (GPU_BATCH_TOKENS if on_gpu or remote else CPU_BATCH_TOKENS),
+        batch_tokens=batch_tokens,
     )
+
+
+def _require_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown: auto, cpu, cuda, cuda:1 …") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+
+
+def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, allow_pickle: bool):
+    """The transformers model; raises ValueError if its files do not hold all of its tensors."""
+    import transformers
+
+    everywhere = "auto" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    options = {"dtype": torch_dtype, "device_map": everywhere if device == "auto" else device}
+    if not allow_pickle:
+        options["use_safetensors"] = True
+    if dtype in QUANTIZED:
+        settings = QUANTIZED[dtype] | {"bnb_4bit_compute_dtype": torch_dtype}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**settings)
+    config = transformers.AutoConfig.from_pretrained(repo, **hub)
+    auto_class = transformers.AutoModelForCausalLM
+    has_other_parts = config.get_text_config(decoder=True) is not config
+    if has_other_parts or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            auto_class = transformers.AutoModelForMultimodalLM
+    module, report = auto_class.from_pretrained(repo, output_loading_info=True, **hub, **options)
+    absent = sorted(report["missing_keys"])  # without those that are tied to others
+    if absent:
+        raise ValueError(f"its files lack {len(absent)} of its tensors, such as {absent[0]}")
+    return module
+
+
+def _takes_padding(name: str, nn) -> bool:
+    """Whether padding on the left changes nothing; some recurrent models read it as text.
+
+    Raises ValueError for what is no causal LM with one residual stream, tried on a few tokens."""
+    row = [5, 6, 7]
+    found = []
+    for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
+        inputs = _pad(rows, nn.tokenizer.pad_token_id)
+        with torch.no_grad():
+            with nn.trace(inputs, use_cache=False):
+                stream = _residual(nn.layers[0].output).save()
+                logits = nn.output.logits[-1].float().save()
+        shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
+        if list(stream.shape) != shape:
+            got = list(stream.shape)
+            raise ValueError(f"{name}: its blocks give {got} and not one residual stream {shape}")
+        found.append(logits)
+    alone, longer, padded = found[0][2], found[1][2], found[2][-1]
+    tolerance = alone.std() * (1e-3 if nn.dtype == torch.float32 else 0.1)
+    if (longer - alone).abs().max() > tolerance:
+        raise ValueError(f"{name} is no causal LM: a token sees those that follow it")
+    return bool((padded - alone).abs().max() <= tolerance)
 
 
 def _require_known_paths(name: str, nn) -> None:
-    if all(hasattr(nn, part) for part in ("layers", "final_norm", "unembed")):
-        return
-    modules = nn._module.named_modules()
-    lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
-    raise ValueError(
-        f"{name}: blocks, final norm or unembedding of {type(nn._module).__name__} are not found; "
-        f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS"
-    )
+    kind = type(nn._module).__name__
+    if not all(hasattr(nn, part) for part in ("layers", "final_norm", "unembed")):
+        modules = nn._module.named_modules()
+        lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
+        raise ValueError(
+            f"{name}: blocks, final norm or unembedding of {kind} are not found; "
+            f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS"
+        )
+    n_layers = nn.config.get_text_config(decoder=True).num_hidden_layers
+    if len(nn.layers) != n_layers:
+        raise ValueError(f"{name}: {kind} has {len(nn.layers)} blocks, its config says {n_layers}")
 
 
 class Models:
@@ -299,7 +390,7 @@ def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
         fail(f"{repo} is not a model folder: it has no config.json")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(repo, **options)
+        config = AutoConfig.from_pretrained(repo, **options).get_text_config(decoder=True)
         return config, AutoTokenizer.from_pretrained(repo, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
