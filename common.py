@@ -82,6 +82,9 @@ QUANTIZED = {
     "int8": {"load_in_8bit": True},
 }
 DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
+DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
+CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
+CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
 CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
 GPU_BATCH_TOKENS = 4096
 
@@ -207,10 +210,10 @@ def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, al
         options["quantization_config"] = transformers.BitsAndBytesConfig(**settings)
     config = transformers.AutoConfig.from_pretrained(repo, **hub)
     auto_class = transformers.AutoModelForCausalLM
-    has_other_parts = config.get_text_config(decoder=True) is not config
-    if has_other_parts or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
-            auto_class = transformers.AutoModelForMultimodalLM
+    is_text = config.get_text_config(decoder=True) is config
+    is_text = is_text and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_text and type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        auto_class = transformers.AutoModelForMultimodalLM
     module, report = auto_class.from_pretrained(repo, output_loading_info=True, **hub, **options)
     absent = sorted(report["missing_keys"])  # without those that are tied to others
     if absent:
@@ -264,6 +267,10 @@ class Models:
     def __init__(
         self, remote=(), host=None, allow_pickle=False, trust_remote_code=False, **loading
     ):
+        try:
+            _require_device(loading.get("device", "auto"))
+        except ValueError as error:
+            fail(f"--device: {error}")
         self.remote, self.host = set(remote), host  # names of the models that NDIF runs
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
         self.loading = loading  # dtype, device, batch_tokens
@@ -358,6 +365,31 @@ class Models:
         except ValueError as error:
             fail(f"{name}: {error}; give others with --labels")
 
+    def chat_prompt(self, name: str, text: str) -> str:
+        """What a user says, in the chat template of a model, up to where its answer begins.
+
+        Reasoning models are told not to think, and where the template itself begins a thought, it
+        is closed. Templates that print the date get a fixed one, so that a run can be repeated. BOS
+        is left out if the tokenizer puts it first anyway."""
+        import jinja2
+
+        tokenizer = self.tokenizer(name)
+        try:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                chat_template=CLOCK + tokenizer.get_chat_template(),
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            fail(f"the chat template of {name} cannot be used: {error}")
+        if prompt.rstrip().endswith("<think>"):
+            prompt = prompt.rstrip() + "\n\n</think>\n\n"
+        if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            prompt = prompt.removeprefix(tokenizer.bos_token)
+        return prompt
+
     def same_vocabulary(self, *names: str) -> bool:
         first, *others = [self.tokenizer(name).get_vocab() for name in names]
         return all(other == first for other in others)
@@ -370,6 +402,8 @@ class Models:
 
     def _read(self, name: str) -> tuple:
         if name not in self.known:
+            if not Path(_split_revision(name)[0]).is_dir():
+                _require_hub_or_cache()
             local = name not in self.remote
             if local and not self.allow_pickle:
                 _require_safetensors(name)
@@ -425,10 +459,22 @@ def _require_safetensors(name: str) -> None:
     try:
         names = ("model.safetensors", "model.safetensors.index.json")
         found = [file_exists(repo, file, revision=revision) for file in names]
-    except Exception:  # no network, of whichever client: the hub's cache is all there is
+    except Exception:  # no network, or a refusal that reading the config explains
         return
     if not any(found):
         fail(f"the weights of {repo} are not safetensors: {advice}")
+
+
+@functools.cache
+def _require_hub_or_cache() -> None:
+    """Without a network, use the hub's cache alone: else each request is retried for 30 seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whichever client huggingface_hub has; any answer is an answer
+        print(f"no answer from {constants.ENDPOINT} ({error}): models from the hub's cache alone")
+        constants.HF_HUB_OFFLINE = True
 
 
 def _fingerprint(name: str) -> str:

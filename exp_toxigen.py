@@ -371,20 +371,16 @@ def read_context(template: Template, split: Split, concept: str) -> Context:
 class Template:
     """The prompts of Table 9. Their tags follow the source model."""
 
-    def __init__(self, tags: str, tokenizer):
-        self.tags, self.tokenizer = tags, tokenizer
+    def __init__(self, args, models: Models):
+        self.args, self.models = args, models
 
     def wrap(self, text: str) -> str:
         """What a user says, in tags."""
-        if self.tags == "inst":
+        if self.args.tags == "inst":
             return f"[INST] {text}[/INST]"
-        if self.tags == "vicuna":
+        if self.args.tags == "vicuna":
             return f"USER: {text.rstrip()} ASSISTANT:"
-        tokenizer, messages = self.tokenizer, [{"role": "user", "content": text.strip()}]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # it will add BOS again
-            whole = whole.removeprefix(tokenizer.bos_token)
-        return whole
+        return self.models.chat_prompt(self.args.src, text.strip())
 
     def refine(self, prompt: str) -> str:
         return self.wrap(REFINE.replace("{scenario}", prompt))
@@ -984,7 +980,7 @@ def main(argv=None):
     names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
     names = list(dict.fromkeys(name for name in names if name))
     check_models(args, models, names)
-    template = Template(args.tags, models.tokenizer(args.src))
+    template = Template(args, models)
     data = load_data(args, models, template, names)
     lab = Lab(args, models, template, data)
     honesty = [path and path.read_bytes().hex() for path in args.honesty]

@@ -427,16 +427,11 @@ def wrap(args, models, name: str, text: str, refining=False) -> str:
     prompt = own.get(name, args.prompt)
     if prompt != "chat":
         return PROMPTS[prompt][refining].replace("{text}", text)
-    tokenizer = models.tokenizer(name)
-    if not tokenizer.chat_template:  # a base model: it is asked as the source is
-        tokenizer = models.tokenizer(args.src)
-    if not tokenizer.chat_template:
-        fail(f"--prompt chat: {name} and {args.src} have no chat template; try --prompt paper")
-    messages = [{"role": "user", "content": text}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # will be added again
-        whole = whole.removeprefix(tokenizer.bos_token)
-    return whole
+    if not models.tokenizer(name).chat_template:  # a base model: it is asked as the source is
+        name = args.src
+    if not models.tokenizer(name).chat_template:
+        fail(f"--prompt chat: {name} has no chat template; try --prompt paper")
+    return models.chat_prompt(name, text)
 
 
 def spaced(text: str, after: str) -> str:

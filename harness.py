@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 TOY = ROOT / "data" / "toy"
+HOSTED_NDIF = "https://api.ndif.us"
 CACHE = {"folder": os.environ.get("CONTRANS_CACHE", ROOT / "cache")}
 
 # ================================================================ 1  Options
@@ -195,7 +196,7 @@ def option_parser(
         choices=["target", "both"],
         help="run the targets, or source and targets, on NDIF (key: NDIF_API_KEY)",
     )
-    add("--ndif-host", metavar="URL", default=os.environ.get("NDIF_HOST", "https://api.ndif.us"))
+    add("--ndif-host", metavar="URL", default=os.environ.get("NDIF_HOST", HOSTED_NDIF))
     add(
         "--batch-tokens",
         type=at_least(1),
@@ -468,14 +469,22 @@ def _check_ndif(host: str, names: list[str]) -> None:
         if theirs != version(package):
             advice = f"pip install {package}=={theirs}"
             fail(f"NDIF runs {package} {theirs}, you have {version(package)}: {advice}")
-    running = set()
+    running, listed = set(), set()
     for model in status.get("deployments", {}).values():
-        if model.get("application_state") == "RUNNING" and "repo_id" in model:
-            running.add(f"{model['repo_id']}@{model.get('revision') or 'main'}")
+        if "repo_id" in model:
+            full = f"{model['repo_id']}@{model.get('revision') or 'main'}"
+            listed.add(full)
+            if model.get("application_state") == "RUNNING":
+                running.add(full)
     for name in names:
-        if (name if "@" in name else f"{name}@main") not in running:
+        full = name if "@" in name else f"{name}@main"
+        if full not in listed and host == HOSTED_NDIF:  # another server deploys any model
             up = ", ".join(sorted(each.removesuffix("@main") for each in running))
-            fail(f"{name} is not running on NDIF; these are: {up or 'none'}")
+            fail(
+                f"{name} is not on NDIF; these run: {up or 'none'}; see https://nnsight.net/status"
+            )
+        if full not in running:
+            print(f"{name} does not run on {host} yet: the first job waits until it is deployed")
 
 
 def on_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list) -> list:
@@ -512,7 +521,8 @@ def _send_with_retries(nn, host: str, make, fixed: tuple, packs: list[dict]) -> 
         if re.search("out of memory|OutOfMemory", text):
             raise torch.OutOfMemoryError(reason)
         # A refusal, or a traceback that comes twice, will not go away.
-        if wait is None or 400 <= code < 500 or ("Traceback" in text and text == last):
+        refused = 400 <= code < 500 or "Could not deploy" in text
+        if wait is None or refused or ("Traceback" in text and text == last):
             fail(f"NDIF ({host}): {reason}; run the same command again to continue")
         print(f"NDIF: {reason}; retry in {wait} s", file=sys.stderr)
         last = text

@@ -96,7 +96,10 @@ class Server:
         return self._ask(do="log")
 
     def set(self, **what) -> None:
-        """running: models that run (None: all). needs_key: the only key that is accepted."""
+        """running: models that run (None: all). deploys: those that run when a job asks for them.
+        listed: models in its status (None: all).
+
+        needs_key: the only key that is accepted."""
         self._ask(do="set", **what)
 
     def stop(self) -> None:
@@ -165,6 +168,9 @@ class Job:
         kind = self.fault.get("kind")
         self.say("QUEUED", "Added to Queue at position 1.")
         name = json.loads(self.envelope.model_key.split(":", 1)[1])["repo_id"]
+        if name in self.ndif.deploys:  # as NDIF does when a job asks for a model
+            self.say("QUEUED", "The model is being deployed.")
+            self.ndif.running.append(name)
         if name not in self.ndif.running:
             return self.say("ERROR", f"Could not deploy this model. Repository Not Found: {name}")
         self.say("DISPATCHED", "Your job has been sent to the model deployment.")
@@ -220,6 +226,7 @@ class Ndif:
 
     def __init__(self, models: dict[str, str], port: int):
         self.models, self.running, self.needs_key, self.port = models, list(models), None, port
+        self.deploys, self.listed = [], None
         self.loaded, self.clients, self.results = {}, {}, {}
         self.faults, self.entries, self.jobs, self.open = [], [], queue.Queue(), set()
         threading.Thread(target=self.run_jobs, daemon=True).start()
@@ -306,7 +313,7 @@ class Ndif:
 
     def status(self) -> dict:
         deployments = {}
-        for name in self.models:
+        for name in self.models if self.listed is None else self.listed:
             about = {"repo_id": name, "revision": "main", "task": "text-generation"}
             if name in self.running:
                 about |= {"application_state": "RUNNING", "deployment_level": "HOT"}

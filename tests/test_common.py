@@ -23,6 +23,7 @@ from conftest import (
     CONFIGS,
     GROUPED,
     LLAMA_PATHS,
+    SENTENCES,
     Reference,
     close,
     make_tokenizer,
@@ -30,6 +31,7 @@ from conftest import (
     save_model,
     vectors,
 )
+from safetensors.torch import load_file, save_file
 
 import common
 import harness
@@ -260,13 +262,12 @@ def test_every_family_has_the_same_paths_to_its_parts(any_pair):
 
 
 def test_an_unknown_architecture_names_its_module_lists(tmp_path, one_line):
-    config_class = transformers.BioGptConfig
-    folder = save_model(tmp_path / "biogpt", config_class, intermediate_size=64)
+    folder = save_model(tmp_path / "gpt", transformers.OpenAIGPTConfig, n_positions=128)
     models = Models(device="cpu")
     one_line(
         lambda: models.load(str(folder)),
-        "BioGptForCausalLM",
-        "biogpt.layers",
+        "OpenAIGPTLMHeadModel",
+        "transformer.h",
         "PATHS",
     )
 
@@ -277,6 +278,73 @@ def test_an_unknown_dtype_or_device_is_refused(model):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda:1.*no GPU"):
             load_model(model.name, device="cuda:1")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu", "cpu:x"])
+def test_an_unknown_device_ends_in_one_line_before_anything_is_read(device, one_line):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    one_line(lambda: Models(device=device), "--device", device)
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path, one_line):
+    folder = save_llama(tmp_path / "torn")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    one_line(
+        lambda: Models(device="cpu").load(str(folder)),
+        "lack 1 of its tensors",
+        "layers.1.mlp.up_proj",
+    )
+    tied = save_llama(tmp_path / "tied", tie_word_embeddings=True)  # lm_head is not in the file
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    load(tied)
+
+
+def test_what_is_no_causal_lm_with_one_stream_is_refused(tmp_path, one_line):
+    settings = {"vocab_size": len(make_tokenizer()), "hidden_size": 32, "num_hidden_layers": 4}
+    small = settings | {"vocab_size_per_layer_input": 200, "intermediate_size": 64, "head_dim": 8}
+    small |= {"laurel_rank": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+    gemma = save_model(tmp_path / "gemma3n", transformers.Gemma3nTextConfig, **small)
+    one_line(lambda: Models(device="cpu").load(str(gemma)), "not one residual stream")
+    text = transformers.GemmaConfig(
+        **settings, **GROUPED, head_dim=8, num_attention_heads=4, bos_token_id=0, pad_token_id=2
+    )
+    sight = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sight |= {"intermediate_size": 64, "image_size": 28}
+    config = transformers.PaliGemmaConfig(
+        text_config=text.to_dict(), vision_config=sight, projection_dim=32
+    )
+    torch.manual_seed(0)
+    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(tmp_path / "pali")
+    make_tokenizer().save_pretrained(tmp_path / "pali")
+    one_line(lambda: Models(device="cpu").load(str(tmp_path / "pali")), "no causal LM")
+
+
+CHAT = """{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
+{% if messages[0].role != 'system' %}<|sys|>Today: {{ date_string }}
+{{ strftime_now('%Y-%m-%d') }}{% endif %}<|user|>{{ messages[-1].content }}<|bot|>"""
+THINKING = {
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
+    "<think>\n",
+}
+
+
+@pytest.mark.parametrize("end", sorted(THINKING))
+def test_a_chat_prompt_has_one_bos_a_fixed_date_and_no_thinking(end, tmp_path, one_line):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT + end
+    folder = str(save_llama(tmp_path / "chat", tokenizer=tokenizer))
+    prompt = Models().chat_prompt(folder, "Who?")
+    start = "<|sys|>Today: 26 Jul 2024\n2024-07-26<|user|>Who?<|bot|>"
+    assert prompt == start + "<think>\n\n</think>\n\n"
+    assert Models().tokenizer(folder)(prompt).input_ids.count(0) == 1
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    shutil.copy(Path(folder) / "config.json", tmp_path / "other")
+    shutil.copy(Path(folder) / "model.safetensors", tmp_path / "other")
+    one_line(lambda: Models().chat_prompt(str(tmp_path / "other"), "Who?"), "no users here")
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_another(tmp_path):
@@ -376,6 +444,23 @@ def test_a_gated_model_names_the_licence_page_and_the_token(monkeypatch, one_lin
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     one_line(lambda: Models().config("org/gated"), "huggingface.co/org/gated", "HF_TOKEN")
+
+
+def test_a_repository_with_only_tokenizer_model_is_read(tmp_path):
+    import sentencepiece
+
+    folder = save_llama(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (tmp_path / "text").write_text("\n".join(SENTENCES))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    assert Models().lengths(str(folder), SENTENCES)[0] > 5
 
 
 def test_pickled_weights_load_when_they_are_allowed(tmp_path):

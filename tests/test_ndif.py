@@ -96,9 +96,9 @@ def own(server):
     """The server of these tests, which keeps a log and fails on demand."""
     if HOST:
         pytest.skip("no faults and no log on the server of NDIF_TEST_HOST")
-    server.set(running=None, needs_key=KEY, faults=[])
+    server.set(running=None, listed=None, deploys=[], needs_key=KEY, faults=[])
     yield server
-    server.set(running=None, needs_key=KEY, faults=[])
+    server.set(running=None, listed=None, deploys=[], needs_key=KEY, faults=[])
 
 
 def remote(server, name: str, folder: Path, batch_tokens: int = 60):
@@ -417,11 +417,25 @@ def test_another_server(server, one_line):
         (["--tgt", "toy/llama-m@step9"], "toy/llama-m@step9"),
     ],
 )
-def test_a_model_that_does_not_run(argv, missing, own, one_line):
+def test_a_model_that_the_hosted_service_does_not_have(argv, missing, own, one_line, monkeypatch):
     running = {"toy/llama-m", "toy/pythia-1"} - {missing}
-    own.set(running=sorted(running))
-    expected = f"{missing} is not running on NDIF; these are: {', '.join(sorted(running))}"
+    own.set(running=sorted(running), listed=sorted(running))
+    monkeypatch.setattr(harness, "HOSTED_NDIF", own.url)
+    expected = f"{missing} is not on NDIF; these run: {', '.join(sorted(running))}"
     one_line(lambda: check("--ndif-host", own.url, *argv), expected)
+
+
+def test_a_model_may_be_deployed_when_a_job_asks_for_it(
+    here, there, own, capsys, one_line, monkeypatch
+):
+    own.set(running=[], deploys=["toy/llama-m"])
+    check("--ndif-host", own.url)
+    assert "toy/llama-m does not run" in capsys.readouterr().out
+    same(states(here), states(there))
+    own.set(running=[], deploys=[])
+    monkeypatch.setitem(harness.CACHE, "folder", None)
+    one_line(lambda: states(there), "Could not deploy")
+    assert NDIF_STATS["failed"] == 1
 
 
 @pytest.mark.parametrize("package", ["nnsight", "transformers"])

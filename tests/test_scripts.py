@@ -28,7 +28,6 @@ from conftest import (
     CONFIGS,
     Reference,
     json_rows,
-    surroundings,
 )
 from hub import Hub
 from safetensors.torch import load_file, save_file
@@ -559,14 +558,22 @@ def test_a_damaged_file_is_named(name, path, damage, data, tmp_path, one_line):
 
 
 @pytest.mark.slow
-def test_without_a_network_an_unknown_model_ends_in_one_line(tmp_path):
-    argv = [sys.executable, ROOT / "exp_emotion.py", "--src", "some/model", "--tgt", "some/other"]
-    environment = surroundings(tmp_path)
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    ran = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in ran.stderr
+def test_without_a_network_the_cache_of_the_hub_is_enough(data, tmp_path):
+    repos = {f"some/{name}": {"main": ZOO / name} for name in ("llama-s", "llama-m")}
+    argv = [sys.executable, ROOT / "exp_emotion.py", "--src", "some/llama-s", *SMALL]
+    argv += [*OPTIONS["exp_emotion"].split(), "--data", data, "--out", tmp_path]
+    known = [*argv, "--tgt", "some/llama-m"]
+    with Hub(repos) as hub:
+        environment = hub.surroundings(tmp_path)
+        assert subprocess.run(known, env=environment, capture_output=True).returncode == 0
+    for target, code in (("some/llama-m", 0), ("some/other", 2), ("lama-m", 2)):
+        words = [*argv, "--seed", "1", "--tgt", target]
+        ran = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert ran.returncode == code, ran.stderr
+        assert "no answer from http://127.0.0.1" in ran.stdout
+        assert "Traceback" not in ran.stderr
+        if code:
+            assert ran.stderr.splitlines()[-1].startswith(f"error: cannot read model {target}")
 
 
 # ================================================================ the emotion task
