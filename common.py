@@ -137,7 +137,6 @@ def load_model(
     ValueError for an unknown dtype, a device that is not there, weights that are not complete, and
     an architecture whose blocks are not found (the message names its module lists)."""
     from nnsight.modeling.transformers import TransformersModel
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for every file of weights hides the table
@@ -149,20 +148,19 @@ def load_model(
     torch_dtype = torch.bfloat16 if on_gpu else torch.float32
     if dtype in ("float32", "bfloat16", "float16"):
         torch_dtype = getattr(torch, dtype)
-    settings = {"task": "text-generation", "rename": PATHS}
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    settings = {"task": "text-generation", "rename": PATHS, "tokenizer": _read_tokenizer(repo, hub)}
     if remote:
         if trust_remote_code:
             settings["trust_remote_code"] = True
         nn = TransformersModel(repo, revision=revision, **settings)
     else:
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         module = _load_weights(repo, hub, dtype, torch_dtype, device, allow_pickle)
         if not getattr(module, "hf_device_map", None):  # else accelerate has placed it
             settings["device"] = module.device
-        tokenizer = AutoTokenizer.from_pretrained(repo, **hub)
         before = logging.get_verbosity()
         logging.set_verbosity(logging.CRITICAL)  # a model that also sees is not on a list there
-        nn = TransformersModel(module, tokenizer=tokenizer, **settings)
+        nn = TransformersModel(module, **settings)
         logging.set_verbosity(before)
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False)
@@ -195,6 +193,21 @@ def _require_device(device: str) -> None:
         raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+
+
+def _read_tokenizer(repo: str, hub: dict):
+    """The tokenizer, told to put no EOS after a text: the last token is read, and continued."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(repo, **hub)
+    ids = tokenizer("a").input_ids
+    if tokenizer.is_fast and ids and ids[-1] == tokenizer.eos_token_id:
+        starts = ids[0] == tokenizer.bos_token_id
+        bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts else []
+        text = f"{tokenizer.bos_token} $A" if starts else "$A"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(text, text, bos)
+    return tokenizer
 
 
 def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, allow_pickle: bool):
@@ -414,7 +427,7 @@ class Models:
 @functools.cache  # a large tokenizer takes a second to read
 def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
     """(config, tokenizer) of a model; ends the program with one line if they cannot be read."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     repo, revision = _split_revision(name)
     is_folder = Path(repo).is_dir()
@@ -425,7 +438,7 @@ def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(repo, **options).get_text_config(decoder=True)
-        return config, AutoTokenizer.from_pretrained(repo, **options)
+        return config, _read_tokenizer(repo, options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         if "gated" in str(error) or "401" in str(error):

@@ -53,7 +53,6 @@ from harness import (
     LOOK,
     METHODS,
     PAGE,
-    TOY,
     Run,
     add_paper_numbers,
     at_least,
@@ -71,9 +70,11 @@ from harness import (
     model_options,
     new_figure,
     option_parser,
+    paper_names,
     parse_options,
     pivot,
     pool,
+    read_families,
     read_texts,
     record,
     run_script,
@@ -86,30 +87,9 @@ from harness import (
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200}
-FAMILIES = {
-    "toy": {
-        "src": f"{TOY}/models/llama-s",
-        "tgt": [f"{TOY}/models/llama-m", f"{TOY}/models/llama-l"],
-        "layer": "0.75",
-        "alpha": [1, 2, 3, 5],
-        "sentences": 1000,
-        "limit": 50,
-    },
-    "llama": SETTINGS
-    | {
-        "src": "huggyllama/llama-7b",
-        "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"],
-    },
-    "custom": SETTINGS,
-}
-PAPER_NAMES = {
-    f"{TOY}/models/llama-s": "LLaMA-7B",
-    f"{TOY}/models/llama-m": "LLaMA-13B",
-    f"{TOY}/models/llama-l": "LLaMA-65B",
-    "huggyllama/llama-7b": "LLaMA-7B",
-    "huggyllama/llama-13b": "LLaMA-13B",
-    "huggyllama/llama-65b": "LLaMA-65B",
-}
+TOY_SETTINGS = {"alpha": [1, 2, 3, 5], "sentences": 1000, "limit": 50}
+FAMILIES = read_families("base", SETTINGS, toy=TOY_SETTINGS)
+PAPER_NAMES = paper_names(toy="llama")
 DEPTHS = ["0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]  # tried by --layer auto
 PAIRS_OF_FIGURE_5 = [20, 50, 100, 150, 200]
 

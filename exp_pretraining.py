@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ from harness import (
     LOOK,
     MAP_METRICS,
     METHODS,
+    MODELS,
     PAGE,
     TOY,
     Run,
@@ -64,6 +64,8 @@ from harness import (
     parse_options,
     pivot,
     pool,
+    read_families,
+    read_table,
     read_texts,
     record,
     run_script,
@@ -72,17 +74,8 @@ from harness import (
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
-AMBER = [f"LLM360/Amber@ckpt_{k:03d}" for k in (0, 20, 40, 80, 120, 180, 240, 300, 358)]
-AMBER_TOKENS = 1259.13e9 / 360  # a checkpoint follows each of 360 equal parts of the training data
-FAMILIES = {
-    "toy": SETTINGS
-    | {
-        "tgt": [str(path) for path in sorted(TOY.glob("models/amber/step_*"))],
-        "limit": 50,
-    },
-    "amber": SETTINGS | {"tgt": AMBER},
-    "custom": SETTINGS,
-}
+ZOO = {"tgt": [str(path) for path in sorted(TOY.glob("models/amber/step_*"))], "limit": 50}
+FAMILIES = read_families("checkpoints", SETTINGS, toy=ZOO)
 
 
 # ---------------------------------------------------------------- options
@@ -132,8 +125,9 @@ def known_tokens(name: str) -> float:
         return float(json.loads((Path(name) / "training.json").read_text())["tokens"])
     except (OSError, ValueError, KeyError, TypeError):  # no such note, or another program's
         pass
-    if known := re.fullmatch(r"LLM360/Amber@ckpt_(\d+)", name):
-        return (int(known[1]) + 1) * AMBER_TOKENS
+    for row in read_table(MODELS, "base", "tokens"):
+        if row["base"] == name and row["tokens"]:
+            return float(row["tokens"])
     fail(f"how many training tokens has {name} seen? Give a number per checkpoint with --tokens")
 
 

@@ -54,6 +54,7 @@ from harness import (
     option_parser,
     parse_options,
     pivot,
+    read_families,
     read_texts,
     record,
     run_script,
@@ -64,16 +65,8 @@ from harness import (
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
-PYTHIA = [f"EleutherAI/pythia-{size}" for size in ("14m", "70m", "410m", "1.4b", "6.9b")]
-FAMILIES = {
-    "toy": SETTINGS
-    | {
-        "models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)],
-        "limit": 50,
-    },
-    "pythia": SETTINGS | {"models": PYTHIA},
-    "custom": SETTINGS,
-}
+ZOO = {"models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)], "limit": 50}
+FAMILIES = read_families("sizes", SETTINGS, toy=ZOO)
 
 
 # ---------------------------------------------------------------- options

@@ -37,6 +37,7 @@ from harness import (
     model_options,
     option_parser,
     parse_options,
+    read_families,
     read_pairs,
     record,
     run_script,
@@ -46,8 +47,7 @@ from harness import (
 )
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
-ZOO = {"src": f"{TOY}/models/llama-s", "tgt": [f"{TOY}/models/llama-m"]}
-FAMILIES = {"toy": SETTINGS | ZOO, "custom": SETTINGS}
+FAMILIES = read_families("base", SETTINGS, toy={"tgt": [f"{TOY}/models/llama-m"]})
 
 
 def options(argv=None):

@@ -69,9 +69,11 @@ from harness import (
     mcnemar,
     model_options,
     option_parser,
+    paper_names,
     parse_options,
     percentile,
     pivot,
+    read_families,
     read_json,
     read_text,
     read_texts,
@@ -93,73 +95,20 @@ SETTINGS = {
     "validation": 10,
     "limit": 200,
 }
-FAMILIES = {
-    "toy": {
-        "src": f"{ZOO}/llama-s-chat",
-        "src_base": f"{ZOO}/llama-s",
-        "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
-        "tgt_chat": [f"{ZOO}/llama-m-chat", f"{ZOO}/llama-l-chat"],
-        "layer": "auto",
-        "alpha": [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 6, 8],
-        "sentences": 2000,
-        "tags": "inst",
-        "classifier": f"{ZOO}/classifier",
-        "max_new_tokens": 16,
-        "validation": 5,
-        "limit": 15,
-        "honesty": {
-            f"{ZOO}/llama-m": TOY / "concepts" / "v_honesty_llama-m.safetensors",
-            f"{ZOO}/llama-l": TOY / "concepts" / "v_honesty_llama-l.safetensors",
-        },
+ZOO_SETTINGS = {
+    "layer": "auto",
+    "alpha": [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 6, 8],
+    "classifier": f"{ZOO}/classifier",
+    "max_new_tokens": 16,
+    "validation": 5,
+    "limit": 15,
+    "honesty": {
+        f"{ZOO}/llama-m": TOY / "concepts" / "v_honesty_llama-m.safetensors",
+        f"{ZOO}/llama-l": TOY / "concepts" / "v_honesty_llama-l.safetensors",
     },
-    "llama2": {
-        **SETTINGS,
-        "src": "meta-llama/Llama-2-7b-chat-hf",
-        "src_base": "meta-llama/Llama-2-7b-hf",
-        "tgt": ["meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-70b-hf"],
-        "tgt_chat": ["meta-llama/Llama-2-13b-chat-hf", "meta-llama/Llama-2-70b-chat-hf"],
-        "tags": "inst",
-    },
-    "codellama": {
-        **SETTINGS,
-        "src": "codellama/CodeLlama-7b-Instruct-hf",
-        "src_base": "codellama/CodeLlama-7b-hf",
-        "tgt": ["codellama/CodeLlama-13b-hf", "codellama/CodeLlama-70b-hf"],
-        "tgt_chat": ["codellama/CodeLlama-13b-Instruct-hf", "codellama/CodeLlama-70b-Instruct-hf"],
-        "tags": "inst",
-    },
-    "llama": {
-        **SETTINGS,
-        "src": "lmsys/vicuna-7b-v1.3",
-        "src_base": "huggyllama/llama-7b",
-        "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"],
-        "tgt_chat": ["lmsys/vicuna-13b-v1.3", "none"],
-        "tags": "vicuna",
-    },
-    "custom": SETTINGS,
 }
-PAPER_NAMES = {
-    f"{ZOO}/llama-s": "LLaMA-2-7B",
-    f"{ZOO}/llama-s-chat": "LLaMA-2-7B-chat",
-    f"{ZOO}/llama-m": "LLaMA-2-13B",
-    f"{ZOO}/llama-m-chat": "LLaMA-2-13B-chat",
-    f"{ZOO}/llama-l": "LLaMA-2-70B",
-    f"{ZOO}/llama-l-chat": "LLaMA-2-70B-chat",
-    "meta-llama/Llama-2-7b-chat-hf": "LLaMA-2-7B-chat",
-    "meta-llama/Llama-2-13b-hf": "LLaMA-2-13B",
-    "meta-llama/Llama-2-13b-chat-hf": "LLaMA-2-13B-chat",
-    "meta-llama/Llama-2-70b-hf": "LLaMA-2-70B",
-    "meta-llama/Llama-2-70b-chat-hf": "LLaMA-2-70B-chat",
-    "codellama/CodeLlama-7b-Instruct-hf": "CodeLLaMA-7B-Instruct",
-    "codellama/CodeLlama-13b-hf": "CodeLLaMA-13B",
-    "codellama/CodeLlama-13b-Instruct-hf": "CodeLLaMA-13B-Instruct",
-    "codellama/CodeLlama-70b-hf": "CodeLLaMA-70B",
-    "codellama/CodeLlama-70b-Instruct-hf": "CodeLLaMA-70B-Instruct",
-    "lmsys/vicuna-7b-v1.3": "Vicuna-7B",
-    "huggyllama/llama-13b": "LLaMA-13B",
-    "lmsys/vicuna-13b-v1.3": "Vicuna-13B",
-    "huggyllama/llama-65b": "LLaMA-65B",
-}
+FAMILIES = read_families("chat", SETTINGS, toy=ZOO_SETTINGS)
+PAPER_NAMES = paper_names(toy="llama2")
 DEPTHS = ["0.125", "0.375", "0.75"]  # --layer auto tries each to read from with each to edit
 N_TEXTS = 200  # OpenWebText texts for the perplexity
 RANDOM_STEP = 10  # random directions of one step, which share their prompts' lower blocks

@@ -47,6 +47,7 @@ from common import (
 )
 from harness import (
     METHODS,
+    MODELS,
     TOY,
     Run,
     add_paper_numbers,
@@ -67,8 +68,10 @@ from harness import (
     model_options,
     option_parser,
     paired_gain,
+    paper_names,
     parse_options,
     pivot,
+    read_families,
     read_json,
     read_table,
     read_texts,
@@ -83,87 +86,21 @@ from harness import (
 )
 
 ZOO = f"{TOY}/models"
-SOURCES = [  # of Table 3: chat model, its base, its own prompt (None: that of --prompt)
-    ("meta-llama/Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-hf", "paper"),
-    ("allenai/tulu-2-dpo-7b", "meta-llama/Llama-2-7b-hf", "chat"),
-    ("lmsys/vicuna-7b-v1.5", "meta-llama/Llama-2-7b-hf", "vicuna"),
-    ("mistralai/Mistral-7B-Instruct-v0.1", "mistralai/Mistral-7B-v0.1", "paper"),
-    ("google/gemma-7b-it", "google/gemma-7b", "chat"),
-]
 SETTINGS = {"layer": "auto", "alpha": [1, 2, 3, 4, 6], "sentences": 2000, "limit": -1}
-REAL = SETTINGS | {"prompt": "paper", "sources": SOURCES, "target3": "huggyllama/llama-7b"}
-FAMILIES = {
-    "toy": SETTINGS
-    | {
-        "sentences": 1000,
-        "src": f"{ZOO}/llama-s-chat",
-        "src_base": f"{ZOO}/llama-s",
-        "tgt": [f"{ZOO}/llama-m", f"{ZOO}/llama-l"],
-        "tgt_chat": [f"{ZOO}/llama-m-chat", f"{ZOO}/llama-l-chat"],
-        "prompt": "paper",
-        "target3": f"{ZOO}/llama-m",
-        "sources": [
-            (f"{ZOO}/llama-s-chat", f"{ZOO}/llama-s", None),
-            (f"{ZOO}/llama-l-chat", f"{ZOO}/llama-l", None),
-            (f"{ZOO}/qwen-s-chat", f"{ZOO}/qwen-s", None),
-        ],
-    },
-    "llama2": REAL
-    | {
-        "src": "meta-llama/Llama-2-7b-chat-hf",
-        "src_base": "meta-llama/Llama-2-7b-hf",
-        "tgt": ["meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-70b-hf"],
-        "tgt_chat": ["meta-llama/Llama-2-13b-chat-hf", "meta-llama/Llama-2-70b-chat-hf"],
-    },
-    "codellama": REAL
-    | {
-        "src": "codellama/CodeLlama-7b-Instruct-hf",
-        "src_base": "codellama/CodeLlama-7b-hf",
-        "tgt": ["codellama/CodeLlama-13b-hf", "codellama/CodeLlama-70b-hf"],
-        "tgt_chat": [
-            "codellama/CodeLlama-13b-Instruct-hf",
-            "codellama/CodeLlama-70b-Instruct-hf",
-        ],
-    },
-    "llama": REAL
-    | {
-        "src": "lmsys/vicuna-7b-v1.3",
-        "src_base": "huggyllama/llama-7b",
-        "tgt": ["huggyllama/llama-13b", "huggyllama/llama-65b"],
-        "tgt_chat": ["lmsys/vicuna-13b-v1.3", "none"],
-        "prompt": "vicuna",
-    },
-    "custom": SETTINGS,  # its prompt: chat if the source has a chat template, else paper
+PAPER = {"target3": "huggyllama/llama-7b", "sources": "table 3"}
+ZOO_SETTINGS = {
+    "sentences": 1000,
+    "target3": f"{ZOO}/llama-m",
+    "sources": [
+        (f"{ZOO}/llama-s-chat", f"{ZOO}/llama-s", None),
+        (f"{ZOO}/llama-l-chat", f"{ZOO}/llama-l", None),
+        (f"{ZOO}/qwen-s-chat", f"{ZOO}/qwen-s", None),
+    ],
 }
-PAPER_NAMES = {
-    f"{ZOO}/llama-s": "LLaMA-2-7B",
-    f"{ZOO}/llama-s-chat": "LLaMA-2-7B-chat",
-    f"{ZOO}/llama-m": "LLaMA-2-13B",
-    f"{ZOO}/llama-m-chat": "LLaMA-2-13B-chat",
-    f"{ZOO}/llama-l": "LLaMA-2-70B",
-    f"{ZOO}/llama-l-chat": "LLaMA-2-70B-chat",
-    "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
-    "meta-llama/Llama-2-7b-chat-hf": "LLaMA-2-7B-chat",
-    "meta-llama/Llama-2-13b-hf": "LLaMA-2-13B",
-    "meta-llama/Llama-2-13b-chat-hf": "LLaMA-2-13B-chat",
-    "meta-llama/Llama-2-70b-hf": "LLaMA-2-70B",
-    "meta-llama/Llama-2-70b-chat-hf": "LLaMA-2-70B-chat",
-    "codellama/CodeLlama-7b-hf": "CodeLLaMA-7B",
-    "codellama/CodeLlama-7b-Instruct-hf": "CodeLLaMA-7B-Instruct",
-    "codellama/CodeLlama-13b-hf": "CodeLLaMA-13B",
-    "codellama/CodeLlama-13b-Instruct-hf": "CodeLLaMA-13B-Instruct",
-    "codellama/CodeLlama-70b-hf": "CodeLLaMA-70B",
-    "codellama/CodeLlama-70b-Instruct-hf": "CodeLLaMA-70B-Instruct",
-    "huggyllama/llama-7b": "LLaMA-7B",
-    "huggyllama/llama-13b": "LLaMA-13B",
-    "huggyllama/llama-65b": "LLaMA-65B",
-    "lmsys/vicuna-7b-v1.3": "Vicuna-7B",
-    "lmsys/vicuna-13b-v1.3": "Vicuna-13B",
-    "lmsys/vicuna-7b-v1.5": "Vicuna-7B-v1.5",
-    "allenai/tulu-2-dpo-7b": "Tulu-2-7B",
-    "mistralai/Mistral-7B-Instruct-v0.1": "Mistral-7B-Instruct",
-    "google/gemma-7b-it": "Gemma-7B-it",
-}
+FAMILIES = read_families(
+    "chat", SETTINGS, toy=ZOO_SETTINGS, llama=PAPER, llama2=PAPER, codellama=PAPER
+)
+PAPER_NAMES = paper_names(toy="llama2")
 
 # The rows of each table: method (and variant), who answers, where v or the alignment comes from.
 # Roles: the target and its chat model, the small source base and its chat model. In Tables 6 and 10
@@ -237,6 +174,7 @@ PROMPTS = {  # before an answer; before a question of the pairs that v is refine
     "plain": ("{text}", "[INST] {text} [/INST]"),
     "chat": (None, None),  # the chat template of the tokenizer
 }
+PROMPT_OF_TAGS = {"inst": "paper", "vicuna": "vicuna", "chat": "chat"}  # of data/models.csv
 PRETEND = "Pretend you're {} person making statements about the world."
 AVERAGED = ("mc2", "log_odds")  # beside MC1
 DEPTHS = ["0.5", "0.625", "0.75", "0.875"]  # tried by --layer auto
@@ -282,10 +220,15 @@ def options(argv=None):
         fail(f"--save-vector {args.save_vector} is a file; name a folder")
     if (args.save_vector or args.generate) and args.table not in ("1", "all"):
         fail("--save-vector and --generate belong to --table 1")
-    if args.tgt != FAMILIES[args.family].get("tgt"):
+    if args.tgt != FAMILIES[args.family].get("tgt") or not getattr(args, "target3", None):
         args.target3 = args.tgt[0]
-    if not getattr(args, "sources", None):
-        args.sources = [(args.src, args.src_base, None)]
+    if not args.prompt and getattr(args, "tags", None):  # the family's
+        args.prompt = PROMPT_OF_TAGS[args.tags]
+    if args.sources == "table 3":
+        rows = read_table(MODELS, "family", "base", "chat", "tags")
+        rows = [row for row in rows if row["family"] == "table 3"]
+        args.sources = [(row["chat"], row["base"], PROMPT_OF_TAGS[row["tags"]]) for row in rows]
+    args.sources = args.sources or [(args.src, args.src_base, None)]
     return args
 
 

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 TOY = ROOT / "data" / "toy"
+MODELS = ROOT / "data" / "models.csv"
 HOSTED_NDIF = "https://api.ndif.us"
 CACHE = {"folder": os.environ.get("CONTRANS_CACHE", ROOT / "cache")}
 
@@ -115,6 +116,50 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{message} (see python {self.prog} --help)")
 
 
+def read_families(kind: str, settings: dict, **own: dict) -> dict[str, dict]:
+    """{family: settings} of the families in data/models.csv that a script can use.
+
+    kind: which models a script takes. "base": the smallest base model is the source, the others are
+    targets. "chat": the same, the source is the smallest chat model, and the targets have chat
+    models, too. "sizes": all base models are --models. "checkpoints": the rows with training
+    tokens. settings: of every family, and of one's own models ("custom"); own: of one family."""
+    rows = read_table(MODELS, "family", "base", "chat", "tags", "tokens")
+    families = {"toy": {}}
+    for name in dict.fromkeys(row["family"] for row in rows):
+        mine = [row for row in rows if row["family"] == name]
+        mine = [row for row in mine if bool(row["tokens"]) == (kind == "checkpoints")]
+        bases = [_model_id(row["base"]) for row in mine]
+        chats = [_model_id(row["chat"]) for row in mine]
+        if name == "table 3" or len(mine) < 2 or (kind == "chat" and not chats[0]):
+            continue
+        families[name] = {
+            "base": {"src": bases[0], "tgt": bases[1:]},
+            "chat": {"src": chats[0], "src_base": bases[0], "tgt": bases[1:]}
+            | {"tgt_chat": [chat or "none" for chat in chats[1:]], "tags": mine[0]["tags"]},
+            "sizes": {"models": bases},
+            "checkpoints": {"tgt": bases},
+        }[kind]
+    families = {name: settings | models | own.get(name, {}) for name, models in families.items()}
+    return families | {"custom": settings}
+
+
+def _model_id(name: str) -> str:
+    """A hub id, or the path of a folder in data/."""
+    return str(ROOT / name) if name.startswith("data/") else name
+
+
+def paper_names(toy: str) -> dict[str, str]:
+    """{model: what the paper calls it}; the toy models stand for those of the family `toy`."""
+    rows = read_table(MODELS, "family", "base", "chat", "paper", "paper_chat")
+    places = [row for row in rows if row["family"] == "toy"]
+    like = [row for row in rows if row["family"] == toy]
+    names = [(each["base"], row["paper"]) for each, row in zip(places, like)]
+    names += [(each["chat"], row["paper_chat"]) for each, row in zip(places, like)]
+    names += [(row["base"], row["paper"]) for row in rows]
+    names += [(row["chat"], row["paper_chat"]) for row in rows]
+    return {_model_id(model): name for model, name in names if model and name}
+
+
 def option_parser(
     doc: str,
     families: dict,
@@ -126,7 +171,7 @@ def option_parser(
     `families` maps a name to settings: values of src, tgt, layer, alpha …"""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--family", choices=families, help="models and settings, see FAMILIES (default: toy)")
+    add("--family", choices=families, help="models and settings, see data/models.csv")
     texts = {
         "src": "source model that the concept is refined in: hub id or folder, REPO@REVISION",
         "src-base": "base model of the source, for the affine map (default: --src)",

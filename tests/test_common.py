@@ -322,7 +322,8 @@ def test_what_is_no_causal_lm_with_one_stream_is_refused(tmp_path, one_line):
     one_line(lambda: Models(device="cpu").load(str(tmp_path / "pali")), "no causal LM")
 
 
-CHAT = """{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
+CHAT = """{%- if not date_string is defined %}
+{%- set date_string = strftime_now('%d %b %Y') %}{% endif %}
 {% if messages[0].role != 'system' %}<|sys|>Today: {{ date_string }}
 {{ strftime_now('%Y-%m-%d') }}{% endif %}<|user|>{{ messages[-1].content }}<|bot|>"""
 THINKING = {

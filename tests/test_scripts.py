@@ -28,6 +28,7 @@ from conftest import (
     CONFIGS,
     Reference,
     json_rows,
+    surroundings,
 )
 from hub import Hub
 from safetensors.torch import load_file, save_file
