@@ -238,14 +238,19 @@ def _takes_padding(name: str, nn) -> bool:
     """Whether padding on the left changes nothing; some recurrent models read it as text.
 
     Raises ValueError for what is no causal LM with one residual stream, tried on a few tokens."""
-    row = [5, 6, 7]
-    found = []
+    row, found = [5, 6, 7], []
     for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
         inputs = _pad(rows, nn.tokenizer.pad_token_id)
-        with torch.no_grad():
-            with nn.trace(inputs, use_cache=False):
-                stream = _residual(nn.layers[0].output).save()
-                logits = nn.output.logits[-1].float().save()
+        try:
+            with torch.no_grad():
+                with nn.trace(inputs, use_cache=False):
+                    stream = _residual(nn.layers[0].output).save()
+                    logits = nn.output.logits[-1].float().save()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model lacks
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{name} does not run on text alone: {reason}") from error
         shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
         if list(stream.shape) != shape:
             got = list(stream.shape)

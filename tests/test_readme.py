@@ -94,6 +94,16 @@ def test_the_readme_names_every_script():
         assert path.name in README
 
 
+def test_readme_and_docs_name_every_family_and_count_the_architectures():
+    models = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = (ROOT / "data" / "models.csv").read_text(encoding="utf-8").splitlines()[1:]
+    for family in {row.partition(",")[0] for row in rows} - {"table 3"}:
+        assert f"`{family}`" in models
+        assert family == "toy" or re.search(rf"(--family|so) {family}\b", README), family
+    working = models.split("## What works")[1].split("## What is refused")[0]
+    assert f"{working.count('| `')} architectures" in README
+
+
 @pytest.mark.slow
 def test_the_code_of_the_readme_runs(tmp_path):
     [code] = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

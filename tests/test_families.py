@@ -1,0 +1,287 @@
+"""Every family of data/models.csv through every script, on stand-ins.
+
+A stand-in is a tiny random model of the same architecture, under the id that the family has on the
+hub, whose tokenizer has the habits of the real one: BOS or none, EOS after every text, a chat
+template with a system message, a date, thinking. A hub on loopback serves them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from hub import Hub
+from ndif_server import serve
+from test_architectures import make_model
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from harness import MODELS, TOY, read_families, read_table
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = read_table(MODELS, "family", "base", "chat", "tokens")
+KEY = "a-key-that-must-never-be-seen"
+
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+LOOP = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n"
+SMOLLM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind<|im_end|>\n{% endif %}"
+)
+QWEN = (
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+GEMMA = """{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}
+{{ m.content | trim }}<end_of_turn>
+{% endfor %}<start_of_turn>model
+"""
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '<|eot_id|>' }}
+{%- for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
+{{- m.content + '<|eot_id|>' }}{% endfor %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"""
+OLMO = """{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}
+{% endfor %}<|assistant|>
+"""
+# Of each family: architectures from small to large, BOS token, whether it is put first, template,
+# and how a prompt begins and ends
+FAMILIES = {
+    "simplestories": (["llama"], None, False, None, "", ""),
+    "smollm2": (
+        ["llama"],
+        "<|im_start|>",
+        False,
+        SMOLLM + LOOP,
+        "<|im_start|>system\nYou are kind<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "pythia-small": (["gpt_neox"], None, False, None, "", ""),
+    "qwen3": (
+        ["qwen3"],
+        None,
+        False,
+        LOOP + QWEN,
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "gemma3": (
+        ["gemma3_text", "gemma3", "gemma3", "gemma3"],
+        "<bos>",
+        True,
+        GEMMA,
+        "<start_of_turn>user\n",
+        "<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "llama3": (
+        ["llama"],
+        "<|begin_of_text|>",
+        True,
+        LLAMA,
+        "<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "olmo2": (
+        ["olmo2"],
+        "<|endoftext|>",
+        False,
+        OLMO,
+        "<|endoftext|><|user|>\n",
+        "\n<|assistant|>\n",
+    ),
+    "llama": (["llama"], "<s>", True, None, "USER: ", " ASSISTANT:"),
+    "llama2": (["llama"], "<s>", True, None, "[INST] ", "[/INST]"),
+    "codellama": (["llama"], "<s>", True, None, "[INST] ", "[/INST]"),
+    "pythia": (["gpt_neox"], None, False, None, "", ""),
+    "amber": (["llama"], "<s>", True, None, "", ""),
+}
+
+
+def make_tokenizer(family: str, template=None):
+    """A tokenizer with the habits of a family's."""
+    _, bos, puts_bos, *_ = FAMILIES[family]
+    texts = (TOY / "text" / "purpose_made.txt").read_text().splitlines()[:300]
+    special = ["<unk>", "</s>", "<pad>", *([bos] if bos else [])]
+    if family == "simplestories":  # lower case, word pieces, EOS after every text
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.decoder = decoders.WordPiece()
+        letters = [chr(code) for code in range(33, 127)]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+        ends = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        ends = processors.TemplateProcessing(f"{bos} $A", None, [(bos, 3)]) if puts_bos else None
+    tokenizer.train_from_iterator(texts, trainer)
+    if ends:
+        tokenizer.post_processor = ends
+    names = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>", "bos_token": bos}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    made.chat_template = template
+    return made
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """stand_ins(family) -> {repo: {revision: folder}}"""
+    home = tmp_path_factory.mktemp("stand-ins")
+
+    def get(family: str):
+        types, _, _, template, *_ = FAMILIES[family]
+        rows = [row for row in ROWS if row["family"] == family]
+        repos: dict = {}
+        for number, row in enumerate(rows):
+            model_type = types[min(number, len(types) - 1)]
+            for role in ("base", "chat"):
+                repo, _, revision = row[role].partition("@")
+                if not repo:
+                    continue
+                folder = home / row[role].replace("/", "_")
+                tokenizer = make_tokenizer(family, template if role == "chat" else None)
+                settings = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+                if not folder.exists():
+                    seed = 2 * number + (role == "chat")
+                    make_model(model_type, folder, tokenizer, seed, **settings)
+                repos.setdefault(repo, {})[revision or "main"] = folder
+        return repos
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The toy data, less of them."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"):
+        shutil.copytree(TOY / name, folder / name)
+    for kind, count in {"toxigen": 12, "text": 60, "wikisplit": 400}.items():
+        for path in (folder / kind).iterdir():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(lines[:count]))
+    path = folder / "truthfulqa" / "mc_task.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:16]))
+    return folder
+
+
+SMALL = "--sentences 60 --alpha 2 --random 1 --limit 3 --layer 0.5"
+EMOTIONS = f"{SMALL} --shots 0 --pairs 10"
+SCRIPTS = {  # which models it takes, and the options of a small run
+    "exp_emotion": ("base", f"{EMOTIONS} --maps 1"),
+    "exp_truthfulqa": ("chat", f"{SMALL} --maps 1"),
+    "exp_toxigen": (
+        "chat",
+        f"{SMALL} --maps 1 --pairs 5 --validation 1 --limit 1 --max-new-tokens 4"
+        f" --classifier {(TOY / 'models' / 'classifier').resolve()}",
+    ),
+    "exp_pretraining": ("checkpoints", EMOTIONS),
+    "exp_pythia": ("sizes", EMOTIONS),
+    "exp_template": ("base", f"{SMALL} --maps 1 --sentences 30"),
+}
+RUN = """
+import importlib, sys
+for line in sys.stdin.read().splitlines():
+    name, *argv = line.split()
+    importlib.import_module(name).main(argv)
+"""
+
+
+def run_scripts(family: str, env: dict, data: Path, out: Path, *more: str) -> dict[str, dict]:
+    """{script: its args.json} of every script that has the family, in one process."""
+    lines = []
+    for name, (kind, options) in SCRIPTS.items():
+        if family in read_families(kind, {}):
+            texts = f"--texts {data}/text/purpose_made.txt --data {data} --out {out}"
+            words = [f"{name} --family {family} {options} {texts}", *more]
+            lines.append(" ".join(words))
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input="\n".join(lines),
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = {}
+    for line in lines:
+        name = line.split()[0]
+        [path] = out.glob(f"{name}/*/args.json")
+        assert (path.parent / "records.csv").exists()
+        found[name] = json.loads(path.read_text())
+    return found
+
+
+def check_prompts(family: str, script: str, about: dict) -> None:
+    """The first prompts of a run have the family's tags, one BOS or none, and no open thought."""
+    _, bos, puts_bos, template, begins, ends = FAMILIES[family]
+    tokenizer = make_tokenizer(family, template)
+    prompts = about["inputs"]["first prompts"]
+    for prompt in prompts:
+        ids = tokenizer(prompt).input_ids
+        if puts_bos or (bos and prompt.startswith("<|endoftext|>")):
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        assert prompt.count("<think>") == prompt.count("</think>")
+    if script in ("exp_truthfulqa", "exp_toxigen"):
+        tagged = [prompt for prompt in prompts if prompt.startswith(begins)]
+        assert len(tagged) >= 2
+        assert all(ends.strip() in prompt for prompt in tagged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_script_runs_a_family(family, stand_ins, data, tmp_path):
+    repos = stand_ins(family)
+    with Hub(repos) as hub:
+        env = hub.surroundings(tmp_path)
+        found = run_scripts(family, env, data, tmp_path / "out")
+        loaded = {repo for repo, *_ in hub.loaded}
+    assert loaded == set(repos)
+    for script, about in found.items():
+        check_prompts(family, script, about)
+    scripts = {"amber": 1, "pythia-small": 4, "olmo2": 6, "simplestories": 3, "pythia": 3}
+    assert len(found) == scripts.get(family, 5)
+
+
+def test_every_family_has_stand_ins():
+    families = {row["family"] for row in ROWS} - {"toy", "table 3"}
+    assert families == set(FAMILIES)
+
+
+@pytest.mark.slow
+def test_a_family_on_ndif_one_model_deployed_when_asked(stand_ins, data, tmp_path):
+    repos = stand_ins("llama3")
+    folders = {repo: revisions["main"] for repo, revisions in repos.items()}
+    late = "meta-llama/Llama-3.1-70B"
+    with Hub(repos) as hub, serve(folders, needs_key=KEY) as server:
+        server.set(running=sorted(set(folders) - {late}), deploys=[late])
+        env = hub.surroundings(tmp_path) | {"NDIF_API_KEY": KEY}
+        more = ("--remote", "both", "--ndif-host", server.url)
+        found = run_scripts("llama3", env, data, tmp_path / "out", *more)
+        assert not hub.loaded  # no weights of the family came here
+        asked = [job for job in server.log() if job["status"] == "COMPLETED"]
+        assert asked and len(found) == 5
+    for script, about in found.items():
+        check_prompts("llama3", script, about)
