@@ -165,9 +165,6 @@ def load_model(
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False)
     nn._module.eval()
-    if nn.tokenizer.pad_token is None:  # padded positions are masked, so any token will do
-        first = nn.tokenizer.convert_ids_to_tokens(0)
-        nn.tokenizer.pad_token = nn.tokenizer.eos_token or nn.tokenizer.bos_token or first
     batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu or remote else CPU_BATCH_TOKENS)
     if not remote and not _takes_padding(name, nn):
         print(f"{name} does not ignore padding: computed one text at a time")
@@ -206,7 +203,12 @@ def _read_tokenizer(repo: str, hub: dict):
         starts = ids[0] == tokenizer.bos_token_id
         bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts else []
         text = f"{tokenizer.bos_token} $A" if starts else "$A"
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(text, text, bos)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=text, special_tokens=bos
+        )
+    if tokenizer.pad_token is None:  # padded positions are masked, so any token will do
+        first = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or first
     return tokenizer
 
 
@@ -244,7 +246,8 @@ def _takes_padding(name: str, nn) -> bool:
         try:
             with torch.no_grad():
                 with nn.trace(inputs, use_cache=False):
-                    stream = _residual(nn.layers[0].output).save()
+                    streams = [_residual(block.output).cpu() for block in nn.layers]
+                    streams = torch.stack(streams).save()
                     logits = nn.output.logits[-1].float().save()
         except torch.OutOfMemoryError:
             raise
@@ -252,8 +255,8 @@ def _takes_padding(name: str, nn) -> bool:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{name} does not run on text alone: {reason}") from error
         shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
-        if list(stream.shape) != shape:
-            got = list(stream.shape)
+        got = list(streams.shape[1:])
+        if got != shape:
             raise ValueError(f"{name}: its blocks give {got} and not one residual stream {shape}")
         found.append(logits)
     alone, longer, padded = found[0][2], found[1][2], found[2][-1]
@@ -516,6 +519,17 @@ def _fingerprint(name: str) -> str:
             content = f"{stat.st_size} {stat.st_mtime_ns}".encode()
         digest.update(path.name.encode() + b"\0" + content)
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
+    """(prompt, continuation) with the space between them where the tokenizer has it.
+
+    Most have it before a word. Where it ends the word before ("Tom▁"), it ends the prompt, too."""
+    if text.startswith(" "):
+        ids, whole, spaced = tokenizer([prompt, prompt + text, f"{prompt} "]).input_ids
+        if whole[: len(ids)] != ids and whole[: len(spaced)] == spaced:
+            return f"{prompt} ", text[1:]
+    return prompt, text
 
 
 def context_length(config) -> int:
@@ -1408,7 +1422,8 @@ def choice_logprobs(
     its context, or if the vocabularies differ."""
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError("pairs must be a list of (context, continuation)")
-    contexts = _encode(model, [context for context, _ in pairs])
+    contexts = [fit_space(model.tokenizer, *pair)[0] for pair in pairs]
+    contexts = _encode(model, contexts)
     rows = _encode(model, [context + text for context, text in pairs])
     for context, row, pair in zip(contexts, rows, pairs):
         if row[: len(context)] != context or len(row) == len(context):
@@ -1429,6 +1444,8 @@ def score_labels(
     them apart take its place, scored by log-probability. Raises ValueError if no number of tokens
     does."""
     _require_strings("labels", labels)
+    _require_strings("texts", prompts)
+    prompts = [fit_space(model.tokenizer, prompt, f" {labels[0]}")[0] for prompt in prompts]
     rows = _encode(model, prompts)
     words = _label_tokens(model.tokenizer, prompts[0], labels)
     heads = [row for row in rows for _ in words]
@@ -1442,7 +1459,8 @@ def score_labels(
 
 def _label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
     """The tokens of each label after the prompt, as many as tell all labels apart (usually one)."""
-    texts = [prompt, *(f"{prompt} {label}" for label in labels)]
+    start, _ = fit_space(tokenizer, prompt, f" {labels[0]}")
+    texts = [start, *(f"{prompt} {label}" for label in labels)]
     start, *rows = tokenizer(texts, verbose=False).input_ids
     if any(row[: len(start)] != start for row in rows):
         raise ValueError("a label changes the tokens of the prompt before it")

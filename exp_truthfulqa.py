@@ -40,6 +40,7 @@ from common import (
     choice_logprobs,
     context_length,
     cut_ends,
+    fit_space,
     generate,
     perplexity,
     plain_texts,
@@ -350,6 +351,7 @@ def longest(args, models, name: str, question: Question) -> int:
     Ends the program if the tokenizer merges the end of a prompt with the answer."""
     pairs = asked(args, models, name, question) + asked(args, models, name, question, honest=True)
     encode = models.tokenizer(name)
+    pairs = [fit_space(encode, *pair) for pair in pairs]
     prompts = encode([prompt for prompt, _ in pairs], verbose=False).input_ids
     wholes = encode([prompt + answer for prompt, answer in pairs], verbose=False).input_ids
     for ids, whole, (prompt, _) in zip(prompts, wholes, pairs):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import (
@@ -32,6 +33,7 @@ from conftest import (
     vectors,
 )
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 
 import common
 import harness
@@ -445,6 +447,46 @@ def test_a_gated_model_names_the_licence_page_and_the_token(monkeypatch, one_lin
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     one_line(lambda: Models().config("org/gated"), "huggingface.co/org/gated", "HF_TOKEN")
+
+
+def test_the_space_may_be_at_the_end_of_a_word(tmp_path):
+    bpe = Tokenizer(tokenizers.models.BPE())
+    split = pre_tokenizers.Split(" ", "merged_with_previous")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    special = {"special_tokens": ["<s>", "</s>", "<pad>"], "show_progress": False}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, **special)
+    bpe.train_from_iterator(SENTENCES * 3, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    folder = save_llama(tmp_path / "model", tokenizer=tokenizer)
+    prompt = "The emotion of the above scenario is"
+    bare, whole = [tokenizer(text).input_ids for text in (prompt, f"{prompt} fear")]
+    assert whole[: len(bare)] != bare  # "is" and "is▁" are two tokens
+    model, reference = load(folder), Reference(folder, *LLAMA_PATHS)
+    Models().require_labels(str(folder), prompt, ["fear", "sad"])
+    scores, _ = choice_logprobs(model, [(prompt, " fear"), (prompt, " sad")])
+    start = len(tokenizer(f"{prompt} ").input_ids)
+    wanted = []
+    for label in ("fear", "sad"):
+        ids = tokenizer(f"{prompt} {label}").input_ids
+        wanted.append(reference.logprobs(ids, start).sum())
+    close(scores[0], torch.stack(wanted))
+    _, preferred = score_labels(model, [prompt], ["fear", "sad"])
+    first = [tokenizer(f"{prompt} {label}").input_ids[start] for label in ("fear", "sad")]
+    assert preferred.item() == reference.next_logits([f"{prompt} "])[0, first].argmax()
+
+
+def test_an_eos_after_every_text_is_left_out(tmp_path):
+    tokenizer = make_tokenizer()
+    ends = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**ends)
+    folder = save_llama(tmp_path / "model", tokenizer=tokenizer)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("Tom").input_ids[-1] == 1
+    ids = Models().tokenizer(str(folder))("Tom").input_ids
+    assert ids == load(folder).tokenizer("Tom").input_ids == make_tokenizer()("Tom").input_ids
 
 
 def test_a_repository_with_only_tokenizer_model_is_read(tmp_path):
