@@ -201,10 +201,12 @@ SCRIPTS = {  # which models it takes, and the options of a small run
     "exp_template": ("base", f"{SMALL} --maps 1 --sentences 30"),
 }
 RUN = """
-import importlib, sys
+import importlib, sys, time
 for line in sys.stdin.read().splitlines():
     name, *argv = line.split()
+    start = time.time()
     importlib.import_module(name).main(argv)
+    print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr)
 """
 
 
@@ -224,6 +226,7 @@ def run_scripts(family: str, env: dict, data: Path, out: Path, *more: str) -> di
         capture_output=True,
         text=True,
     )
+    print("".join(line for line in ran.stderr.splitlines(True) if " s\n" in line))
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = {}
     for line in lines:
