@@ -186,7 +186,7 @@ def data(tmp_path_factory):
     return folder
 
 
-SMALL = "--sentences 60 --alpha 2 --random 1 --limit 3 --layer 0.5"
+SMALL = "--sentences 60 --alpha 2 --random 2 --limit 3 --layer 0.5 --map paper"
 EMOTIONS = f"{SMALL} --shots 0 --pairs 10"
 SCRIPTS = {  # which models it takes, and the options of a small run
     "exp_emotion": ("base", f"{EMOTIONS} --maps 1"),
@@ -211,12 +211,19 @@ for line in sys.stdin.read().splitlines():
 
 
 def run_scripts(family: str, env: dict, data: Path, out: Path, *more: str) -> dict[str, dict]:
-    """{script: its args.json} of every script that has the family, in one process."""
+    """{script: its args.json} of every script that has the family, in one process.
+
+    A script with a source takes the largest of the family's targets alone, to save time."""
     lines = []
     for name, (kind, options) in SCRIPTS.items():
-        if family in read_families(kind, {}):
-            texts = f"--texts {data}/text/purpose_made.txt --data {data} --out {out}"
-            words = [f"{name} --family {family} {options} {texts}", *more]
+        settings = read_families(kind, {}).get(family)
+        if settings:
+            words = [f"{name} --family {family} {options}", *more]
+            words.append(f"--texts {data}/text/purpose_made.txt --data {data} --out {out}")
+            if kind in ("base", "chat"):
+                words.append(f"--tgt {settings['tgt'][-1]}")
+            if kind == "chat":
+                words.append(f"--tgt-chat {settings['tgt_chat'][-1]}")
             lines.append(" ".join(words))
     ran = subprocess.run(
         [sys.executable, "-c", RUN],
@@ -253,18 +260,20 @@ def check_prompts(family: str, script: str, about: dict) -> None:
         assert all(ends.strip() in prompt for prompt in tagged)
 
 
+# llama, codellama, pythia and amber differ from others in nothing but names: left out to save time
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*list(FAMILIES)[:7], "llama2"])
 def test_every_script_runs_a_family(family, stand_ins, data, tmp_path):
     repos = stand_ins(family)
     with Hub(repos) as hub:
         env = hub.surroundings(tmp_path)
         found = run_scripts(family, env, data, tmp_path / "out")
         loaded = {repo for repo, *_ in hub.loaded}
-    assert loaded == set(repos)
+    bases = {row["base"].partition("@")[0] for row in ROWS if row["family"] == family}
+    assert bases <= loaded <= set(repos)
     for script, about in found.items():
         check_prompts(family, script, about)
-    scripts = {"amber": 1, "pythia-small": 4, "olmo2": 6, "simplestories": 3, "pythia": 3}
+    scripts = {"pythia-small": 4, "olmo2": 6, "simplestories": 3}
     assert len(found) == scripts.get(family, 5)
 
 
