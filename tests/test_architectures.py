@@ -198,9 +198,10 @@ def test_a_listed_architecture_gives_what_plain_hooks_give(name, how, tmp_path):
             likely = plain.run(context + text, steer)[1].log_softmax(-1)
             wanted = sum(likely[i - 1, ids[i]] for i in range(start, len(ids)))
             close(score, wanted, 1e-3)
-    assert len(generate(model, TEXTS, moves[2], 3)) == 3
+    [texts] = generate(model, TEXTS, [moves[2]], 3)
+    assert len(texts) == 3
     shared = model.sharing or (False,) * 3
-    names = ("blocks", "prefix", "branches")
+    names = ("blocks", "cache", "branches")
     said = ", ".join(each for each, works in zip(names, shared) if works) or "nothing"
     if model.batch_tokens == 1:
         said += "; one text at a time"

@@ -111,6 +111,8 @@ def make_tokenizer(family: str, template=None):
     """A tokenizer with the habits of a family's."""
     _, bos, puts_bos, *_ = FAMILIES[family]
     texts = (TOY / "text" / "purpose_made.txt").read_text().splitlines()[:300]
+    for path in sorted(TOY.glob("emotions/*.json")):
+        texts += json.loads(path.read_text())[:40]
     special = ["<unk>", "</s>", "<pad>", *([bos] if bos else [])]
     if family == "simplestories":  # lower case, word pieces, EOS after every text
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -119,7 +121,7 @@ def make_tokenizer(family: str, template=None):
         tokenizer.decoder = decoders.WordPiece()
         letters = [chr(code) for code in range(33, 127)]
         trainer = trainers.WordPieceTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=letters, show_progress=False
+            vocab_size=700, special_tokens=special, initial_alphabet=letters, show_progress=False
         )
         ends = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
     else:
@@ -127,7 +129,7 @@ def make_tokenizer(family: str, template=None):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=500,
+            vocab_size=900,
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
