@@ -25,7 +25,6 @@ EMOTION_ROWS = {  # method, and the beginning of its variant
     "local map, 5 disjoint samples of text": ("contrans-local", "map "),
     "199 vectors of permuted labels": ("contrans-local", "permuted"),
     "20 random directions": ("contrans-local", "random"),
-    "the other five emotions' vectors": ("contrans-local", "other"),
     "map of shuffled texts": ("contrans-local", "shuffled"),
 }
 TRUTHFULQA_ROWS = {
@@ -34,13 +33,11 @@ TRUTHFULQA_ROWS = {
     "EFT/proxy-tuning": ("eft", None),
     "Self-Align": ("self-align", None),
     "ConTrans, the paper's map": ("contrans", None),
-    "its random directions": ("contrans", "random"),
     "ConTrans, local map": ("contrans-local", None),
     "the same at the largest α with perplexity ≤ ×1.1": ("contrans-local", "perplexity"),
     "local map, 5 disjoint samples": ("contrans-local", "map "),
     "its vectors of permuted labels": ("contrans-local", "permuted"),
     "its random directions, its shuffled map": ("contrans-local", "random"),
-    "local map at the paper's 75 % depth": ("contrans-local", "75 % depth"),
 }
 
 
