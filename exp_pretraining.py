@@ -82,7 +82,7 @@ FAMILIES = read_families("checkpoints", SETTINGS, toy=ZOO)
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=("src", "tgt"), local_map=True)
+    parser = option_parser(__doc__, FAMILIES, models=("src", "tgt"))
     emotion_options(parser)
     add = parser.add_argument
     add("--model", metavar="REPO", help="hub repository with one revision per checkpoint")

@@ -73,7 +73,7 @@ FAMILIES = read_families("sizes", SETTINGS, toy=ZOO)
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=(), local_map=True)
+    parser = option_parser(__doc__, FAMILIES, models=())
     emotion_options(parser)
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="from small to large")

@@ -51,7 +51,7 @@ FAMILIES = read_families("base", SETTINGS, toy={"tgt": [f"{TOY}/models/llama-m"]
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"), local_map=True)
+    parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
     add = parser.add_argument
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
     add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")

@@ -126,7 +126,7 @@ KINDS = {"map": "maps", "random": "random directions"}
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, local_map=True)
+    parser = option_parser(__doc__, FAMILIES)
     add = parser.add_argument
     add("--classifier", metavar="MODEL", help="of toxic text (paper: tomh/toxigen_roberta)")
     add("--toxic-label", help="name or index of its toxic class, if its config does not say")
@@ -786,13 +786,9 @@ def steer(run, lab: Lab, found: Findings, method, points, base_cost, variants=(N
     return own, written
 
 
-def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findings:
-    """Tables 2 and 7 for one target. Models take turns in memory, so steps go model by model."""
-    name, chat = Path(target).name, lab.chats[target]
-    found = Findings(args, lab.data, target, chat)
-    missing = found.missing = missing_rows(args, lab.models, target, chat)
-
-    # Baselines
+def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> float:
+    """Rows without a vector. Returns the perplexity of the base model."""
+    name = Path(target).name
     base_cost, found.n_tokens = run.step(f"{name} perplexity", lab.perplexity, target)
     found.add_row("base", run.step(f"{name} base", lab.unsteered, target), alpha=0)
     found.add_cost("base", "perplexity", base_cost, alpha=0)
@@ -805,7 +801,47 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
         found.add_row("align-training", run.step(f"{name} chat", lab.unsteered, chat))
         cost, _ = run.step(f"{name} chat, perplexity", lab.perplexity, chat)
         found.add_cost("align-training", "perplexity", cost)
+    return base_cost
 
+
+def random_rows(args, run, lab: Lab, found: Findings, method, point, base_cost: float) -> None:
+    """Random directions at the point of a map, each also at an alpha of its own."""
+    name = Path(found.target).name
+    points = [point._replace(alpha=alpha) for alpha in args.alpha]
+    names = [f"random {number}" for number in range(args.random)]
+    for first in range(0, len(names), RANDOM_STEP):
+        variants = names[first : first + RANDOM_STEP]
+        own, written = steer(run, lab, found, method, points, base_cost, variants)
+        others = [variant for variant, at in zip(variants, own) if at != point]
+        step = f"{name} {variants[0]} to {variants[-1]}, same alpha"
+        at_point = [point] * len(others)
+        again = run.step(step, lab.steered, found.target, method, at_point, others)
+        known = dict(zip(variants, written)) | dict(zip(others, again))
+        for variant in variants:
+            found.add_row(method, known[variant], f"{variant}, same alpha", **point._asdict())
+
+
+def table_7(run, lab: Lab, found: Findings, honesty: Path, method, point) -> None:
+    """v_honesty and v_fairness together."""
+    known = {None: found.toxic["base"], "fairness": found.toxic[method]}
+    step = f"{Path(found.target).name} Table 7"
+    inputs = found.target, str(honesty), method, point, known
+    rows, note = run.step(step, lab.two_concepts, *inputs)
+    found.notes["Table 7"] = note
+    for fields in rows:
+        found.add(method if fields["concept"] else "base", **fields)
+        if fields["concept"] and fields["metric"] == "mc1":
+            p_value = mcnemar(rows[0]["hits"], fields["hits"])
+            found.notes[concept_label(fields)] = f"p of MC1 = {p_value:.1g}"
+
+
+def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findings:
+    """Tables 2 and 7 for one target. Models take turns in memory, so steps go model by model."""
+    name, chat = Path(target).name, lab.chats[target]
+    found = Findings(args, lab.data, target, chat)
+    missing = found.missing = missing_rows(args, lab.models, target, chat)
+
+    base_cost = baselines(run, lab, found, target, chat)
     # The target's own vector, then the transplanted ones, each with its controls
     if "self-align" not in missing:
         steer(run, lab, found, "self-align", lab.points(target, "self-align"), base_cost)
@@ -822,31 +858,9 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
         for fields in run.step(f"{name} {method}, maps", lab.map_quality, target, method, point):
             found.add(method, **fields)
 
-    # Random directions at the last point, each also at an alpha of its own
-    points = [point._replace(alpha=alpha) for alpha in args.alpha]
-    names = [f"random {number}" for number in range(args.random)]
-    for first in range(0, len(names), RANDOM_STEP):
-        variants = names[first : first + RANDOM_STEP]
-        own, written = steer(run, lab, found, method, points, base_cost, variants)
-        others = [variant for variant, at in zip(variants, own) if at != point]
-        step = f"{name} {variants[0]} to {variants[-1]}, same alpha"
-        at_point = [point] * len(others)
-        again = run.step(step, lab.steered, target, method, at_point, others)
-        known = dict(zip(variants, written)) | dict(zip(others, again))
-        for variant in variants:
-            found.add_row(method, known[variant], f"{variant}, same alpha", **point._asdict())
-
+    random_rows(args, run, lab, found, method, point, base_cost)
     if honesty:
-        known = {None: found.toxic["base"], "fairness": found.toxic[method]}
-        step = f"{name} Table 7"
-        inputs = target, str(honesty), method, point, known
-        rows, note = run.step(step, lab.two_concepts, *inputs)
-        found.notes["Table 7"] = note
-        for fields in rows:
-            found.add(method if fields["concept"] else "base", **fields)
-            if fields["concept"] and fields["metric"] == "mc1":
-                p_value = mcnemar(rows[0]["hits"], fields["hits"])
-                found.notes[concept_label(fields)] = f"p of MC1 = {p_value:.1g}"
+        table_7(run, lab, found, honesty, method, point)
     run.step(f"{name} export", lab.export, str(run.folder), target, method, point)
     if "eft" not in missing:  # last, since it needs three models at once
         found.add_row("eft", run.step(f"{name} eft", lab.proxy_tuned, target))

@@ -186,7 +186,7 @@ PAPER_DEPTH = "0.75"
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, local_map=True)
+    parser = option_parser(__doc__, FAMILIES)
     add = parser.add_argument
     add("--table", choices=[*ROWS, "all"], default="1", help="of the paper")
     add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
@@ -807,12 +807,7 @@ def one_target(args, run, lab, part):
             tried = select(grid, variant=None), select(grid, variant="random")
             figure = draw_grid(title, *tried, points[row])
             figures.append(run.figure(figure, f"grid_{row.method}_{name}"))
-    for metric in ("mc1", *AVERAGED):
-        curve = select(records, metric=metric, part="test", group=None)
-        curve = [each for each in curve if not each["variant"]]
-        costs = select(measured, metric="perplexity")
-        same_block = [e for e in curve if e["block"] in {None, *(p.block for p in points.values())}]
-        records += fluent(same_block, costs)
+    records += fluent_rows(records, measured, points)
     table = []
     alphas = {row.method: point.alpha for row, point in points.items()}
     for metric in ("mc1", *AVERAGED):
@@ -821,13 +816,8 @@ def one_target(args, run, lab, part):
     mine = select(records, metric="mc1")
     rows = [each for each in table if each["variant"] in (None, "75 % depth")]
     notes = effect_notes(mine, alphas) | row_notes(rows)
-    chosen = {row.method: point for row, point in points.items()}
     title = f"TruthfulQA: {Path(args.src).name} → {name} (vertical: α chosen)"
-    figure = draw_strength(mine, chosen, ylabel="MC1", title=title)
-    guessing = chance(lab.data.test)
-    figure.axes[0].axhline(guessing, color="#bbb", lw=1, zorder=0)
-    figure.axes[0].text(0, guessing, "chance", va="bottom", fontsize=7, color="#666")
-    curves = run.figure(figure, f"alpha_{name}")
+    curves = run.figure(draw_mc1(mine, points, lab.data.test, title), f"alpha_{name}")
 
     # Categories, vectors and texts, of the local map if there is one
     groups = []
@@ -856,6 +846,27 @@ def one_target(args, run, lab, part):
         lines = [[text[:60] for text in each.values()] for each in texts]
         report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
     return records + measured + groups, examples, report
+
+
+def draw_mc1(records, points, test, title: str):
+    """MC1 against alpha, with the level of guessing."""
+    chosen = {row.method: point for row, point in points.items()}
+    figure = draw_strength(records, chosen, ylabel="MC1", title=title)
+    guessing = chance(test)
+    figure.axes[0].axhline(guessing, color="#bbb", lw=1, zorder=0)
+    figure.axes[0].text(0, guessing, "chance", va="bottom", fontsize=7, color="#666")
+    return figure
+
+
+def fluent_rows(records, measured, points) -> list[dict]:
+    """The records at the largest alpha that leaves the text fluent, at the chosen blocks."""
+    blocks_chosen = {None, *(point.block for point in points.values())}
+    found = []
+    for metric in ("mc1", *AVERAGED):
+        curve = select(records, metric=metric, part="test", group=None, variant=None)
+        curve = [each for each in curve if each["block"] in blocks_chosen]
+        found += fluent(curve, select(measured, metric="perplexity"))
+    return found
 
 
 def beyond_best(args, run, lab, row, grid, point) -> list[dict]:

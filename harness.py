@@ -164,9 +164,8 @@ def option_parser(
     doc: str,
     families: dict,
     models=("src", "src-base", "tgt", "tgt-chat"),
-    local_map=False,
 ) -> _Parser:
-    """The options of every script; models: which of the four it has; local_map: has it --map?
+    """The options of every script; models: which of the four it has.
 
     `families` maps a name to settings: values of src, tgt, layer, alpha …"""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,13 +182,23 @@ def option_parser(
         add(f"--{name}", metavar="MODEL", help=texts[name], **several)
     add("--layer", type=_layer, metavar="K", help="block: index, fraction, SOURCE,TARGET, or auto")
     add("--alpha", type=_strength, nargs="+", metavar="A", help="steering strengths to choose from")
-    if local_map:
-        add(
-            "--map",
-            choices=["both", "paper", "local"],
-            default="both",
-            help="paper: fitted on ends of sentences; local: near where v is read (docs/map.md)",
-        )
+    _add_map_options(add)
+    add("--random", type=at_least(1), default=20, help="random directions, as controls")
+    add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
+    add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
+    add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")
+    _add_machine_options(add)
+    return parser
+
+
+def _add_map_options(add) -> None:
+    """How the affine map is fitted."""
+    add(
+        "--map",
+        choices=["both", "paper", "local"],
+        default="both",
+        help="paper: fitted on ends of sentences; local: near where v is read (docs/map.md)",
+    )
     add(
         "--texts",
         type=Path,
@@ -217,10 +226,10 @@ def option_parser(
         default=0.0,
         help="ridge penalty in units of the mean squared singular value (paper: 0)",
     )
-    add("--random", type=at_least(1), default=20, help="random directions, as controls")
-    add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
-    add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
-    add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")
+
+
+def _add_machine_options(add) -> None:
+    """Where and how the models run, and where results go."""
     add(
         "--dtype",
         default="auto",
@@ -248,7 +257,6 @@ def option_parser(
     add("--no-cache", action="store_true", help="neither read nor write cached hidden states")
     add("--allow-pickle", action="store_true", help="load weights that can run any code")
     add("--trust-remote-code", action="store_true", help="run Python that comes with a model")
-    return parser
 
 
 def parse_options(
@@ -1030,7 +1038,8 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
             found = [each for each in controls if each["variant"].startswith(kind)]
             if kind == "map" and found:
                 found += select(same, variant=None)
-            if len(found) == 1:
+            is_one = len(found) == 1 and kind not in ("random", "permuted")
+            if is_one:
                 shown += found
             elif found:
                 shown.append(spread(found, kind))

@@ -717,6 +717,12 @@ def test_checkpoints_of_a_hub_are_removed_after_use(finished, data, tmp_path):
         assert [each["value"] for each in records] == wanted
 
 
+def test_one_random_direction_is_enough(tmp_path):
+    run = Finished(exp_pretraining.main, command("exp_pretraining", "--random", "1"), tmp_path)
+    assert run.find(variant="random 0", concept="mean")
+    assert (run.folder / "figure_3.png").exists()
+
+
 def test_improvements_are_with_minus_without(finished):
     run = finished("exp_pythia")
     gains = run.find(metric="absolute_improvement")
