@@ -561,7 +561,9 @@ def test_a_script_writes_the_records_of_a_local_run(script, mode, run_script):
     assert len(records) == len(remote_records) > 20
     for one, other in zip(records, remote_records):
         differ = [name for name in one if not same_cell(one[name], other[name])]
-        assert set(differ) <= {"run"}, (one, other)
+        # The last bits of a state decide which of two equally near places is held out.
+        is_map = script == "exp_pretraining" and one["concept"] == "map"
+        assert set(differ) <= ({"run", "value"} if is_map else {"run"}), (one, other)
     running = {name for name in SCRIPTS[script] if name.startswith("toy/")}
     if mode == "target":
         running -= {*SOURCES, "toy/pythia-1", "toy/step_3000"}
