@@ -1,6 +1,6 @@
 """When does a concept form? Checkpoints of one pre-training run, Sec. 6.1, Figure 3.
 
-    python exp_pretraining.py                                     toy zoo, 30 seconds on 2 CPU cores
+    python exp_pretraining.py                                     toy zoo, one minute on 2 CPU cores
     python exp_pretraining.py --family amber --data data/paper    Amber-7B: 14 GB a checkpoint
     python exp_pretraining.py --model EleutherAI/pythia-1b --data data/paper \\
         --revisions step1000 step8000 step143000 --tokens 2e9 17e9 300e9
