@@ -786,7 +786,7 @@ def fit_affine(
     x_fit, y_fit = (x[:n] - x_mean, y[:n] - y_mean) if intercept else (x[:n], y[:n])
     gram = x_fit @ x_fit.T if n < x.shape[1] else x_fit.T @ x_fit
     fitted = AffineMap(
-        _pseudo_inverse(x_fit, rcond, ridge),
+        _pseudo_inverse(x_fit, gram, rcond, ridge),
         y_fit,
         x_mean,
         y_mean,
@@ -800,13 +800,15 @@ def fit_affine(
 
 
 def _pseudo_inverse(
-    x: torch.Tensor, rcond: float, ridge: float
+    x: torch.Tensor, gram: torch.Tensor, rcond: float, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors [d, r] and [r, n] of the pseudo-inverse X^+ = V S^-1 U^T of x [n, d] (Eq. 2)."""
+    """Factors [d, r] and [r, n] of the pseudo-inverse X^+ = V S^-1 U^T of x [n, d] (Eq. 2).
+
+    gram: X X^T or X^T X, whichever is smaller."""
     n, d = x.shape
     penalty = ridge * (x**2).sum() / min(n, d)  # in units of the mean squared singular value
     if not rcond:
-        factors = _gram_inverse(x, penalty)
+        factors = _gram_inverse(x, gram, penalty)
         if factors is not None:
             return factors
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # Eq. 2
@@ -815,12 +817,12 @@ def _pseudo_inverse(
     return vt.T * s_inverse, u.T
 
 
-def _gram_inverse(x: torch.Tensor, penalty: torch.Tensor) -> tuple | None:
+def _gram_inverse(x: torch.Tensor, gram: torch.Tensor, penalty: torch.Tensor) -> tuple | None:
     """The same as X^T (X X^T)^-1 or (X^T X)^-1 X^T: ten times faster than the SVD.
 
     It squares X's condition number, so it is None unless what float64 loses is below float32's."""
     wide = x.shape[0] < x.shape[1]
-    gram = x @ x.T if wide else x.T @ x
+    gram = gram.clone()
     gram.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:

@@ -82,6 +82,7 @@ from harness import (
     select,
     shades,
     spread,
+    strength,
     summary,
     verdict,
 )
@@ -595,10 +596,6 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
 # ---------------------------------------------------------------- tables
 
 ITEMS = {"LLaMA-13B": "Figure 2a", "LLaMA-65B": "Figure 6"}
-
-
-def strength(each: dict) -> str:
-    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
 def accuracy_table(lab: Lab, records: list[dict], method: str) -> str:

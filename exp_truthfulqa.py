@@ -82,6 +82,7 @@ from harness import (
     select,
     share,
     spread,
+    strength,
     summary,
     verdict,
 )
@@ -945,10 +946,6 @@ def print_table(records, part, notes) -> str:
     """MC1 and MC2 with intervals, the paper's numbers in brackets."""
     heads = {"mc1": "MC1", "mc2": "MC2", "log_odds": "log-odds [nats]"}
     return pivot(records, row_name, lambda each: heads[each["metric"]], part.missing, notes)
-
-
-def strength(each: dict) -> str:
-    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
 def gain_table(records, alphas) -> str:

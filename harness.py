@@ -278,8 +278,6 @@ def parse_options(
         settings.pop("src_base", None)  # the family's partner does not go with another model
     if "tgt" in given:
         settings.pop("tgt_chat", None)
-    if args.data != TOY:
-        settings.pop("texts", None)  # of the toy world
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -1019,6 +1017,11 @@ def label(each: dict) -> str:
     name = METHODS[each["method"]]
     variant = each["variant"]
     return f"{name}: {VARIANTS.get(variant, variant)}" if variant else name
+
+
+def strength(each: dict) -> str:
+    """The column of a record in a table over alpha."""
+    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
 def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]:

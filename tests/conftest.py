@@ -5,6 +5,7 @@ Everything is made here: no test needs a file from outside or a network.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import common
 import harness
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_data(folder: Path, questions: int) -> Path:
+    """The toy data, less of them."""
+    for name in ("emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"):
+        shutil.copytree(ROOT / "data" / "toy" / name, folder / name)
+    for kind, count in {"toxigen": 12, "text": 60, "wikisplit": 400}.items():
+        for path in (folder / kind).iterdir():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(lines[:count]))
+    path = folder / "truthfulqa" / "mc_task.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:questions]))
+    return folder
+
 
 MAIN = ["llama", "gpt_neox", "gpt2", "gpt_neo"]
 OTHERS = ["mistral", "gemma", "qwen2", "opt"]

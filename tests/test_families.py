@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from conftest import small_data
 from hub import Hub
 from ndif_server import serve
 from test_architectures import make_model
@@ -173,19 +174,7 @@ def stand_ins(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """The toy data, less of them."""
-    import shutil
-
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"):
-        shutil.copytree(TOY / name, folder / name)
-    for kind, count in {"toxigen": 12, "text": 60, "wikisplit": 400}.items():
-        for path in (folder / kind).iterdir():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(lines[:count]))
-    path = folder / "truthfulqa" / "mc_task.json"
-    path.write_text(json.dumps(json.loads(path.read_text())[:16]))
-    return folder
+    return small_data(tmp_path_factory.mktemp("data"), questions=16)
 
 
 SMALL = "--sentences 60 --alpha 2 --random 2 --limit 3 --layer 0.5 --map paper"

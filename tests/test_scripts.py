@@ -28,6 +28,7 @@ from conftest import (
     CONFIGS,
     Reference,
     json_rows,
+    small_data,
     surroundings,
 )
 from hub import Hub
@@ -177,18 +178,7 @@ def quick_collection():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The toy data, less of them."""
-    toy, folder = ROOT / "data" / "toy", tmp_path_factory.mktemp("data")
-    for name in ("emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"):
-        shutil.copytree(toy / name, folder / name)
-    for kind, count in {"toxigen": 12, "text": 60, "wikisplit": 400}.items():
-        for path in (folder / kind).iterdir():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(lines[:count]))
-    path = folder / "truthfulqa" / "mc_task.json"
-    questions = json.loads(path.read_text())
-    path.write_text(json.dumps(questions[:24]))
-    return folder
+    return small_data(tmp_path_factory.mktemp("data"), questions=24)
 
 
 @pytest.fixture(scope="module")
