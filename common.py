@@ -1013,6 +1013,7 @@ def near_states(model: Model, pool: Pool, near: dict, n_sentences: int, seed=0) 
     x = pool_states(model, pool, blocks)
     for number, block in enumerate(blocks):
         chosen = nearest_positions(x[:, number], near[block], int(POSITIONS * n_sentences))
+        chosen.sort()  # by place: which is nearer may hang on the last bit
         rows[block] = random.Random(seed).sample(chosen, len(chosen))  # the last fifth is held out
         nearest[block] = x[rows[block], number]
     return NearStates(pool, rows, nearest)
