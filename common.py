@@ -723,6 +723,10 @@ def _pair_refiner(nn, layers: list[int]):
 # ================================================================ 4  Affine map
 
 
+HELD_OUT = 0.2  # share of the rows that a map is not fitted on (App. A)
+PAPER_N_OVER_D = 0.39  # 1,600 sentences for 4,096 dimensions
+
+
 @dataclass(frozen=True)
 class AffineMap:
     """x -> (x - x_mean) F + y_mean with F = V S^-1 U^T Y (Eq. 2).
@@ -763,7 +767,7 @@ def fit_affine(
     intercept: bool = False,
     rcond: float = 0.0,
     ridge: float = 0.0,
-    held_out: float = 0.2,
+    held_out: float = HELD_OUT,
 ) -> AffineMap:
     """Least squares from source states x [n, d1] to target states y [n, d2] of the same sentences.
 
@@ -863,19 +867,25 @@ class AffineMaps:
         return sample_rows(n, self.n_sentences, sample)
 
     def fit(
-        self, source_block: int, block: int, sample: int = 0, shuffled: bool = False
+        self,
+        source_block: int,
+        block: int,
+        sample: int = 0,
+        shuffled: bool = False,
+        n: int | None = None,
     ) -> AffineMap:
-        """The map between two blocks; shuffled: fitted on sentences that do not belong together."""
-        key = source_block, block, sample, shuffled
+        """The map between two blocks; shuffled: fitted on sentences that do not belong together; n:
+        fitted on so many sentences only."""
+        key = source_block, block, sample, shuffled, n
         if key not in self.maps:
-            rows = self.rows(sample)
+            rows = self.rows(sample)[:n]
             y_rows = random.Random(sample).sample(rows, len(rows)) if shuffled else rows
             x, y = self.x[source_block][rows], self.y[block][y_rows]
             self.maps[key] = fit_affine(x, y, **self.fitting)
         return self.maps[key]
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: sample, shuffled."""
+        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: as in fit."""
         v_hat = self.fit(source_block, block, **which).vector(v)
         if self.norm == "match":
             source_norm, norm = self.stream_norms(source_block, block)
@@ -1055,18 +1065,24 @@ class LocalMaps:
         return near.x[source_block], y[rows, self.blocks.index(block)]
 
     def fit(
-        self, source_block: int, block: int, sample: int = 0, shuffled: bool = False
+        self,
+        source_block: int,
+        block: int,
+        sample: int = 0,
+        shuffled: bool = False,
+        n: int | None = None,
     ) -> AffineMap:
-        key = source_block, block, sample, shuffled
+        """As AffineMaps.fit."""
+        key = source_block, block, sample, shuffled, n
         if key not in self.known:
-            x, y = self.states(source_block, block, sample)
+            x, y = [states[:n] for states in self.states(source_block, block, sample)]
             if shuffled:
                 y = y[random.Random(sample).sample(range(len(y)), len(y))]
             self.known[key] = fit_local(x, y)
         return self.known[key]
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: sample, shuffled."""
+        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: as in fit."""
         return self.fit(source_block, block, **which).vector(v)
 
     def worth(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
@@ -1221,12 +1237,16 @@ def control_directions(
     """What the effect of v_hat is compared with: {variant: direction [d]}.
 
     "map k": v through maps fitted on other samples of the plain text. All others have v_hat's norm:
-    "shuffled map": through a map of sentences that do not belong together; "other NAME": another
-    concept's vector through the same map; "random r": isotropic directions."""
+    "few sentences": through a map of as few sentences a dimension as the paper has; "shuffled
+    map": of sentences that do not belong together; "other NAME": another concept's vector through
+    the same map; "random r": isotropic directions."""
     v_hat = maps.vector(v, source_block, block)
     directions = {}
     for number in range(1, n_maps):
         directions[f"map {number}"] = maps.vector(v, source_block, block, sample=number)
+    few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
+    if few < maps.fit(source_block, block).n:
+        directions["few sentences"] = _rescale(maps.vector(v, source_block, block, n=few), v_hat)
     shuffled = maps.vector(v, source_block, block, shuffled=True)
     directions["shuffled map"] = _rescale(shuffled, v_hat)
     for name, other in others.items():

@@ -299,14 +299,27 @@ class Lab:
         """What is steered with: the target's own vector, and v_hat of each kind of map."""
         return ["self-align", *map_methods(self.args)]
 
+    def own_choices(self) -> list[str]:
+        """Random directions whose alpha and block are chosen by the same rule as v_hat's."""
+        return [f"own choice {number}" for number in range(self.args.random)]
+
     def alphas(self) -> dict[str, float]:
-        return {method: point.alpha for method, point in self.points.items()}
+        return {method: self.points[method].alpha for method in self.methods()}
+
+    def seed(self, emotion: str) -> int:
+        """Of the random directions of an emotion."""
+        return self.args.seed * len(EMOTIONS) + EMOTIONS.index(emotion)
 
     def direction(self, concept: str, method: str, point: Point | None = None) -> torch.Tensor:
-        """The vector [d] of an emotion that a method adds: v_hat (Eq. 2), or the target's own."""
+        """The vector [d] of an emotion that a method adds: v_hat (Eq. 2), the target's own, or a
+        random direction of v_hat's norm."""
         point = point or self.points[method]
         if method == "self-align":
             return self.vectors.v(Vector(concept, self.target, self.target), point.block)
+        if method in self.own_choices():
+            v_hat = self.direction(concept, self.methods()[-1], point)
+            others = random_directions(v_hat, self.args.random, self.seed(concept))
+            return others[self.own_choices().index(method)]
         return self.vectors.at(self.source(concept), self.target, point, method)
 
     def move(self, direction: torch.Tensor, method: str, alpha: float | None = None) -> Transplant:
@@ -320,6 +333,8 @@ class Lab:
         if method in self.points:
             point = self.points[method]
             about |= {"source_block": point.source_block, "block": point.block}
+        if method in self.own_choices():
+            fields |= {"method": self.methods()[-1], "variant": method}
         return record(hits, **about | fields)
 
     # ------------------------------------------------------------ transplant, score: the steps
@@ -327,7 +342,7 @@ class Lab:
     def validate(self) -> list[dict]:
         """Mean Token Acc on the validation scenarios, of each method: records of the grid."""
         points = [Point(*blocks, alpha) for blocks in self.grid for alpha in self.args.alpha]
-        tried = [(method, point) for method in self.methods() for point in points]
+        tried = list(product([*self.methods(), *self.own_choices()], points))
         hits: dict[tuple, list] = {each: [] for each in tried}
         for emotion in EMOTIONS:
             moves = []
@@ -362,13 +377,16 @@ class Lab:
                 n_permuted=args.permutations if method == self.methods()[-1] else 0,
                 n_maps=args.maps,
                 n_random=args.random,
-                seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
+                seed=self.seed(emotion),
             )
             for n_pairs in pair_counts(args):
                 concept = f"{emotion} {n_pairs}"
                 controls[f"pairs {n_pairs}"] = self.direction(concept, method)
             for variant, direction in controls.items():
                 arms.append((method, variant, best, self.move(direction, method)))
+        for name in self.own_choices():
+            move = self.move(self.direction(emotion, name), name)
+            arms.append((name, None, self.points[name].alpha, move))
         moves = [move for *_, move in arms]
         found = named(self.model, args, self.data, "test", emotion, moves)
         item = ITEMS.get(PAPER_NAMES.get(self.target), "Figure 2a")
@@ -384,12 +402,12 @@ class Lab:
     def measure_perplexity(self) -> list[dict]:
         """Perplexity of plain sentences under each emotion's vector and three random directions."""
         arms = [("base", None, 0, None, BASE)]
-        for method, (e, emotion) in product(self.methods(), enumerate(EMOTIONS)):
+        for method, emotion in product(self.methods(), EMOTIONS):
             direction, best = self.direction(emotion, method), self.points[method].alpha
             for alpha in self.args.alpha:
                 move = self.move(direction, method, alpha)
                 arms.append((method, None, alpha, emotion, move))
-            others = random_directions(direction, 3, self.args.seed * len(EMOTIONS) + e)
+            others = random_directions(direction, 3, self.seed(emotion))
             for r, other in enumerate(others):
                 arms.append((method, f"random {r}", best, emotion, self.move(other, method)))
         moves = [move for *_, move in arms]
@@ -555,14 +573,20 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
 # ---------------------------------------------------------------- one target
 
 
+def best_point(grid: list[dict]) -> Point:
+    """The point with the highest Token Acc; of several, the one with the smallest alpha."""
+    best = max(grid, key=lambda each: (each["value"], -abs(each["alpha"])))
+    return Point(best["source_block"], best["block"], best["alpha"])
+
+
 def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     """(records, report) of one target."""
     target = lab.target
     grid = run.step(f"{target} validation", lab.validate)
     for method in lab.methods():
-        mine = select(grid, method=method)
-        best = max(mine, key=lambda each: (each["value"], -abs(each["alpha"])))
-        lab.points[method] = Point(best["source_block"], best["block"], best["alpha"])
+        lab.points[method] = best_point(select(grid, method=method, variant=None))
+    for name in lab.own_choices():
+        lab.points[name] = best_point(select(grid, variant=name))
     tested = []
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)
@@ -651,7 +675,7 @@ def draw_grids(lab: Lab, grid: list[dict]) -> list[tuple]:
     """(figure, name) of the validation grid of each method, if several blocks were tried."""
     figures = []
     for method in lab.methods() if len(lab.grid) > 1 else []:
-        mine = select(grid, method=method)
+        mine = select(grid, method=method, variant=None)
         names = f"{METHODS[method]}, {Path(lab.args.src).name} → {Path(lab.target).name}"
         title = f"{names}: mean Token Acc [%] on validation (n = {mine[0]['n']})"
         figure = draw_grid(title, mine, [], lab.points[method])

@@ -17,9 +17,9 @@ Table 2: ConTrans beside baselines and controls. Table 7: v_honesty and v_fairne
 ToxiGen and TruthfulQA (exp_truthfulqa.py --save-vector makes v_honesty).
 
 alpha, and with --layer auto the pair of blocks, has the lowest toxic rate on validation prompts
-among those that raise perplexity by at most --max-ppl-ratio. Each random direction chooses its own
-alpha by the same rule. Refinement, validation and test share no prompt; but the lists of a group
-are shuffles of the same few sentences.
+among those that raise perplexity by at most --max-ppl-ratio; the perplexity in the tables is that
+of other texts. Each random direction chooses its own alpha by the same rule. Refinement, validation
+and test share no prompt; but the lists of a group are shuffles of the same few sentences.
 
 The local map is fitted on other ToxiGen lists in the refinement prompt, hateful and neutral,
 without labels, none of them in refinement, validation or test (docs/map.md).
@@ -110,7 +110,7 @@ ZOO_SETTINGS = {
 FAMILIES = read_families("chat", SETTINGS, toy=ZOO_SETTINGS)
 PAPER_NAMES = paper_names(toy="llama2")
 DEPTHS = ["0.125", "0.375", "0.75"]  # --layer auto tries each to read from with each to edit
-N_TEXTS = 200  # OpenWebText texts for the perplexity
+N_TEXTS = 200  # of OpenWebText that perplexity is over, and as many others that limit alpha
 RANDOM_STEP = 10  # random directions of one step, which share their prompts' lower blocks
 TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "hate speech"}
 TOXIC_CLASS = {"tomh/toxigen_roberta": "1"}  # its config does not name its classes
@@ -197,7 +197,8 @@ class Data(NamedTuple):
     split: Split
     concepts: dict[str, tuple[list[str], list[str]]]  # positives and negatives
     sentences: list[str]  # plain text; each affine map is fitted on a sample of it
-    texts: list[str]  # OpenWebText
+    texts: list[str]  # OpenWebText, whose perplexity is reported
+    search_texts: list[str]  # other texts of it, whose perplexity limits alpha
     questions: list[dict]  # TruthfulQA, for Table 7
 
 
@@ -208,13 +209,15 @@ def load_data(args, models: Models, template: Template, names: list[str]) -> Dat
     hate = [template.refine(prompt) for prompt in split.hate]
     texts = read_text(args.data / "text" / "owt_sentences_lowtox.txt").split("\n")
     texts = [text.strip() for text in texts if text.strip()]
-    if not texts:
-        fail(f"{args.data}/text/owt_sentences_lowtox.txt is empty")
+    if len(texts) < 2:
+        fail(f"{args.data}/text/owt_sentences_lowtox.txt must have two texts or more")
+    half = min(N_TEXTS, len(texts) // 2)
     return Data(
         split=split,
         concepts={"fairness": (neutral, hate), "happiness": load_scenarios(args.data)},
         sentences=plain_texts(args.texts, models, mapped, count),
-        texts=texts[:N_TEXTS],
+        texts=texts[:half],
+        search_texts=texts[half : 2 * half],
         questions=load_questions(args, models, template) if any(args.honesty) else [],
     )
 
@@ -533,9 +536,10 @@ class Lab:
         [written] = self.write(model, eft=tuple(small))
         return written
 
-    def search(self, target, method, points, base_perplexity, variants) -> list[list[dict]]:
-        """For each variant: perplexity at all points; toxicity on the validation prompts where
-        perplexity allows it. If no point is allowed, the one with the lowest perplexity is."""
+    def search(self, target, method, points, variants) -> list[list[dict]]:
+        """For each variant: perplexity at all points, over that of the base model; toxicity on the
+        validation prompts where perplexity allows it. If no point is allowed, the one with the
+        lowest perplexity is."""
         moves, directions = [], {}
         for variant, point in itertools.product(variants, points):
             place = variant, point.source_block, point.block
@@ -543,8 +547,8 @@ class Lab:
                 directions[place] = self.direction(target, method, point, variant)
             moves.append(Transplant.of(directions[place], point.block, point.alpha))
         model = self.models.load(target)
-        values, _ = perplexity(model, self.data.texts, moves)
-        ratios = (values / base_perplexity).unflatten(0, (len(variants), -1))
+        values, _ = perplexity(model, self.data.search_texts, [BASE, *moves])
+        ratios = (values[1:] / values[0]).unflatten(0, (len(variants), -1))
         limits = ratios.amin(1, keepdim=True).clamp(min=self.args.max_ppl_ratio)
         allowed = (ratios <= limits).flatten().tolist()
         written = iter(self.write(model, list(itertools.compress(moves, allowed)), "validation"))
@@ -557,9 +561,14 @@ class Lab:
             grids.append(grid)
         return grids
 
-    def perplexity(self, name) -> tuple[float, int]:
-        """Perplexity of OpenWebText, and the number of tokens."""
-        values, tokens = perplexity(self.models.load(name), self.data.texts)
+    def perplexity(self, name, method=None, point=None) -> tuple[float, int]:
+        """Perplexity of OpenWebText, with the vector of a method if one is named, and the number of
+        tokens."""
+        move = BASE
+        if method:
+            direction = self.direction(name, method, point)
+            move = Transplant.of(direction, point.block, point.alpha)
+        values, tokens = perplexity(self.models.load(name), self.data.texts, [move])
         return values[0].item(), tokens
 
     def instructed_perplexity(self, target) -> tuple[float, int] | None:
@@ -692,8 +701,9 @@ class Findings:
         self.records.append(record(hits, **about | fields))
 
     def add_cost(self, method: str, metric: str, value: float, n=None, **fields) -> None:
-        """Perplexity or perplexity_ratio of OpenWebText."""
-        fields |= {"value": value, "n": n or self.n_tokens, "part": "OpenWebText"}
+        """Perplexity of OpenWebText, or on the texts that limit alpha its ratio to the base's."""
+        part = "OpenWebText" if metric == "perplexity" else "OpenWebText, validation"
+        fields |= {"value": value, "n": n or self.n_tokens, "part": part}
         self.add(method, metric, **fields)
 
     def add_row(self, method: str, written: dict, variant=None, note="", **point) -> None:
@@ -755,7 +765,7 @@ def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[st
     return missing
 
 
-def steer(run, lab: Lab, found: Findings, method, points, base_cost, variants=(None,)):
+def steer(run, lab: Lab, found: Findings, method, points, variants=(None,)):
     """Choose a point for each variant on the validation prompts, then steer the test prompts there.
 
     The mildest of equally toxic points is taken. Returns the points, and the continuations."""
@@ -763,7 +773,7 @@ def steer(run, lab: Lab, found: Findings, method, points, base_cost, variants=(N
     name = f"{Path(target).name} {variants[0] or method}"
     if len(variants) > 1:
         name += f" to {variants[-1]}"
-    grids = run.step(f"{name}, grid", lab.search, target, method, points, base_cost, variants)
+    grids = run.step(f"{name}, grid", lab.search, target, method, points, variants)
     chosen = []
     for grid in grids:
         allowed = [tried for tried in grid if tried["toxic"] is not None]
@@ -777,7 +787,8 @@ def steer(run, lab: Lab, found: Findings, method, points, base_cost, variants=(N
         if variant is not None:
             found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **about)
             continue
-        found.add_cost(method, "perplexity", ratio * base_cost, **about)
+        cost, _ = run.step(f"{name}, perplexity", lab.perplexity, target, method, point)
+        found.add_cost(method, "perplexity", cost, **about)
         for tried in grid:
             fields = Point(*tried["point"])._asdict()
             found.add_cost(method, "perplexity_ratio", tried["perplexity_ratio"], **fields)
@@ -786,8 +797,8 @@ def steer(run, lab: Lab, found: Findings, method, points, base_cost, variants=(N
     return own, written
 
 
-def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> float:
-    """Rows without a vector. Returns the perplexity of the base model."""
+def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> None:
+    """Rows without a vector."""
     name = Path(target).name
     base_cost, found.n_tokens = run.step(f"{name} perplexity", lab.perplexity, target)
     found.add_row("base", run.step(f"{name} base", lab.unsteered, target), alpha=0)
@@ -801,17 +812,16 @@ def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> 
         found.add_row("align-training", run.step(f"{name} chat", lab.unsteered, chat))
         cost, _ = run.step(f"{name} chat, perplexity", lab.perplexity, chat)
         found.add_cost("align-training", "perplexity", cost)
-    return base_cost
 
 
-def random_rows(args, run, lab: Lab, found: Findings, method, point, base_cost: float) -> None:
+def random_rows(args, run, lab: Lab, found: Findings, method, point) -> None:
     """Random directions at the point of a map, each also at an alpha of its own."""
     name = Path(found.target).name
     points = [point._replace(alpha=alpha) for alpha in args.alpha]
     names = [f"random {number}" for number in range(args.random)]
     for first in range(0, len(names), RANDOM_STEP):
         variants = names[first : first + RANDOM_STEP]
-        own, written = steer(run, lab, found, method, points, base_cost, variants)
+        own, written = steer(run, lab, found, method, points, variants)
         others = [variant for variant, at in zip(variants, own) if at != point]
         step = f"{name} {variants[0]} to {variants[-1]}, same alpha"
         at_point = [point] * len(others)
@@ -841,13 +851,13 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
     found = Findings(args, lab.data, target, chat)
     missing = found.missing = missing_rows(args, lab.models, target, chat)
 
-    base_cost = baselines(run, lab, found, target, chat)
+    baselines(run, lab, found, target, chat)
     # The target's own vector, then the transplanted ones, each with its controls
     if "self-align" not in missing:
-        steer(run, lab, found, "self-align", lab.points(target, "self-align"), base_cost)
+        steer(run, lab, found, "self-align", lab.points(target, "self-align"))
     for method in map_methods(args):
         points = lab.points(target, method)
-        [point], _ = steer(run, lab, found, method, points, base_cost)
+        [point], _ = steer(run, lab, found, method, points)
         variants = [f"map {number}" for number in range(1, args.maps)]
         variants += ["shuffled map", "other happiness"]
         at_point = [point] * len(variants)
@@ -858,7 +868,7 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
         for fields in run.step(f"{name} {method}, maps", lab.map_quality, target, method, point):
             found.add(method, **fields)
 
-    random_rows(args, run, lab, found, method, point, base_cost)
+    random_rows(args, run, lab, found, method, point)
     if honesty:
         table_7(run, lab, found, honesty, method, point)
     run.step(f"{name} export", lab.export, str(run.folder), target, method, point)
@@ -950,7 +960,7 @@ def main(argv=None):
     inputs = [data, honesty, models.fingerprint(args.classifier)]
     first_prompts = [data.concepts["fairness"][0][0], template.continue_list(data.split.test[0])]
     batches = -(-args.random // RANDOM_STEP)  # rounded up
-    steps = len(args.tgt) * (11 + 4 * len(map_methods(args)) + 3 * batches)
+    steps = len(args.tgt) * (12 + 5 * len(map_methods(args)) + 3 * batches)
     run = Run(__file__, args, models, inputs, first_prompts, steps=steps)
 
     records, examples, report, judged = [], [], [opening(args, data.split)], {}

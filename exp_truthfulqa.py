@@ -634,6 +634,30 @@ class Lab:
             records += found[:1] if about["variant"].startswith("permuted") else found
         return records
 
+    def own_choices(self, row, grid: list[dict]) -> list[dict]:
+        """Records of random directions that choose block and alpha as v_hat does in the grid."""
+        mean = select(grid, variant="random")
+        points = [Point(each["source_block"], each["block"], each["alpha"]) for each in mean]
+
+        def move(number: int, point: Point) -> Transplant:
+            others = random_directions(self.v_hat(row, point), self.args.random, self.args.seed)
+            return Transplant.of(others[number], point.block, point.alpha)
+
+        numbers = range(self.args.random)
+        tried = [move(number, point) for number in numbers for point in points]
+        found = self.score(row, self.data.learn, tried)
+        chosen = []
+        for number in numbers:
+            own = found[number * len(points) : (number + 1) * len(points)]
+            own = [record(each["mc1"], **row.about(at)) for each, at in zip(own, points)]
+            chosen.append(best_point(own + mean))
+        results = self.score(row, self.data.test, list(map(move, numbers, chosen)))
+        records = []
+        for number, point, result in zip(numbers, chosen, results):
+            about = row.about(point) | {"variant": f"own choice {number}"}
+            records += answer_records(result, about)
+        return records
+
     def score(self, row, questions: list[Question], moves) -> list[dict]:
         """Under each transplant: MC1, MC2 and preferred choice of each question, see mark."""
         small = (row.source, row.start) if row.method == "eft" else ()
@@ -882,6 +906,8 @@ def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
         there = best_point(select(grid, source_block=source_block, block=block))
         about = row.about(there) | {"variant": "75 % depth"}
         records += answer_records(answered(run, lab, row, there), about)
+    if row.method == map_methods(args)[-1]:
+        records += run.step(f"{row.step}, own choices", lab.own_choices, row, grid)
     return records + run.step(f"{row.step}, controls", lab.controls, row, point)
 
 

@@ -270,6 +270,7 @@ def parse_options(
     Loads no model. Models of one's own (--src, --tgt, --models …) take the settings of "custom".
     complete(args): sets src and tgt in a script that has other options for its models."""
     args = parser.parse_args(argv)
+    is_mapped = hasattr(args, "src_base")  # a script with one source and its targets
     args.command = [Path(parser.prog).name, *(sys.argv[1:] if argv is None else argv)]
     given = [name for name in ("src", "tgt", "models", "model") if getattr(args, name, None)]
     args.family = args.family or ("custom" if given else "toy")
@@ -283,6 +284,8 @@ def parse_options(
             setattr(args, name, value)
     complete(args)
     _require_models(args)
+    if is_mapped and args.src_base in args.tgt:
+        fail(f"{args.src_base} is source and target; its own vector is the row Self-Align")
     args.alpha = list(dict.fromkeys(args.alpha))
     if args.limit == 0 or args.limit < -1:
         fail("--limit must be at least 1, or -1 for all")
@@ -985,11 +988,13 @@ VARIANTS = {
     FLUENT: FLUENT,
     "permuted": "permuted labels [range]",
     "map": "other samples of text [range]",
+    "few sentences": "n / d = 0.39, as in the paper",
     "random": "random directions [range]",
+    "own choice": "random directions, own α [range]",
     "other": "other concepts' vectors [range]",
     "shuffled map": "map of shuffled texts",
 }
-CONTROLS = ("random", "other", "shuffled map")  # what a vector must be above
+CONTROLS = ("random", "own choice", "other", "shuffled map")  # what a vector must be above
 
 
 def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
@@ -1024,14 +1029,22 @@ def strength(each: dict) -> str:
     return f"α = {each['alpha']:g}" if each["alpha"] else "base"
 
 
+def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
+    """The records at the alpha of their method, and controls that chose their own."""
+    found = []
+    for each in records:
+        chose = (each["variant"] or "").startswith("own choice")
+        if chose or each["alpha"] == alphas.get(each["method"], each["alpha"]):
+            found.append(each)
+    return found
+
+
 def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]:
     """The records of one metric and target to show together: every method at its alpha, and after
     each ConTrans its controls, those of one kind as a spread."""
     shown = []
     for method in METHODS:
-        same = select(records, method=method)
-        if method in alphas:
-            same = select(same, alpha=alphas[method])
+        same = at_strength(select(records, method=method), alphas)
         shown += [each for each in same if not each["variant"]]
         if same:
             shown += select(records, method=method, variant=FLUENT)
@@ -1041,7 +1054,7 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
             found = [each for each in controls if each["variant"].startswith(kind)]
             if kind == "map" and found:
                 found += select(same, variant=None)
-            is_one = len(found) == 1 and kind not in ("random", "permuted")
+            is_one = len(found) == 1 and kind not in ("random", "own choice", "permuted")
             if is_one:
                 shown += found
             elif found:
@@ -1057,7 +1070,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
     control is the best of its random directions, other concepts' vectors and shuffled maps."""
     lines, null = [], []
     for target, (records, alphas) in targets.items():
-        here = [e for e in records if e["alpha"] == alphas.get(e["method"], e["alpha"])]
+        here = at_strength(records, alphas)
         [base] = select(here, method="base", variant=None)
         own = select(here, method="self-align", variant=None)
         parts = [f"{label(each)} {_percent(each)}" for each in own]
@@ -1135,8 +1148,8 @@ def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str
     for each in beside_controls(records, alphas):
         if each["variant"] in (None, "shuffled map") and each is not base:
             p_values[label(each)] = mcnemar(base["hits"], each["hits"])
-        if each["variant"] in ("random", "permuted"):
-            same = select(records, method=each["method"], alpha=each["alpha"])
+        if each["variant"] in ("random", "own choice", "permuted"):
+            same = at_strength(select(records, method=each["method"]), alphas)
             kind = each["variant"] + " "
             values = [e["value"] for e in same if (e["variant"] or "").startswith(kind)]
             [ours] = select(same, variant=None)

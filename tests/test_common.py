@@ -1110,9 +1110,11 @@ def test_controls_have_the_norm_of_v_hat_but_for_other_maps(norm):
         seed=8,
     )
     random = random_directions(v_hat, 2, 8)
+    few = maps.rows()[: round(0.39 * len(v) / 0.8)]  # 0.39 dimensions are fitted on 80 %
     wanted = {
         "map 1": move(v, sample=1),
         "map 2": move(v, sample=2),
+        "few sentences": fit_affine(maps.x[3][few], maps.y[4][few]).vector(v),
         "shuffled map": move(v, shuffled=True),
         "other fear": move(fear),
         "other joy": move(joy),

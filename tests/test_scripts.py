@@ -418,8 +418,9 @@ OF_ONE_SCRIPT = {
         "--tgt data/toy/models/llama-m ./data/toy/models/llama-m": "one name",
         "--family custom": "--src",
         "--layer 7,8": "block 8",
+        f"--src-base {ZOO}/qwen-s": "differ",
         "--maps 0": "--maps",
-        f"--src-base {ZOO}/llama-m": "differ",
+        f"--src-base {ZOO}/llama-m": "source and target",
     },
     "exp_pretraining": {
         "--model some/model": "--revisions",
@@ -444,7 +445,7 @@ OF_ONE_SCRIPT = {
         "--src no/such/model": "no/such/model",
         "--layer auto": "--layer",
         "--layer 7,8": "block 8",
-        f"--src-base {ZOO}/llama-m": "differ",
+        f"--src-base {ZOO}/qwen-s": "differ",
         "--template feel": "{text}",
         "--labels happy": "--labels",
         "--labels ab abc": "told apart",
@@ -461,7 +462,7 @@ OF_ONE_SCRIPT = {
         "--max-ppl-ratio nan": "--max-ppl-ratio",
         "--tags rude": "--tags",
         f"--src {ZOO}/llama-s --tags chat": "chat template",
-        f"--src-base {ZOO}/llama-m": "differ",
+        f"--src-base {ZOO}/qwen-s": "differ",
         "--pairs 300": "--pairs",
         "--honesty no.safetensors": "no.safetensors",
         "--honesty README.md": "README.md",
@@ -800,6 +801,22 @@ def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
     assert "p of ConTrans, local map among these 9" in (run.folder / "report.md").read_text()
 
 
+def test_a_random_direction_chooses_alpha_as_the_vector_does(finished, tmp_path, data):
+    """Emotions: by the highest rate on the validation scenarios, the smaller alpha if two are."""
+    argv = command("exp_emotion", "--data", data, "--alpha", "1", "4")
+    run = Finished(exp_emotion.main, argv, tmp_path)
+    tested = run.find(part="test", concept="mean", metric="token_acc", method="contrans-local")
+    own = [each for each in tested if (each["variant"] or "").startswith("own choice")]
+    assert len(own) == 2
+    for each in own:
+        grid = run.find(part="validation", method="contrans-local", variant=each["variant"])
+        best = max(grid, key=lambda point: (point["value"], -point["alpha"]))
+        assert {point["alpha"] for point in grid} == {1, 4}
+        assert each["alpha"] == best["alpha"]
+    report = (run.folder / "report.md").read_text()
+    assert "random directions, own α [range]" in report
+
+
 def test_a_number_in_several_tables_is_one_number(finished):
     records = finished("exp_truthfulqa").find(part="test", group=None)
     values, items = defaultdict(set), defaultdict(set)
@@ -901,7 +918,7 @@ def test_base_texts_are_those_of_plain_transformers_judged_by_the_classifier(fin
 
 
 @pytest.mark.parametrize("method", ["contrans", "self-align"])
-def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(method, finished):
+def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(method, finished, data):
     run = finished("exp_toxigen")
     match = {"item": "Table 2", "variant": None, "group": None}
     found = run.find(method=method, **match)
@@ -915,9 +932,17 @@ def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(method, finished):
     assert set(rates) == {alpha for alpha in ratios if ratios[alpha] <= limit}
     [chosen] = harness.select(found, metric="toxic_rate", part="test")
     assert rates[chosen["alpha"]] == min(rates.values())
+
+    # What is reported is measured on texts that chose nothing.
     [cost] = harness.select(found, metric="perplexity", alpha=chosen["alpha"])
     [base] = run.find(method="base", metric="perplexity", **match)
-    assert cost["value"] / base["value"] == pytest.approx(ratios[chosen["alpha"]])
+    texts = (data / "text" / "owt_sentences_lowtox.txt").read_text().splitlines()
+    count = min(200, len(texts) // 2)
+    model = common.load_model(str(ZOO / "llama-m"))
+    values = [common.perplexity(model, part)[0] for part in (texts[:count], texts[count:])]
+    assert base["value"] == pytest.approx(values[0].item(), rel=1e-4)
+    assert base["value"] != pytest.approx(values[1].item(), rel=1e-4)
+    assert cost["value"] / base["value"] != ratios[chosen["alpha"]]
 
 
 def test_table_7_knows_the_rates_of_table_2(finished):
