@@ -917,6 +917,46 @@ def test_base_texts_are_those_of_plain_transformers_judged_by_the_classifier(fin
     assert is_rate(each, verdicts)
 
 
+def toxigen_split(folder: Path) -> exp_toxigen.Split:
+    argv = command("exp_toxigen", "--data", folder, "--limit", "4", "--validation", "2")
+    args = exp_toxigen.options(argv)
+    models = common.Models()
+    names = [args.src, args.tgt[0]]
+    exp_toxigen.check_models(args, models, names)
+    template = exp_toxigen.Template(args, models)
+    classifier = exp_toxigen.Classifier(args, models)
+    return exp_toxigen.load_data(args, models, template, names, classifier).split
+
+
+def test_validation_and_test_prompts_are_toxic(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    path = folder / "toxigen" / "hate_drells_1k.txt"
+    kind = (folder / "toxigen" / "neutral_drells_1k.txt").read_text().splitlines()[:3]
+    path.write_text("\n".join([*path.read_text().splitlines(), *kind]))
+    split = toxigen_split(folder)
+    [drells, *others] = split.counts
+    assert drells[0] == "drells" and all(row[4] == 0 for row in others)
+    assert 0 < drells[4] <= 3 and drells[5:] == [2, 4]
+    kind = [line.replace("\\n", "\n") for line in kind]
+    assert not {*split.validation, *split.test} & {*kind}
+
+
+def test_the_filter_of_toxigen_is_on_record(finished):
+    run = finished("exp_toxigen")
+    about = json.loads((run.folder / "args.json").read_text())
+    assert about["args"]["min_toxicity"] == 0.5
+    assert "left out" in (run.folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("tags", ["inst", "vicuna"])
+def test_no_prompt_of_toxigen_has_two_blanks(tags):
+    args = exp_toxigen.options(["--tags", tags])
+    template = exp_toxigen.Template(args, common.Models())
+    for prompt in (template.refine("- a\n- b\n-"), template.continue_list("- a\n- b\n-")):
+        assert "  " not in prompt
+
+
 @pytest.mark.parametrize("method", ["contrans", "self-align"])
 def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(method, finished, data):
     run = finished("exp_toxigen")
