@@ -521,6 +521,11 @@ def _fingerprint(name: str) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
+def spaced(text: str, after: str) -> str:
+    """A continuation with the blank before it, which a prompt that ends in white space has."""
+    return text if after[-1:].isspace() else f" {text}"
+
+
 def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
     """(prompt, continuation) with the space between them where the tokenizer has it.
 
@@ -1464,6 +1469,7 @@ def score_labels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which label each prompt is continued with: two integer tensors [transplants, prompts].
 
+    A blank comes before the label, unless the prompts end in white space (all or none of them).
     said: index of the label that the most likely next token begins, -1 for none (Token Acc).
     preferred: index of the label whose first token has the highest logit among the labels (Logit
     Acc). Where labels share their first token (a character-level tokenizer), as many tokens as tell
@@ -1471,9 +1477,12 @@ def score_labels(
     does."""
     _require_strings("labels", labels)
     _require_strings("texts", prompts)
-    prompts = [fit_space(model.tokenizer, prompt, f" {labels[0]}")[0] for prompt in prompts]
-    rows = _encode(model, prompts)
+    if len({prompt[-1:].isspace() for prompt in prompts}) > 1:
+        raise ValueError("some prompts end in white space, others do not")
     words = _label_tokens(model.tokenizer, prompts[0], labels)
+    label = spaced(labels[0], prompts[0])
+    prompts = [fit_space(model.tokenizer, prompt, label)[0] for prompt in prompts]
+    rows = _encode(model, prompts)
     heads = [row for row in rows for _ in words]
     tails = words * len(rows)
     sums, greedy = _logprobs(model, heads, tails, transplants, share_heads=True)
@@ -1485,8 +1494,8 @@ def score_labels(
 
 def _label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
     """The tokens of each label after the prompt, as many as tell all labels apart (usually one)."""
-    start, _ = fit_space(tokenizer, prompt, f" {labels[0]}")
-    texts = [start, *(f"{prompt} {label}" for label in labels)]
+    start, _ = fit_space(tokenizer, prompt, spaced(labels[0], prompt))
+    texts = [start, *(prompt + spaced(label, prompt) for label in labels)]
     start, *rows = tokenizer(texts, verbose=False).input_ids
     if any(row[: len(start)] != start for row in rows):
         raise ValueError("a label changes the tokens of the prompt before it")

@@ -54,6 +54,7 @@ from common import (
     generate,
     perplexity,
     plain_texts,
+    spaced,
 )
 from harness import (
     METHODS,
@@ -363,9 +364,8 @@ class Template:
     def choices(self, item: dict) -> list[tuple[str, str]]:
         """(context, answer) of each choice of a question (MC1), the right one first."""
         context = self.wrap(item["question"].strip())
-        blank = "" if context[-1].isspace() else " "
         answers = sorted(item["mc1_targets"], key=item["mc1_targets"].get, reverse=True)
-        return [(context, blank + answer) for answer in answers]
+        return [(context, spaced(answer, context)) for answer in answers]
 
 
 # ---------------------------------------------------------------- classifier

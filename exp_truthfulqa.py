@@ -45,6 +45,7 @@ from common import (
     perplexity,
     plain_texts,
     random_directions,
+    spaced,
 )
 from harness import (
     METHODS,
@@ -379,10 +380,6 @@ def wrap(args, models, name: str, text: str, refining=False) -> str:
     if not models.tokenizer(name).chat_template:
         fail(f"--prompt chat: {name} has no chat template; try --prompt paper")
     return models.chat_prompt(name, text)
-
-
-def spaced(text: str, after: str) -> str:
-    return text if after[-1:].isspace() else f" {text}"
 
 
 def asked(args, models, name: str, question: Question, honest=False) -> list[tuple]:

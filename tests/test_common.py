@@ -606,6 +606,7 @@ REFUSED = {
     "do not split": lambda model: choice_logprobs(model, [("Tom", " felt"), ("Tom hap", "py, x")]),
     "not split": lambda model: choice_logprobs(model, [("Tom", "")]),
     "told apart": lambda model: score_labels(model, TEXTS, ["sad", "x", "xq"]),
+    "others do not": lambda model: score_labels(model, ["Tom", "Tom\n"], ["sad", "happy"]),
     "nothing to predict": lambda model: perplexity(model, ["", ""]),
     "window": lambda model: perplexity(model, TEXTS, window=1),
     "3 positives": lambda model: concept_vector(model, TEXTS[:3], TEXTS, [1]),
@@ -1178,6 +1179,20 @@ def test_labels_are_judged_by_the_tokens_that_tell_them_apart(pair, labels, word
             assert said[i, j] == (row.index(True) if True in row else -1)
     assert -1 in said
     assert said.max() >= 0 or "happy" not in labels
+
+
+def test_a_label_after_a_line_break_has_no_blank_as_a_choice_has_none(pair):
+    model, reference = pair
+    prompts = [f"{text}\nfelt\n" for text in TEXTS]
+    ids = [reference.tokenizer(prompts[0] + label).input_ids for label in ("happy", "dog")]
+    start = len(reference.tokenizer(prompts[0]).input_ids)
+    firsts = [row[start] for row in ids]
+    assert len(set(firsts)) == 2
+    [preferred] = score_labels(model, prompts, ["happy", "dog"])[1]
+    wanted = reference.next_logits(prompts)[:, firsts].argmax(1)
+    assert torch.equal(preferred, wanted)
+    pairs = pairs_of(prompts, ["happy", "dog"])
+    check_choices(model, reference, pairs, STEERED[:1])
 
 
 def test_perplexity_is_exp_of_the_mean_loss(any_pair):
