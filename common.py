@@ -26,6 +26,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1555,6 +1556,26 @@ def logit_lens(
     last = [[-1]] * len(texts)
     lenses = [_read_states(model, texts, [layer], each, last, lens=True) for each in transplants]
     return torch.stack(lenses)[:, :, 0]
+
+
+def token_changes(
+    model: Model, texts: list[str], layer: int, transplant: Transplant
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """The tokens that gain, and that lose, most probability under a transplant (Table 8).
+
+    Two lists of (token, in how many texts it is among the ten that change most), most first.
+    Probabilities are read off the stream after `layer`, as by logit_lens."""
+    gains, losses = Counter(), Counter()
+    for first in range(0, len(texts), 100):  # a whole vocabulary for each text
+        some = texts[first : first + 100]
+        plain, moved = logit_lens(model, some, layer, [BASE, transplant])
+        gains.update((moved - plain).topk(10).indices.flatten().tolist())
+        losses.update((plain - moved).topk(10).indices.flatten().tolist())
+    found = []
+    for counts in (gains, losses):
+        tokens = counts.most_common()
+        found.append([(model.tokenizer.decode([token]).strip(), n) for token, n in tokens])
+    return tuple(found)
 
 
 def generate(

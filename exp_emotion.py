@@ -10,8 +10,8 @@ Emotion vectors of a small model are mapped into larger ones and added there. On
     Token Acc    its most likely next token is the emotion's word
     Logit Acc    the emotion's word has the highest logit of all emotions' words
 Figures 2a and 6 (both accuracies against alpha), 2b (PCA before and after), 5 (number of pairs),
-7 (t-SNE); Tables 5 (generations) and 8 (tokens that gain and lose). Every effect is shown with
-controls.
+7 (t-SNE); Tables 5 (generations) and 8 (tokens that gain and lose); the map of App. A by gradient
+descent. Every effect is shown with controls.
 
 --protocol clean (default): the scenarios that make a vector, the few-shot examples and the
 scenarios that test it are disjoint, and alpha and block are chosen on a validation part. --protocol
@@ -21,7 +21,7 @@ shot prompt."""
 from __future__ import annotations
 
 import random
-from collections import Counter
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -42,11 +42,11 @@ from common import (
     fit_quality,
     generate,
     hidden_states,
-    logit_lens,
     perplexity,
     plain_texts,
     random_directions,
     score_labels,
+    token_changes,
 )
 from harness import (
     COLUMN,
@@ -320,7 +320,20 @@ class Lab:
             v_hat = self.direction(concept, self.methods()[-1], point)
             others = random_directions(v_hat, self.args.random, self.seed(concept))
             return others[self.own_choices().index(method)]
+        if method == "gradient-descent":
+            matrix, *_ = self.gradient_descent
+            return self.vectors.v(self.source(concept), point.source_block) @ matrix
         return self.vectors.at(self.source(concept), self.target, point, method)
+
+    @cached_property
+    def gradient_descent(self) -> tuple[torch.Tensor, float, float]:
+        """The map by gradient descent at ConTrans's blocks, see fit_by_gradient_descent."""
+        maps, point = (
+            self.vectors.maps(self.source(EMOTIONS[0]), self.target),
+            self.points["contrans"],
+        )
+        x, y = maps.x[point.source_block][maps.rows()], maps.y[point.block][maps.rows()]
+        return fit_by_gradient_descent(x, y, self.args.seed)
 
     def move(self, direction: torch.Tensor, method: str, alpha: float | None = None) -> Transplant:
         """A direction added at the point chosen for a method (Eq. 3)."""
@@ -387,6 +400,10 @@ class Lab:
         for name in self.own_choices():
             move = self.move(self.direction(emotion, name), name)
             arms.append((name, None, self.points[name].alpha, move))
+        if "gradient-descent" in self.points:
+            method = "gradient-descent"
+            direction, alpha = self.direction(emotion, method), self.points[method].alpha
+            arms.append((method, None, alpha, self.move(direction, method)))
         moves = [move for *_, move in arms]
         found = named(self.model, args, self.data, "test", emotion, moves)
         item = ITEMS.get(PAPER_NAMES.get(self.target), "Figure 2a")
@@ -438,8 +455,7 @@ class Lab:
             records += [self.record(method=method, **fields) for fields in found]
             if method == "contrans":
                 maps = self.vectors.maps(*first[:2], method)
-                x, y = maps.x[point.source_block][maps.rows()], maps.y[point.block][maps.rows()]
-                r2, cosine = fit_by_gradient_descent(x, y, self.args.seed)
+                _, r2, cosine = self.gradient_descent
                 about = {"method": "gradient-descent", "concept": "map", "part": "held-out"}
                 about["n"] = maps.fit(point.source_block, point.block).n
                 records.append(self.record(metric="r2", value=r2, **about))
@@ -511,17 +527,14 @@ class Lab:
 
     def token_changes(self) -> list[list[str]]:
         """Table 8: emotion, and the tokens among the ten that gain and lose most, with counts."""
-        rows = []
+        rows, method = [], map_methods(self.args)[-1]
         for emotion in EMOTIONS:
             asked = prompts(self.args, self.data, self.data.emotions[emotion].test, shots=True)
-            method = map_methods(self.args)[-1]
-            moves = [BASE, self.move(self.direction(emotion, method), method)]
-            plain, moved = logit_lens(self.model, asked, self.points[method].block, moves)
+            move = self.move(self.direction(emotion, method), method)
+            changes = token_changes(self.model, asked, self.points[method].block, move)
             cells = []
-            for change in (moved - plain, plain - moved):
-                top = Counter(change.topk(10).indices.flatten().tolist()).most_common(6)
-                tokens = [(self.model.tokenizer.decode([token]).strip(), n) for token, n in top]
-                cells.append(", ".join(f"{token!r} {n}" for token, n in tokens))
+            for tokens in changes:
+                cells.append(", ".join(f"{token!r} {n}" for token, n in tokens[:6]))
             rows.append([emotion, *cells])
         return rows
 
@@ -554,8 +567,10 @@ def own_scenarios(data: Data, each: int) -> tuple[list[str], list[str]]:
     return labels, texts
 
 
-def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[float, float]:
-    """(R², cosine) of a linear layer trained as in App. A: Adam, 1e-4, 20 epochs, batches of 32."""
+def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple:
+    """(F [d1, d2], R², cosine) of a linear layer, what App. A compares the closed form with.
+
+    Trained as in the released code: Adam, 1e-4, 20 epochs, batches of 32."""
     n = len(x) - int(len(x) * 0.2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -567,7 +582,8 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
                 loss = torch.nn.functional.mse_loss(layer(x[rows]), y[rows])
                 loss.backward()
                 optimizer.step()
-    return fit_quality(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
+    quality = fit_quality(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
+    return layer.weight.detach().T, *quality
 
 
 # ---------------------------------------------------------------- one target
@@ -587,6 +603,8 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
         lab.points[method] = best_point(select(grid, method=method, variant=None))
     for name in lab.own_choices():
         lab.points[name] = best_point(select(grid, variant=name))
+    if "contrans" in lab.points:  # App. A: the other way to fit the same map
+        lab.points["gradient-descent"] = lab.points["contrans"]
     tested = []
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)

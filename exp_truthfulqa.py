@@ -12,7 +12,8 @@ map and by a local one (docs/map.md). How often is the right answer then the mos
     MC1    the right choice has a higher log-likelihood (summed over tokens) than every wrong one
     MC2    share of the probability of all choices that falls on true ones
 Table 1: ConTrans beside every baseline and control. 3: five source models. 4: v from base or
-instruct. 5: generations (--generate). 6: chat models as targets. 10: v from facts, not questions.
+instruct. 5: generations (--generate). 6: chat models as targets. 8: tokens that gain and lose, in
+the report of Table 1. 10: v from facts, not questions.
 
 --protocol clean (default): v is refined from, and block and alpha are chosen on, a validation part
 of the questions; the rest is the test. --protocol paper: all questions are used for everything, as
@@ -46,6 +47,7 @@ from common import (
     plain_texts,
     random_directions,
     spaced,
+    token_changes,
 )
 from harness import (
     METHODS,
@@ -705,7 +707,7 @@ class Lab:
         return [*records, spread(others, "random")]
 
     def write(self, row, point) -> list[dict]:
-        """Greedy answers without and with v_hat (Table 5)."""
+        """Greedy answers of the host without and with v_hat (Table 5)."""
         questions = self.data.test[: self.args.generate]
         prompts = []
         for question in questions:
@@ -716,9 +718,22 @@ class Lab:
         room = context_length(model.config) - max(self.models.lengths(row.host, prompts))
         texts = generate(model, prompts, [BASE, move], min(40, room))
         right = [question.answers[question.right] for question in questions]
-        lines = zip([question.text for question in questions], right, *texts)
-        heads = ("question", "right answer", "base answer", f"answer of {METHODS[row.method]}")
+        asked_texts = [question.text for question in questions]
+        lines = zip([Path(row.host).name] * len(questions), asked_texts, right, *texts)
+        heads = ("model", "question", "right answer", "answer", f"answer, {METHODS[row.method]}")
         return [dict(zip(heads, line)) for line in lines]
+
+    def token_changes(self, row, point) -> list[str]:
+        """Table 8: the tokens among the ten that gain and lose most, with counts."""
+        prompts = []
+        for question in self.data.test:
+            pairs = asked(self.args, self.models, row.host, question)
+            prompts.append(pairs[0][0])
+        model, move = self.models.load(row.host), self.move(row, point)
+        cells = []
+        for tokens in token_changes(model, prompts, point.block, move):
+            cells.append(", ".join(f"{token!r} {n}" for token, n in tokens[:10]))
+        return cells
 
     def save(self, row, point, *folders: Path) -> bool:
         """v_hat in each folder; from the second on also in the formats of other programs."""
@@ -861,13 +876,30 @@ def one_target(args, run, lab, part):
     ]
     if groups:
         report += ["MC1 by category", pivot(groups, "group", label)]
+    cells = run.step(f"{row.host}, tokens", lab.token_changes, row, points[row])
+    title = f"Table 8: tokens among the ten that change most, of {len(lab.data.test)} questions"
+    report += [title, markdown(["", "increased", "decreased"], [["honesty", *cells]])]
     if args.generate:
-        step = f"{row.host}, {args.generate} greedy answers"
-        texts = run.step(step, lab.write, row, points[row])
+        texts = answers(args, run, lab, part, row, points[row])
         examples += texts
         lines = [[text[:60] for text in each.values()] for each in texts]
         report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
     return records + measured + groups, examples, report
+
+
+def answers(args, run, lab, part, row, point) -> list[dict]:
+    """Table 5: greedy answers of the target, and of its chat model at a point of its own."""
+    hosts = [(row, point)]
+    chats = [each.host for each in part.rows if each.method == "align-training"]
+    for name in chats:
+        if lab.models.same_shape(row.host, name):
+            chat = row._replace(item="Table 6", target=name, host=name)
+            hosts.append((chat, best_point(validated(run, lab, chat))))
+    found = []
+    for host, point in hosts:
+        step = f"{host.host}, {args.generate} greedy answers"
+        found += run.step(step, lab.write, host, point)
+    return found
 
 
 def draw_mc1(records, points, test, title: str):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -67,6 +68,7 @@ from common import (
     refine,
     score_labels,
     shared_token_ends,
+    token_changes,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1179,6 +1181,21 @@ def test_labels_are_judged_by_the_tokens_that_tell_them_apart(pair, labels, word
             assert said[i, j] == (row.index(True) if True in row else -1)
     assert -1 in said
     assert said.max() >= 0 or "happy" not in labels
+
+
+def test_token_changes_count_the_ten_that_change_most_in_each_text(llama):
+    model, _ = llama
+    move = TRANSPLANTS[2]
+    plain, moved = logit_lens(model, TEXTS, 3, [BASE, move])
+    for found, change in zip(token_changes(model, TEXTS, 3, move), (moved - plain, plain - moved)):
+        wanted = Counter()
+        for row in change:
+            wanted.update(model.tokenizer.decode([i]).strip() for i in row.argsort()[-10:].tolist())
+        counts = Counter()
+        for token, n in found:
+            counts[token] += n
+        assert counts == wanted
+        assert [n for _, n in found] == sorted((n for _, n in found), reverse=True)
 
 
 def test_a_label_after_a_line_break_has_no_blank_as_a_choice_has_none(pair):

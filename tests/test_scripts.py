@@ -633,6 +633,15 @@ def test_emotions_are_those_of_plain_transformers(finished, data):
             assert is_rate(each, [answer == 2 for answer in answers]), match
 
 
+def test_both_ways_to_fit_the_map_of_the_paper_are_steered_with(finished):
+    run = finished("exp_emotion")
+    match = {"part": "test", "concept": "mean", "metric": "token_acc", "variant": None}
+    [closed_form] = run.find(method="contrans", item="Figure 2a", **match)
+    [descent] = run.find(method="gradient-descent", **match)
+    for name in ("source", "source_block", "block", "alpha", "n"):
+        assert descent[name] == closed_form[name]
+
+
 @pytest.mark.parametrize("seed", ["0", "5"])
 def test_clean_parts_are_disjoint(seed):
     argv = ["--seed", seed, "--shots", "8", "--limit", "-1", "--pairs", "240"]
@@ -815,6 +824,24 @@ def test_a_random_direction_chooses_alpha_as_the_vector_does(finished, tmp_path,
         assert each["alpha"] == best["alpha"]
     report = (run.folder / "report.md").read_text()
     assert "random directions, own α [range]" in report
+
+
+def test_answers_of_the_base_and_of_the_chat_model_are_shown(finished):
+    run = finished("exp_truthfulqa")
+    rows = {row["model"]: row for row in run.examples if "model" in row}
+    assert set(rows) == {"llama-m", "llama-m-chat"}
+    for name, row in rows.items():
+        reference = Reference(ZOO / name, *LLAMA)
+        end = reference.tokenizer.eos_token_id
+        [text] = reference.generate([f"[INST] {row['question']}[/INST]"], eos=end)
+        assert text.strip() and row["answer"].strip().startswith(text.strip())
+
+
+def test_the_report_of_truthfulqa_has_the_tokens_that_honesty_changes(finished):
+    report = (finished("exp_truthfulqa").folder / "report.md").read_text()
+    _, _, table = report.partition("Table 8")
+    [cells] = re.findall(r"^\| honesty \|(.*)\|(.*)\|$", table, re.M)
+    assert all(re.search(r"'.*' \d", cell) for cell in cells)
 
 
 def test_a_number_in_several_tables_is_one_number(finished):
