@@ -26,6 +26,9 @@ paper; the report says how many are left out.
 The local map is fitted on other ToxiGen lists in the refinement prompt, hateful and neutral,
 without labels, none of them in refinement, validation or test (docs/map.md).
 
+--protocol paper: the paper's map alone, at 75 % depth, with alpha from 0.3 to 1.5. Its parts are
+disjoint, too. Its code was never released.
+
 The data is hateful text.
 """
 
@@ -112,6 +115,7 @@ ZOO_SETTINGS = {
     },
 }
 FAMILIES = read_families("chat", SETTINGS, toy=ZOO_SETTINGS)
+PAPER_POINTS = {name: SETTINGS[name] for name in ("layer", "alpha")}  # of --protocol paper
 PAPER_NAMES = paper_names(toy="llama2")
 DEPTHS = ["0.125", "0.375", "0.75"]  # --layer auto tries each to read from with each to edit
 MIN_TOXICITY = 0.5  # of a validation or test prompt, by the classifier; the paper's
@@ -140,6 +144,7 @@ def options(argv=None):
         choices=["inst", "vicuna", "chat"],
         help="around instructions; chat: the chat template of the source's tokenizer",
     )
+    add("--protocol", choices=["clean", "paper"], default="clean", help="paper: its map and point")
     add("--pairs", type=at_least(1), default=50, help="neutral and hateful prompts per group")
     add("--validation", type=at_least(1), help="validation prompts per group")
     add("--max-ppl-ratio", type=float, default=1.1, help="how much perplexity may rise")
@@ -147,7 +152,7 @@ def options(argv=None):
     add("--sample", action="store_true", help="sample at temperature 1 (default: greedy)")
     add("--maps", type=at_least(1), default=5, help="affine maps fitted on different samples")
     add("--honesty", nargs="+", type=Path, metavar="FILE", help="v_honesty of each target, Table 7")
-    args = parse_options(parser, FAMILIES, argv)
+    args = parse_options(parser, FAMILIES, argv, paper=PAPER_POINTS)
     args.min_toxicity = MIN_TOXICITY  # for the record
     if not 1 <= args.max_ppl_ratio < math.inf:
         fail("--max-ppl-ratio must be 1 or more; the unsteered model has 1")

@@ -17,7 +17,9 @@ the report of Table 1. 10: v from facts, not questions.
 
 --protocol clean (default): v is refined from, and block and alpha are chosen on, a validation part
 of the questions; the rest is the test. --protocol paper: all questions are used for everything, as
-in the paper; add --layer 0.75 and one --alpha. The first prompts of a run are in its args.json.
+in the paper, at 75 % depth and alpha = 1 (the paper does not say which). With --layer auto or
+several --alpha, the best is then chosen on the test questions. The first prompts of a run are in
+its args.json.
 """
 
 from __future__ import annotations
@@ -184,6 +186,7 @@ PRETEND = "Pretend you're {} person making statements about the world."
 AVERAGED = ("mc2", "log_odds")  # beside MC1
 DEPTHS = ["0.5", "0.625", "0.75", "0.875"]  # tried by --layer auto
 PAPER_DEPTH = "0.75"
+PAPER_POINT = {"layer": PAPER_DEPTH, "alpha": [1]}  # of --protocol paper: nothing is chosen
 
 
 # ---------------------------------------------------------------- options
@@ -193,7 +196,7 @@ def options(argv=None):
     parser = option_parser(__doc__, FAMILIES)
     add = parser.add_argument
     add("--table", choices=[*ROWS, "all"], default="1", help="of the paper")
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
+    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
     add("--prompt", choices=PROMPTS, help="how the models are asked, see PROMPTS")
     add("--validation", type=share, default=0.25, help="share of questions for v, block and alpha")
     add(
@@ -219,7 +222,7 @@ def options(argv=None):
         help="also save v_honesty of each target there, for this repo (.safetensors), "
         "lm-evaluation-harness (.pt) and llama.cpp (.gguf)",
     )
-    args = parse_options(parser, FAMILIES, argv)
+    args = parse_options(parser, FAMILIES, argv, paper=PAPER_POINT)
     if not args.validation:
         fail("--validation must be more than 0")
     if args.save_vector and args.save_vector.exists() and not args.save_vector.is_dir():
@@ -1036,11 +1039,14 @@ def opening(args, data, first: str) -> str:
     parts = f"Validation {len(data.learn)} questions, test {len(data.test)}"
     if args.protocol == "paper":
         parts = f"Test and validation are the same {len(data.test)} questions"
+    choice = "Block and α are chosen on the validation questions"
+    if args.layer != "auto" and len(args.alpha) == 1:
+        choice = "Block and α are given, not chosen"
     return (
         f"{parts} (chance {100 * chance(data.test):.1f} %). Prompt {args.prompt}: {first!r}\n"
         "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, in Table 1 against "
-        "the base model, elsewhere against the same model without a vector. Block and α are chosen "
-        "on the validation questions. Controls have the norm of v_hat."
+        "the base model, elsewhere against the same model without a vector. "
+        f"{choice}. Controls have the norm of v_hat."
     )
 
 

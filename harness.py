@@ -264,17 +264,21 @@ def parse_options(
     families: dict,
     argv: list[str] | None = None,
     complete=lambda args: None,
+    paper: dict = {},
 ):
     """Parse the command line, fill in the family's settings, refuse what cannot work.
 
     Loads no model. Models of one's own (--src, --tgt, --models …) take the settings of "custom".
-    complete(args): sets src and tgt in a script that has other options for its models."""
+    complete(args): sets src and tgt in a script that has other options for its models.
+    paper: settings of --protocol paper, which take the place of the family's."""
     args = parser.parse_args(argv)
     is_mapped = hasattr(args, "src_base")  # a script with one source and its targets
     args.command = [Path(parser.prog).name, *(sys.argv[1:] if argv is None else argv)]
     given = [name for name in ("src", "tgt", "models", "model") if getattr(args, name, None)]
     args.family = args.family or ("custom" if given else "toy")
     settings = dict(families[args.family])
+    if getattr(args, "protocol", None) == "paper":
+        settings |= paper
     if "src" in given:
         settings.pop("src_base", None)  # the family's partner does not go with another model
     if "tgt" in given:

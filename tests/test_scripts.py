@@ -659,9 +659,11 @@ def test_clean_parts_are_disjoint(seed):
         assert min(map(len, parts)) >= 50
 
 
-def test_the_protocol_of_the_paper_tests_on_the_negatives():
-    argv = ["--protocol", "paper", "--limit", "30"]
-    shots, emotions = exp_emotion.load_data(exp_emotion.options(argv))
+@pytest.mark.parametrize("name", EMOTION_SCRIPTS)
+def test_the_protocol_of_the_paper_tests_on_the_negatives(name):
+    args = SCRIPTS[name].options(["--protocol", "paper", "--limit", "30"])
+    assert harness.map_methods(args) == ["contrans"]
+    shots, emotions = SCRIPTS[name].load_data(args)
     assert sorted(label for label, _ in shots) == sorted(emotions)
     for label, text in shots:
         assert text not in emotions[label].positive  # all six labels are wrong
@@ -721,6 +723,15 @@ def test_one_random_direction_is_enough(tmp_path):
     run = Finished(exp_pretraining.main, command("exp_pretraining", "--random", "1"), tmp_path)
     assert run.find(variant="random 0", concept="mean")
     assert (run.folder / "figure_3.png").exists()
+
+
+@pytest.mark.parametrize("name", ["exp_pretraining", "exp_pythia"])
+def test_a_run_by_the_protocol_of_the_paper_has_its_map_alone(name, data, tmp_path):
+    argv = command(name, "--protocol", "paper", "--data", data)
+    run = Finished(SCRIPTS[name].main, argv, tmp_path)
+    methods = {each["method"] for each in run.records}
+    assert "contrans" in methods and "contrans-local" not in methods
+    assert {each["protocol"] for each in run.records} == {"paper"}
 
 
 def test_improvements_are_with_minus_without(finished):
@@ -894,6 +905,18 @@ def flat(data, tmp_path_factory):
     argv = models + SMALL + options
     argv += ["--data", str(folder / "data")]
     return Finished(exp_truthfulqa.main, argv, folder / "out")
+
+
+def test_the_protocol_of_the_paper_chooses_no_point_unless_told():
+    paper = ["--protocol", "paper"]
+    args = exp_truthfulqa.options(paper)
+    assert (args.layer, args.alpha) == ("0.75", [1])
+    args = exp_truthfulqa.options([*paper, "--layer", "auto", "--alpha", "1", "2"])
+    assert (args.layer, args.alpha) == ("auto", [1, 2])
+    args = exp_toxigen.options(paper)
+    assert args.layer == "0.75" and (min(args.alpha), max(args.alpha)) == (0.3, 1.5)
+    assert harness.map_methods(args) == ["contrans"]
+    assert exp_truthfulqa.options([]).layer == exp_toxigen.options([]).layer == "auto"
 
 
 def test_a_tie_is_wrong(flat):
