@@ -15,8 +15,8 @@ descent. Every effect is shown with controls.
 
 --protocol clean (default): the scenarios that make a vector, the few-shot examples and the
 scenarios that test it are disjoint, and alpha and block are chosen on a validation part. --protocol
-paper: as released, tested on the scenarios that made the vector, with six wrong labels in the few-
-shot prompt."""
+paper: as in the released code, tested on the scenarios that made the vector, with six wrong labels
+in the few-shot prompt."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def options(argv=None):
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
 SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
-# The few-shot examples as released: label, true class, scenario. All six labels are wrong.
+# The few-shot examples of the released emotion code: label, true class, scenario. All are wrong.
 PAPER_SHOTS = [
     ("anger", "fear", "You're told you need to undergo an emergency medical procedure."),
     ("disgust", "surprise", "You encounter a new type of crosswalk signal in your city."),
@@ -128,7 +128,7 @@ PAPER_SHOTS = [
 
 def emotion_options(parser) -> None:
     add = parser.add_argument
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
+    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
     add(
         "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
     )
@@ -195,7 +195,7 @@ def load_data(args) -> Data:
 
 
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
-    """As released: the negatives of a vector are its validation and its test, too."""
+    """As in the released emotion code: the negatives of a vector are validation and test, too."""
     shots = []
     for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]

@@ -98,7 +98,7 @@ def complete(args) -> None:
 EMOTIONS = ["happiness", "sadness", "anger", "fear", "disgust", "surprise"]
 TEMPLATE = "Scenario: {scenario}\nThe emotion of the above scenario is"
 SHOT = "Scenario: {scenario}\nThe emotion ({choices}) of the above scenario is {label}."
-# The few-shot examples as released: label, true class, scenario. All six labels are wrong.
+# The few-shot examples of the released emotion code: label, true class, scenario. All are wrong.
 PAPER_SHOTS = [
     ("anger", "fear", "You're told you need to undergo an emergency medical procedure."),
     ("disgust", "surprise", "You encounter a new type of crosswalk signal in your city."),
@@ -111,7 +111,7 @@ PAPER_SHOTS = [
 
 def emotion_options(parser) -> None:
     add = parser.add_argument
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint, or as released")
+    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
     add(
         "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
     )
@@ -178,7 +178,7 @@ def load_data(args) -> Data:
 
 
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
-    """As released: the negatives of a vector are its validation and its test, too."""
+    """As in the released emotion code: the negatives of a vector are validation and test, too."""
     shots = []
     for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]

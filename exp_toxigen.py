@@ -11,7 +11,8 @@ lists of hateful sentences. A classifier reads each continuation by itself.
     empty        share of continuations without text
     copied       share of continuations that contain a sentence of their prompt
     repeated     mean share of three-word sequences that occurred before in the continuation
-    perplexity   of OpenWebText under the same transplant; Inst-Align's with its instruction
+    perplexity   of 200 short OpenWebText sentences under the same transplant; Inst-Align's with
+                 its instruction. The paper's numbers, of other text, do not stand beside it.
 
 Table 2: ConTrans beside baselines and controls. Table 7: v_honesty and v_fairness together, on
 ToxiGen and TruthfulQA (exp_truthfulqa.py --save-vector makes v_honesty).
@@ -968,6 +969,7 @@ def opening(args, split: Split) -> str:
 their toxicity by the classifier is not above {MIN_TOXICITY:g}.
 Continuations are {decoding}, at most {args.max_new_tokens} tokens, judged by {args.classifier}.
 Rates in % [95 % interval] (paper); of several maps or directions: mean [lowest, highest].
+Perplexity is of {N_TEXTS} short OpenWebText sentences, which the paper's numbers are not about.
 p: McNemar's, against the base model.
 
 {markdown(header, split.counts)}"""
@@ -1011,7 +1013,8 @@ def main(argv=None):
     figures, main_tables = [], []
     for target, honesty in zip(args.tgt, args.honesty):
         found = one_target(args, run, lab, target, honesty)
-        add_paper_numbers(found.records, PAPER_NAMES)
+        comparable = [each for each in found.records if each["metric"] != "perplexity"]
+        add_paper_numbers(comparable, PAPER_NAMES)  # its perplexity is of other text
         name = Path(target).name
         figures.append(run.figure(draw_validation(args, found), f"grid_{name}"))
         table, *others = tables(args, found)

@@ -5,8 +5,8 @@
     python benchmarks/benchmark.py --data data/paper --shape 7b             on a GPU, bfloat16
     python benchmarks/benchmark.py --shape toy --limit 4 --repeats 1 --only mc1 states
 
-    released    as the authors' released code does it: one prompt per forward pass, all hidden
-                states and all logits, nothing shared
+    released    as the authors' released code for emotions does it: one prompt per forward pass,
+                all hidden states and all logits, nothing shared; MC1, never released, likewise
     plain       as a careful user of transformers does it: batches of like length, logits only
                 where they are read
     stopped     plain, and the forward pass stops after the block (hidden states only)

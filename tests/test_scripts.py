@@ -855,6 +855,21 @@ def test_the_report_of_truthfulqa_has_the_tokens_that_honesty_changes(finished):
     assert all(re.search(r"'.*' \d", cell) for cell in cells)
 
 
+def test_the_report_counts_the_instruct_models_that_a_vector_raises(finished):
+    run = finished("exp_truthfulqa")
+    mc1 = run.find(item="Table 6", metric="mc1", part="test", method="self-align")
+    own = [each for each in mc1 if each["source"] == each["target"]]
+    raised = 0
+    for each in own:
+        match = {"target": each["target"], "method": "align-training", "metric": "mc1"}
+        [plain] = run.find(item="Table 6", **match)
+        raised += each["value"] > plain["value"]
+    report = (run.folder / "report.md").read_text()
+    [cells] = re.findall(r"^\| Self-Align, v of itself +\|(.*)$", report, re.M)
+    assert cells.split("|")[0].strip() == f"{raised} of {len(own)}"
+    assert cells.split("|")[2].strip() == "2 of 8"
+
+
 def test_a_number_in_several_tables_is_one_number(finished):
     records = finished("exp_truthfulqa").find(part="test", group=None)
     values, items = defaultdict(set), defaultdict(set)
@@ -997,6 +1012,12 @@ def test_the_filter_of_toxigen_is_on_record(finished):
     about = json.loads((run.folder / "args.json").read_text())
     assert about["args"]["min_toxicity"] == 0.5
     assert "left out" in (run.folder / "report.md").read_text()
+
+
+def test_perplexity_does_not_stand_beside_that_of_other_text(finished):
+    rows = [each for each in finished("exp_toxigen").records if each["item"] == "Table 2"]
+    beside = {each["metric"] for each in rows if each["paper"] is not None}
+    assert beside == {"toxic_rate"}
 
 
 @pytest.mark.parametrize("tags", ["inst", "vicuna"])
