@@ -922,6 +922,15 @@ def flat(data, tmp_path_factory):
     return Finished(exp_truthfulqa.main, argv, folder / "out")
 
 
+def test_each_source_of_table_3_is_asked_in_its_own_tags():
+    args = exp_truthfulqa.options(["--family", "llama", "--table", "3"])
+    tags = [prompt for _, _, prompt in args.sources]
+    assert tags == ["paper", "chat", "vicuna", "paper", "chat"]
+    ask = functools.partial(exp_truthfulqa.wrap, args, None, text="Why?")
+    assert ask(name="mistralai/Mistral-7B-Instruct-v0.1") == "[INST] Why?[/INST]"
+    assert ask(name="huggyllama/llama-7b") == "USER: Why? ASSISTANT:"
+
+
 def test_the_protocol_of_the_paper_chooses_no_point_unless_told():
     paper = ["--protocol", "paper"]
     args = exp_truthfulqa.options(paper)
