@@ -328,10 +328,8 @@ class Lab:
     @cached_property
     def gradient_descent(self) -> tuple[torch.Tensor, float, float]:
         """The map by gradient descent at ConTrans's blocks, see fit_by_gradient_descent."""
-        maps, point = (
-            self.vectors.maps(self.source(EMOTIONS[0]), self.target),
-            self.points["contrans"],
-        )
+        maps = self.vectors.maps(self.source(EMOTIONS[0]), self.target)
+        point = self.points["contrans"]
         x, y = maps.x[point.source_block][maps.rows()], maps.y[point.block][maps.rows()]
         return fit_by_gradient_descent(x, y, self.args.seed)
 

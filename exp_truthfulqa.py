@@ -1014,13 +1014,15 @@ def instruct_targets(args, records) -> str:
     """Table 6 counted: of how many instruct models does a vector raise MC1?"""
     mc1 = select(records, metric="mc1")
     plain = {each["target"]: each for each in select(mc1, method="align-training")}
-    small = {args.src_base: "the small base model", args.src: "the small instruct model"}
     gains: dict[str, list] = {}
     for each in mc1:
         if each["block"] is not None:
             before = plain[each["target"]]
-            own = "itself" if each["source"] == each["target"] else "its own base model"
-            name = small.get(each["source"], own)
+            name = "the small instruct model"
+            if each["method"] == "self-align":
+                name = "itself" if each["source"] == each["target"] else "its own base model"
+            elif each["source"] == args.src_base:
+                name = "the small base model"
             gain = each["value"] - before["value"]
             p = mcnemar(before["hits"], each["hits"])
             gains.setdefault(f"{label(each)}, v of {name}", []).append((gain, p))
