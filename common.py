@@ -8,6 +8,7 @@
     5  Transplant      h + alpha v_hat after a block, at every position               Eq. 3
     6  Scoring         choices, labels, text and perplexity under a list of transplants
     7  Engine          what makes it fast: batches, and what is computed only once
+    8  Dry run         what all of this would cost, counted without weights
 
 No plots, no options, no result files: those are in harness.py. Blocks are counted from 0, and
 "after block k" is the output of block k. Every function takes its settings as arguments, so all of
@@ -27,14 +28,14 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from harness import cached, fail, on_ndif, progress_bar, read_text
+from harness import cached, fail, markdown, on_ndif, progress_bar, read_text
 
 # ================================================================ 1  Model
 
@@ -101,6 +102,7 @@ class Model:
     remote: str | None  # address of the NDIF server that runs it
     batch_tokens: int  # tokens computed in one forward pass
     sharing: tuple[bool, bool, bool, bool] | None = None  # see _sharing
+    cost: Cost | None = None  # of a model without weights, see section 8
 
     @property
     def tokenizer(self):
@@ -128,13 +130,15 @@ def load_model(
     batch_tokens: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    dry_run: bool = False,
 ) -> Model:
     """Load a causal LM, or a model that also sees or hears, of which only the text part is used.
 
     name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
     bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
     all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
-    then. batch_tokens: tokens computed in one forward pass; lower it when memory runs out. Raises
+    then. batch_tokens: tokens computed in one forward pass; lower it when memory runs out.
+    dry_run: load no weights, but count in `cost` what they would compute, see section 8. Raises
     ValueError for an unknown dtype, a device that is not there, weights that are not complete, and
     an architecture whose blocks are not found (the message names its module lists)."""
     from nnsight.modeling.transformers import TransformersModel
@@ -145,13 +149,14 @@ def load_model(
         raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
     _require_device(device)
     repo, revision = _split_revision(name)
+    is_elsewhere = remote or dry_run
     on_gpu = device != "cpu" and torch.cuda.is_available()
     torch_dtype = torch.bfloat16 if on_gpu else torch.float32
     if dtype in ("float32", "bfloat16", "float16"):
         torch_dtype = getattr(torch, dtype)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"task": "text-generation", "rename": PATHS, "tokenizer": _read_tokenizer(repo, hub)}
-    if remote:
+    if is_elsewhere:
         if trust_remote_code:
             settings["trust_remote_code"] = True
         nn = TransformersModel(repo, revision=revision, **settings)
@@ -166,8 +171,10 @@ def load_model(
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False)
     nn._module.eval()
-    batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu or remote else CPU_BATCH_TOKENS)
-    if not remote and not _takes_padding(name, nn):
+    batch_tokens = batch_tokens or (
+        GPU_BATCH_TOKENS if on_gpu or is_elsewhere else CPU_BATCH_TOKENS
+    )
+    if not is_elsewhere and not _takes_padding(name, nn):
         print(f"{name} does not ignore padding: computed one text at a time")
         batch_tokens = 1
     return Model(
@@ -177,6 +184,7 @@ def load_model(
         precision=dtype if dtype in QUANTIZED else str(torch_dtype),
         remote=remote,
         batch_tokens=batch_tokens,
+        cost=_cost(nn, dtype) if dry_run else None,
     )
 
 
@@ -295,7 +303,7 @@ class Models:
             fail(f"--device: {error}")
         self.remote, self.host = set(remote), host  # names of the models that NDIF runs
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
-        self.loading = loading  # dtype, device, batch_tokens
+        self.loading = loading  # dtype, device, batch_tokens, dry_run
         self.loaded: dict[str, Model] = {}
         self.known: dict[str, tuple] = {}
 
@@ -309,6 +317,8 @@ class Models:
 
     def release(self, keep: tuple[str, ...] = ()) -> None:
         """Let go of the loaded models."""
+        if self.loading.get("dry_run"):  # they take no memory, and know what they cost
+            return
         done = [name for name in self.loaded if name not in keep]
         for name in done:
             del self.loaded[name]
@@ -329,6 +339,20 @@ class Models:
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[-1]  # the lines above it are a traceback
             fail(f"cannot load model {name}: {reason}")
+
+    def costs(self) -> str:
+        """What a dry run has counted, as a Markdown table."""
+        rows = []
+        for name, model in self.loaded.items():
+            cost = model.cost
+            hours = math.ceil(cost.size / H100_MEMORY) * cost.flops / H100_FLOPS / 3600
+            work = cost.tokens, cost.flops / 1e12, hours, cost.requests
+            rows.append([name, cost.size / 2**30, *work])
+        rows.append(["total", *map(sum, list(zip(*rows))[1:])])
+        form = "{}|{:,.1f}|{:,.0f}|{:,.3f}|{:,.3f}|{}"
+        cells = [form.format(*row).split("|") for row in rows]
+        header = ["", "weights [GiB]", "tokens", "TFLOP", "GPU hours", "NDIF requests"]
+        return f"{markdown(header, cells)}\n\n{ASSUMED}"
 
     def config(self, name: str):
         return self._read(name)[0]
@@ -1615,7 +1639,7 @@ def generate(
 def _written(model: Model, rows, transplants, eft, options: tuple, luck):
     """Yield (transplant, row, its new tokens)."""
     max_new_tokens = options[0]
-    small = tuple((each.nn, _sharing(each)) for each in eft)
+    small = tuple((each if each.cost else each.nn, _sharing(each)) for each in eft)
     for members in _groups(model, transplants, max(map(len, rows))):
         copies = len(members)
 
@@ -1797,7 +1821,9 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
 
     costs: computed tokens of each row; a batch costs at most model.batch_tokens. On NDIF several
     batches are one job. What does not fit the memory, or takes the server too long, is halved."""
-    work = None
+    nn, work = model.nn, None
+    if model.cost:
+        nn, make = model, COUNTERS[make]
     batches = _batches(model, costs)
     per_job = batches_per_job if model.remote else 1
     with progress_bar(len(costs), model.name, delay=10, leave=False) as bar:
@@ -1809,9 +1835,9 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
                 try:
                     if model.remote:
                         about = [model.fingerprint, model.remote]
-                        answers = on_ndif(model.nn, model.remote, make, fixed, packs, about)
+                        answers = on_ndif(nn, model.remote, make, fixed, packs, about)
                     else:
-                        work = work or make(model.nn, *fixed)
+                        work = work or make(nn, *fixed)
                         answers = [work(**packs[0])]
                 except (torch.OutOfMemoryError, TimeoutError) as error:
                     waiting += _halves(model, job, error)
@@ -2189,6 +2215,8 @@ def _logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of tails[i] after heads[i], and whether it is greedy: [transplants, n]."""
     transplants = list(transplants)
+    if model.cost:  # has few logits
+        tails = [[token % NARROW for token in tail] for tail in tails]
     trees, members = _group_by_head([model, *eft], heads, tails, share_heads)
     sums = torch.empty(len(transplants), len(heads))
     greedy = torch.empty(len(transplants), len(heads), dtype=torch.bool)
@@ -2302,3 +2330,126 @@ def _require_finite(values: torch.Tensor, what: str) -> None:
         raise FloatingPointError(
             f"NaN or infinity in {what}: try another --dtype or a smaller alpha"
         )
+
+
+# ================================================================ 8  Dry run
+#
+# A script runs as it is, on models without weights: instead of computing a batch, _each_batch
+# counts what _state_reader, _scorer, _writer … would do with it, and answers with made-up numbers.
+
+NARROW = 16  # width of states, and number of logits, in a dry run
+H100_FLOPS = 0.4 * 990e12  # a second
+H100_MEMORY = 72e9  # bytes for weights
+WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
+ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes through half
+of the blocks is half a token. GPU hours: of as many H100 as hold the weights, at 40 % of 990
+TFLOP/s, one after the other. Texts are as long as they may become, no strength is ruled out by its
+perplexity, and all that is shared is shared (docs/models.md says where it is not). Left out:
+loading, fits on the CPU, classifiers."""
+
+
+@dataclass
+class Cost:
+    """What a model would compute."""
+
+    blocks: list[float]  # weights of each block that a token is multiplied with
+    unembed: int  # weights of the unembedding
+    width: int  # of the residual stream
+    size: float  # of all weights [bytes]
+    tokens: float = 0.0  # through all blocks
+    flops: float = 0.0
+    requests: int = 0  # to NDIF
+    luck: torch.Generator = field(default_factory=torch.Generator)
+
+    def add(self, tokens: int, context: int, blocks: slice, logits: int = 0) -> None:
+        """Count tokens that go through these blocks, each beside `context` tokens, and states that
+        go through the unembedding."""
+        weights = self.blocks[blocks]
+        attention = 2 * context * self.width * len(weights)
+        self.tokens += tokens * sum(weights) / sum(self.blocks)
+        self.flops += 2 * (tokens * (sum(weights) + attention) + logits * self.unembed)
+
+    def add_pass(self, rows: list, past: int, shifts: dict, copies: int, logits: int) -> None:
+        """Count what _forward does; rows: tokens of each row after `past` tokens of a prefix."""
+        tokens, context = len(rows) * max(rows), past + max(rows)
+        parting = min(shifts, default=-1) + 1
+        self.add(tokens, context, slice(parting))
+        self.add(copies * tokens, context, slice(parting, None), copies * logits)
+
+
+def _cost(nn, dtype: str) -> Cost:
+    """Nothing yet, for a model without weights. Its states are made narrow."""
+    config = nn.config.get_text_config(decoder=True)
+    experts = getattr(config, "num_experts_per_tok", None)
+    blocks = []
+    for block in nn.layers:
+        sizes = [0.0]
+        for each in block._module.parameters():
+            if each.dim() > 1:  # experts are in one tensor, and a token sees a few of them
+                share = experts / len(each) if experts and each.dim() == 3 else 1
+                sizes.append(share * each.numel())
+        blocks.append(sum(sizes))
+    size = nn._module.num_parameters() * WEIGHT_BYTES.get(dtype, 2)
+    cost = Cost(blocks, nn.unembed._module.weight.numel(), config.hidden_size, size)
+    config.hidden_size = NARROW
+    return cost
+
+
+def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
+    def read(rows, from_end):
+        count = sum(map(len, from_end))
+        width = max(map(len, rows))
+        blocks = slice(max(layers) + 1 if stop else None)
+        logits = lens * count + (not stop) * len(rows)
+        model.cost.add(len(rows) * width, width, blocks, logits)
+        return torch.randn(count, len(layers), NARROW, generator=model.cost.luck)
+
+    return read
+
+
+def _count_pairs(model: Model, layers):
+    read = _count_states(model, layers, {}, False)
+    return lambda rows: refine(*(read(side, [[-1]] * len(rows)) for side in zip(*rows)))
+
+
+def _count_scores(model: Model, prefix, shifts, copies: int, sharing, reduce: bool):
+    if prefix:
+        model.cost.add_pass([len(prefix)], 0, shifts, copies, 0)
+
+    def score(trees):
+        sizes = [len(head) + sum(len(tail) - 1 for tail in tails) for head, tails in trees]
+        lengths = torch.tensor([len(tail) for _, tails in trees for tail in tails])
+        nodes = len(trees) + int((lengths - 1).sum())
+        model.cost.add_pass(sizes, len(prefix), shifts, copies, nodes)
+        if not reduce:
+            return torch.arange(float(NARROW)).expand(copies, nodes, -1)
+        luck = torch.randn(copies, len(lengths), generator=model.cost.luck)
+        return luck / 100 - lengths, luck > 0  # no transplant changes the perplexity
+
+    return score
+
+
+def _count_texts(model: Model, shifts, copies: int, sharing, options: tuple, small: tuple):
+    new_tokens = options[0]
+
+    def write(pieces, luck):
+        rows = [row for piece in pieces for row in piece]
+        n, width = copies * len(rows), max(map(len, rows))
+        for each, own in [(model, shifts), *((each, {}) for each, _ in small)]:
+            for piece in pieces:
+                each_copy = copies if own else 1
+                each.cost.add_pass(list(map(len, piece)), 0, own, each_copy, len(piece))
+            for step in range(1, new_tokens):
+                each.cost.add(n, width + step, slice(None), n)
+        return torch.tensor([(row * new_tokens)[:new_tokens] for row in rows]).repeat(copies, 1)
+
+    return write
+
+
+COUNTERS = {
+    _state_reader: _count_states,
+    _pair_refiner: _count_pairs,
+    _scorer: _count_scores,
+    _writer: _count_texts,
+    _try_sharing: lambda *_: lambda: (True, True, True, True),
+}

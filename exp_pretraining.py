@@ -543,7 +543,7 @@ def main(argv=None):
             lab.source = run.tensors(f"source {name}", lab.collect_source, name)
         if name in args.tgt:
             found[name] = one_target(run, lab, name)
-        if is_ours and not args.keep_downloads:
+        if is_ours and not args.keep_downloads and not args.dry_run:
             models.release()
             run.step(f"remove {name}", delete_revision, name)
     records = [each for name in args.tgt for each in found[name]]

@@ -29,6 +29,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,7 @@ TOY = ROOT / "data" / "toy"
 MODELS = ROOT / "data" / "models.csv"
 HOSTED_NDIF = "https://api.ndif.us"
 CACHE = {"folder": os.environ.get("CONTRANS_CACHE", ROOT / "cache")}
+DRY_RUN = {"folder": None}  # temporary, the only one that a dry run writes to
 
 # ================================================================ 1  Options
 
@@ -253,6 +255,7 @@ def _add_machine_options(add) -> None:
     )
     add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="of the run folders")
     add("--fresh", action="store_true", help="start over instead of continuing an earlier run")
+    add("--dry-run", action="store_true", help="only say what it would cost; needs no weights")
     add("--quiet", action="store_true", help="no progress, only the result")
     add("--no-cache", action="store_true", help="neither read nor write cached hidden states")
     add("--allow-pickle", action="store_true", help="load weights that can run any code")
@@ -306,8 +309,11 @@ def parse_options(
     if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
     folder = os.environ.get("CONTRANS_CACHE", ROOT / "cache")
+    DRY_RUN["folder"] = tempfile.TemporaryDirectory() if args.dry_run else None
+    if args.dry_run:
+        args.out = folder = Path(DRY_RUN["folder"].name)
     CACHE["folder"] = None if args.no_cache else folder
-    PROGRESS["quiet"] = args.quiet
+    PROGRESS["quiet"] = args.quiet or args.dry_run
     return args
 
 
@@ -333,15 +339,17 @@ def model_options(args) -> dict:
             remote += [args.src, args.src_base]
         remote = [name for name in dict.fromkeys(remote) if name]
         args.ndif_host = args.ndif_host.rstrip("/")
-        _check_ndif(args.ndif_host, remote)
+        if not args.dry_run:
+            _check_ndif(args.ndif_host, remote)
     return {
         "remote": remote,
         "host": args.ndif_host,
-        "allow_pickle": args.allow_pickle,
+        "allow_pickle": args.allow_pickle or args.dry_run,
         "trust_remote_code": args.trust_remote_code,
         "dtype": args.dtype,
-        "device": args.device,
+        "device": "cpu" if args.dry_run else args.device,
         "batch_tokens": args.batch_tokens,
+        "dry_run": args.dry_run,
     }
 
 
@@ -431,6 +439,8 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 def _write_file(path: Path, content) -> None:
     """Write text, bytes, or what content(file) writes; the file appears when it is complete."""
+    if DRY_RUN["folder"] and Path(DRY_RUN["folder"].name) not in path.parents:
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -558,6 +568,9 @@ def _send_with_retries(nn, host: str, make, fixed: tuple, packs: list[dict]) -> 
     from nnsight.intervention.backends.remote import RemoteError
     from websocket import WebSocketException
 
+    if DRY_RUN["folder"]:
+        nn.cost.requests += 1
+        return _run_packs(nn, make, fixed, packs)
     last = None
     for wait in [*RETRY_SECONDS, None]:
         NDIF_STATS["requests"] += 1
@@ -625,13 +638,22 @@ class Run:
             "data": _digest(json.loads(json.dumps(data))),
             "first prompts": first_prompts,
         }
-        skipped = {"command", "out", "fresh", "quiet", "no_cache", "batch_tokens", *ignore}
+        skipped = {
+            "command",
+            "out",
+            "fresh",
+            "quiet",
+            "dry_run",
+            "no_cache",
+            "batch_tokens",
+            *ignore,
+        }
         settings = {k: v for k, v in vars(args).items() if k not in skipped}
         settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
         sources = [Path(script), Path(__file__), Path(__file__).with_name("common.py")]
         code = {path.name: _digest(path.read_text()) for path in sources}
         self.id = _digest([settings, inputs, list(code.values())])[:8]
-        self.args = args
+        self.args, self.models = args, models
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
         self.title = f"{Path(script).stem}: {short[0]} → {', '.join(short[1:])}"
         name = f"{short[0]}--{'+'.join(short[1:])[:120]}--{self.id}"
@@ -701,6 +723,10 @@ class Run:
         headline: Markdown of the verdict, the headline figure and the headline table, which are
         also printed; more: further tables and figures."""
         self.bar.close()
+        if DRY_RUN["folder"]:
+            print(f"\n{self.title}\n\n{self.models.costs()}")
+            DRY_RUN["folder"].cleanup()
+            return
         names = (
             "seed", "refine", "map", "norm", "protocol", "intercept", "ridge", "rcond", "sentences",
         )  # fmt: skip
@@ -734,7 +760,7 @@ class Run:
         """Save a matplotlib figure as PNG and PDF, close it, and return its line in the report."""
         import matplotlib.pyplot as plt
 
-        for suffix in ("png", "pdf"):
+        for suffix in () if DRY_RUN["folder"] else ("png", "pdf"):
             path = self.folder / f"{name}.{suffix}"
             options = {"format": suffix, "dpi": 200, "bbox_inches": "tight"}
             _write_file(path, lambda file: figure.savefig(file, **options))
@@ -1385,7 +1411,8 @@ def load_concept(path: Path, model=None) -> tuple:
     if model is not None and about["fingerprint"] != model.fingerprint:
         made_for = f"{about['target']} ({about['fingerprint']})"
         raise ValueError(f"{path} was made for {made_for}, not {model.name} ({model.fingerprint})")
-    return vector, about
+    width = model.config.hidden_size if model is not None else None  # less in a dry run
+    return vector[:width], about
 
 
 def export_concept(path: Path, model, vector, layer: int, alpha: float) -> None:
