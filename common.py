@@ -137,14 +137,13 @@ def load_model(
     name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
     bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
     all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
-    then. batch_tokens: tokens computed in one forward pass; lower it when memory runs out.
-    dry_run: load no weights, but count in `cost` what they would compute, see section 8. Raises
-    ValueError for an unknown dtype, a device that is not there, weights that are not complete, and
-    an architecture whose blocks are not found (the message names its module lists)."""
+    then. batch_tokens: tokens of one forward pass; lower it when memory runs out. dry_run: load no
+    weights, but count in `cost` what is asked of them. Raises ValueError for an unknown dtype, a
+    device that is not there, weights that are not complete, and an architecture whose blocks are
+    not found (the message names its module lists)."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a bar for every file of weights hides the table
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
     _require_device(device)
@@ -157,8 +156,7 @@ def load_model(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"task": "text-generation", "rename": PATHS, "tokenizer": _read_tokenizer(repo, hub)}
     if is_elsewhere:
-        if trust_remote_code:
-            settings["trust_remote_code"] = True
+        settings |= {"trust_remote_code": True} if trust_remote_code else {}
         nn = TransformersModel(repo, revision=revision, **settings)
     else:
         module = _load_weights(repo, hub, dtype, torch_dtype, device, allow_pickle)
@@ -169,11 +167,9 @@ def load_model(
         nn = TransformersModel(module, **settings)
         logging.set_verbosity(before)
     _require_known_paths(name, nn)
-    nn._module.requires_grad_(False)
-    nn._module.eval()
-    batch_tokens = batch_tokens or (
-        GPU_BATCH_TOKENS if on_gpu or is_elsewhere else CPU_BATCH_TOKENS
-    )
+    nn._module.requires_grad_(False).eval()
+    usual = GPU_BATCH_TOKENS if on_gpu or is_elsewhere else CPU_BATCH_TOKENS
+    batch_tokens = batch_tokens or usual
     if not is_elsewhere and not _takes_padding(name, nn):
         print(f"{name} does not ignore padding: computed one text at a time")
         batch_tokens = 1
@@ -225,6 +221,7 @@ def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, al
     """The transformers model; raises ValueError if its files do not hold all of its tensors."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # one for every file hides the table
     everywhere = "auto" if device != "cpu" and torch.cuda.is_available() else "cpu"
     options = {"dtype": torch_dtype, "device_map": everywhere if device == "auto" else device}
     if not allow_pickle:
@@ -2341,10 +2338,10 @@ NARROW = 16  # width of states, and number of logits, in a dry run
 H100_FLOPS = 0.4 * 990e12  # a second
 H100_MEMORY = 72e9  # bytes for weights
 WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
-ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes through half
-of the blocks is half a token. GPU hours: of as many H100 as hold the weights, at 40 % of 990
-TFLOP/s, one after the other. Texts are as long as they may become, no strength is ruled out by its
-perplexity, and all that is shared is shared (docs/models.md says where it is not). Left out:
+ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes
+through half of the blocks is half a token. GPU hours: of as many H100 as hold the weights, at 40 %
+of 990 TFLOP/s, one after the other. Texts are as long as they may become, no strength is ruled out
+by its perplexity, and all that can be shared is (docs/models.md says where it is not). Left out:
 loading, fits on the CPU, classifiers."""
 
 
@@ -2352,7 +2349,7 @@ loading, fits on the CPU, classifiers."""
 class Cost:
     """What a model would compute."""
 
-    blocks: list[float]  # weights of each block that a token is multiplied with
+    blocks: list[int]  # weights of each block that a token is multiplied with
     unembed: int  # weights of the unembedding
     width: int  # of the residual stream
     size: float  # of all weights [bytes]
@@ -2361,7 +2358,7 @@ class Cost:
     requests: int = 0  # to NDIF
     luck: torch.Generator = field(default_factory=torch.Generator)
 
-    def add(self, tokens: int, context: int, blocks: slice, logits: int = 0) -> None:
+    def add(self, tokens: int, context: float, blocks: slice, logits: int = 0) -> None:
         """Count tokens that go through these blocks, each beside `context` tokens, and states that
         go through the unembedding."""
         weights = self.blocks[blocks]
@@ -2383,12 +2380,9 @@ def _cost(nn, dtype: str) -> Cost:
     experts = getattr(config, "num_experts_per_tok", None)
     blocks = []
     for block in nn.layers:
-        sizes = [0.0]
-        for each in block._module.parameters():
-            if each.dim() > 1:  # experts are in one tensor, and a token sees a few of them
-                share = experts / len(each) if experts and each.dim() == 3 else 1
-                sizes.append(share * each.numel())
-        blocks.append(sum(sizes))
+        weights = [each for each in block._module.parameters() if each.dim() > 1]
+        # All experts are one tensor, of which a token sees a few.
+        blocks.append(sum(w[: experts if w.dim() == 3 else None].numel() for w in weights))
     size = nn._module.num_parameters() * WEIGHT_BYTES.get(dtype, 2)
     cost = Cost(blocks, nn.unembed._module.weight.numel(), config.hidden_size, size)
     config.hidden_size = NARROW
@@ -2397,12 +2391,13 @@ def _cost(nn, dtype: str) -> Cost:
 
 def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
     def read(rows, from_end):
-        count = sum(map(len, from_end))
+        places = torch.tensor([place for own in from_end for place in own])
         width = max(map(len, rows))
         blocks = slice(max(layers) + 1 if stop else None)
-        logits = lens * count + (not stop) * len(rows)
-        model.cost.add(len(rows) * width, width, blocks, logits)
-        return torch.randn(count, len(layers), NARROW, generator=model.cost.luck)
+        model.cost.add(len(rows) * width, width, blocks)
+        states = torch.randn(len(places), len(layers), NARROW, generator=model.cost.luck)
+        states[places == -1] += 2  # ends of texts are alike, which near_states goes by
+        return states
 
     return read
 
@@ -2430,18 +2425,16 @@ def _count_scores(model: Model, prefix, shifts, copies: int, sharing, reduce: bo
 
 
 def _count_texts(model: Model, shifts, copies: int, sharing, options: tuple, small: tuple):
-    new_tokens = options[0]
+    count = options[0]  # of new tokens
 
     def write(pieces, luck):
         rows = [row for piece in pieces for row in piece]
-        n, width = copies * len(rows), max(map(len, rows))
+        sizes = list(map(len, rows))
         for each, own in [(model, shifts), *((each, {}) for each, _ in small)]:
-            for piece in pieces:
-                each_copy = copies if own else 1
-                each.cost.add_pass(list(map(len, piece)), 0, own, each_copy, len(piece))
-            for step in range(1, new_tokens):
-                each.cost.add(n, width + step, slice(None), n)
-        return torch.tensor([(row * new_tokens)[:new_tokens] for row in rows]).repeat(copies, 1)
+            each.cost.add_pass(sizes, 0, own, copies if own else 1, len(rows))
+            read = copies * len(rows) * (count - 1)  # one by one, the last is not read
+            each.cost.add(read, max(sizes) + count / 2, slice(None), read)
+        return torch.tensor([(row * count)[:count] for row in rows]).repeat(copies, 1)
 
     return write
 
