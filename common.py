@@ -138,9 +138,8 @@ def load_model(
     bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
     all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
     then. batch_tokens: tokens of one forward pass; lower it when memory runs out. dry_run: load no
-    weights, but count in `cost` what is asked of them. Raises ValueError for an unknown dtype, a
-    device that is not there, weights that are not complete, and an architecture whose blocks are
-    not found (the message names its module lists)."""
+    weights, but count in `cost` what is asked of them. Raises ValueError for an unknown dtype or
+    device, incomplete weights, and blocks that are not found (it names the module lists)."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
 

@@ -126,7 +126,9 @@ def test_other_scripts_are_counted_too(name, dry, data, tmp_path):
 def test_a_large_model_needs_config_and_tokenizer_alone(dry, large, tmp_path):
     saved = ["--save-vector", str(tmp_path / "vectors"), "--out", str(tmp_path / "out")]
     before = sorted(tmp_path.rglob("*"))
-    table = dry(exp_template.main, ["--tgt", str(large), *OPTIONS.split(), *saved])
+    table = dry(
+        exp_template.main, ["--family", "toy", "--tgt", str(large), *OPTIONS.split(), *saved]
+    )
     assert sorted(tmp_path.rglob("*")) == before
     weights = 68_976_648_192  # parameters
     cost = table["llama-70b"]
@@ -137,7 +139,8 @@ def test_a_large_model_needs_config_and_tokenizer_alone(dry, large, tmp_path):
 
 
 def test_requests_to_ndif_are_counted_without_asking_it(dry, large):
-    argv = ["--tgt", str(large), *OPTIONS.split(), "--ndif-host", "http://localhost:1"]
+    argv = ["--family", "toy", "--tgt", str(large), *OPTIONS.split()]
+    argv += ["--ndif-host", "http://localhost:1"]
     one, both = [dry(exp_template.main, [*argv, "--remote", who]) for who in ("target", "both")]
     assert one["llama-s"]["NDIF requests"] == 0 < both["llama-s"]["NDIF requests"]
     assert one["llama-70b"] == both["llama-70b"] and one["llama-70b"]["NDIF requests"] > 3
@@ -148,5 +151,5 @@ def test_requests_to_ndif_are_counted_without_asking_it(dry, large):
     [(["--layer", "80"], "block 80"), (["--tgt", "no/folder"], "no/folder"), (["--map", "x"], "x")],
 )
 def test_bad_input_is_refused(options, word, large, one_line):
-    argv = ["--tgt", str(large), *options, "--dry-run"]
+    argv = ["--family", "toy", "--tgt", str(large), *options, "--dry-run"]
     one_line(lambda: exp_template.main(argv), word)
