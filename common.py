@@ -2338,10 +2338,10 @@ H100_FLOPS = 0.4 * 990e12  # a second
 H100_MEMORY = 72e9  # bytes for weights
 WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
 ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes
-through half of the blocks is half a token. GPU hours: of as many H100 as hold the weights, at 40 %
-of 990 TFLOP/s, one after the other. Texts are as long as they may become, no strength is ruled out
-by its perplexity, and all that can be shared is (docs/models.md says where it is not). Left out:
-loading, fits on the CPU, classifiers."""
+through half of the blocks is half a token. GPU hours: of as many H100 (or of NDIF's) as hold the
+weights, at 40 % of 990 TFLOP/s, one after the other. Texts are as long as they may become, no
+strength is ruled out by its perplexity, and all that can be shared is (docs/models.md says where it
+is not). Left out: loading, fits on the CPU, classifiers."""
 
 
 @dataclass

@@ -143,7 +143,7 @@ def test_requests_to_ndif_are_counted_without_asking_it(dry, large):
     argv += ["--ndif-host", "http://localhost:1"]
     one, both = [dry(exp_template.main, [*argv, "--remote", who]) for who in ("target", "both")]
     assert one["llama-s"]["NDIF requests"] == 0 < both["llama-s"]["NDIF requests"]
-    assert one["llama-70b"] == both["llama-70b"] and one["llama-70b"]["NDIF requests"] > 3
+    assert min(table["llama-70b"]["NDIF requests"] for table in (one, both)) > 3
 
 
 @pytest.mark.parametrize(
