@@ -4,6 +4,7 @@ Everything is made here: no test needs a file from outside or a network.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -238,6 +239,21 @@ def surroundings(cache: Path) -> dict:
 
 def json_rows(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def same_records(one: list[dict], other: list[dict]) -> None:
+    """Two runs wrote the same: numbers to 1e-5, the run's id aside."""
+
+    def same_cell(first: str, second: str) -> bool:
+        try:
+            return math.isclose(float(first), float(second), rel_tol=1e-5, abs_tol=1e-5)
+        except ValueError:
+            return first == second
+
+    assert len(one) == len(other) > 10
+    for mine, theirs in zip(one, other):
+        differ = {name for name in mine if not same_cell(mine[name], theirs[name])}
+        assert differ <= {"run"}, (mine, theirs)
 
 
 @pytest.fixture

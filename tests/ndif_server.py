@@ -167,7 +167,7 @@ class Job:
     def work(self) -> None:
         kind = self.fault.get("kind")
         self.say("QUEUED", "Added to Queue at position 1.")
-        name = json.loads(self.envelope.model_key.split(":", 1)[1])["repo_id"]
+        name = name_of(self.envelope.model_key)
         if name in self.ndif.deploys:  # as NDIF does when a job asks for a model
             self.say("QUEUED", "The model is being deployed.")
             self.ndif.running.append(name)
@@ -194,6 +194,13 @@ class Job:
             self.ndif.results[self.id] = result if kind != "lost" else None
             result = f"http://127.0.0.1:{self.ndif.port}/blob/{self.id}"
         self.say("COMPLETED", "Your job has been completed.", result)
+
+
+def name_of(key: str) -> str:
+    """REPO or REPO@REVISION, of nnsight's key of a model."""
+    wanted = json.loads(key.split(":", 1)[1])
+    revision = wanted.get("revision")
+    return wanted["repo_id"] if revision in (None, "main") else f"{wanted['repo_id']}@{revision}"
 
 
 def noting_unpickler(entry: dict):
@@ -265,10 +272,9 @@ class Ndif:
         from nnsight.modeling.transformers import TransformersModel
 
         if key not in self.loaded:
-            wanted = json.loads(key.split(":", 1)[1])
             self.loaded[key] = TransformersModel(
-                self.models[wanted["repo_id"]],
-                task=wanted["task"],
+                self.models[name_of(key)],
+                task="text-generation",
                 dispatch=True,
                 dtype=torch.float32,
             )
@@ -314,7 +320,8 @@ class Ndif:
     def status(self) -> dict:
         deployments = {}
         for name in self.models if self.listed is None else self.listed:
-            about = {"repo_id": name, "revision": "main", "task": "text-generation"}
+            repo, _, revision = name.partition("@")
+            about = {"repo_id": repo, "revision": revision or "main", "task": "text-generation"}
             if name in self.running:
                 about |= {"application_state": "RUNNING", "deployment_level": "HOT"}
             deployments[f"ModelActor:{name}"] = about
