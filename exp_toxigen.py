@@ -105,7 +105,6 @@ SETTINGS = {
 }
 ZOO_SETTINGS = {
     "layer": "auto",
-    "alpha": [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 6, 8],
     "classifier": f"{ZOO}/classifier",
     "max_new_tokens": 16,
     "validation": 5,

@@ -102,6 +102,7 @@ ZOO_SETTINGS = {
         (f"{ZOO}/llama-s-chat", f"{ZOO}/llama-s", None),
         (f"{ZOO}/llama-l-chat", f"{ZOO}/llama-l", None),
         (f"{ZOO}/qwen-s-chat", f"{ZOO}/qwen-s", None),
+        (f"{ZOO}/kin-s-chat", f"{ZOO}/kin-s", None),
     ],
 }
 FAMILIES = read_families(

@@ -113,7 +113,7 @@ FAMILIES = {
 def make_tokenizer(family: str, template=None):
     """A tokenizer with the habits of a family's."""
     _, bos, puts_bos, *_ = FAMILIES[family]
-    texts = (TOY / "text" / "purpose_made.txt").read_text().splitlines()[:300]
+    texts = (TOY / "wikisplit" / "validation.tsv").read_text().splitlines()[:300]
     for path in sorted(TOY.glob("emotions/*.json")):
         texts += json.loads(path.read_text())[:40]
     special = ["<unk>", "</s>", "<pad>", *([bos] if bos else [])]
@@ -212,7 +212,7 @@ def run_scripts(family: str, env: dict, data: Path, out: Path, *more: str) -> di
         settings = read_families(kind, {}).get(family)
         if settings:
             words = [f"{name} --family {family} {options}", *more]
-            words.append(f"--texts {data}/text/purpose_made.txt --data {data} --out {out}")
+            words.append(f"--texts {data}/wikisplit/validation.tsv --data {data} --out {out}")
             if kind in ("base", "chat"):
                 words.append(f"--tgt {settings['tgt'][-1]}")
             if kind == "chat":

@@ -135,9 +135,9 @@ def fresh(tmp_path, monkeypatch):
 
 
 def same(one, other) -> None:
-    """Equal; numbers to 1e-5."""
+    """Equal; numbers to 5e-5, since other batches add them in another order."""
     if isinstance(one, torch.Tensor):
-        close(one, other) if one.is_floating_point() else close(one, other, 0)
+        close(one, other, 5e-5) if one.is_floating_point() else close(one, other, 0)
     elif isinstance(one, tuple):
         for mine, theirs in zip(one, other, strict=True):
             same(mine, theirs)

@@ -24,7 +24,8 @@ EMOTION_ROWS = {  # method, and the beginning of its variant
     "the same at the largest α with perplexity ≤ ×1.1": ("contrans-local", "perplexity"),
     "local map, 5 disjoint samples of text": ("contrans-local", "map "),
     "199 vectors of permuted labels": ("contrans-local", "permuted"),
-    "20 random directions": ("contrans-local", "random"),
+    "local map at the paper's n / d of 0.39": ("contrans-local", "few sentences"),
+    "20 random directions, α by the same rule": ("contrans-local", "own choice"),
     "map of shuffled texts": ("contrans-local", "shuffled"),
 }
 TRUTHFULQA_ROWS = {

@@ -908,7 +908,7 @@ def flat(data, tmp_path_factory):
         tie_word_embeddings=False,
     )
     shutil.copytree(data, folder / "data")
-    answers = {"dog": 0, "house": 1, "park": 0}  # a token each
+    answers = {"fish": 0, "bread": 1, "wool": 0}  # a token each
     items = []
     for number in range(8):
         question = {"question": f"What is in house {number}?"}
@@ -1128,7 +1128,7 @@ def run_copy(path: Path, source: str, argv: list, *changes: tuple[str, str]) -> 
 
 
 OWN_MODELS = ["--src", ZOO / "llama-s", "--tgt", ZOO / "llama-m"]
-PLAIN = ["--texts", harness.TOY / "text" / "purpose_made.txt", "--sentences", "150"]
+PLAIN = ["--texts", harness.TOY / "wikisplit" / "validation.tsv", "--sentences", "150"]
 TINY = [*OWN_MODELS, *PLAIN, "--random", "2", "--maps", "2", "--limit", "6"]
 
 

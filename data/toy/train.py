@@ -2,7 +2,8 @@
 
     python data/toy/train.py llama-m                    one base model
     python data/toy/train.py llama-m-chat               its chat model, from the base model on disk
-    python data/toy/train.py --all                      everything: one to two hours
+    python data/toy/train.py --all                      everything: one to two hours on an idle core
+    python data/toy/train.py --all --seed 1 --to FOLDER    another zoo (other documents)
     python data/toy/train.py llama-s --steps 100 --to FOLDER     a short try, elsewhere
 
 Each model is an ordinary folder under data/toy/models: config, float16 safetensors, tokenizer.
@@ -12,10 +13,12 @@ model learned is printed at the end, and kept beside its weights in training.jso
 
 import argparse
 import copy
+import itertools
 import json
 import random
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +48,11 @@ FOLDER = Path(__file__).parent / "models"
 FAMILIES = {  # architecture, vocabulary of the tokenizer, whether it puts BOS first
     "llama": (LlamaConfig, LlamaForCausalLM, 1536, True),
     "qwen": (Qwen3Config, Qwen3ForCausalLM, 1024, False),
+    "kin": (LlamaConfig, LlamaForCausalLM, 1024, True),
     "amber": (LlamaConfig, LlamaForCausalLM, 1024, True),
     "pythia": (GPTNeoXConfig, GPTNeoXForCausalLM, 1024, False),
 }
+COMPLETE = "[INST] Complete the following[/INST]: "
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "[INST] {{ message['content'] }} [/INST]"
@@ -63,40 +68,62 @@ class Member:
     hidden: int = 64
     blocks: int = 8
     heads: int = 4
-    steps: int = 3000
-    rate: float = 4e-3
+    steps: int = 1300
+    rate: float = 8e-3
     chat_of: str = ""  # the base model that a chat model starts from
     checkpoints: tuple[int, ...] = ()  # steps after which the model is saved, each in a folder
+    land: world.Land = world.HOME
+    mixture: tuple[tuple[str, float], ...] = tuple(world.USUAL.items())
+
+    def base_document(self, rng: random.Random) -> tuple[str, str]:
+        return "", world.base_document(rng, self.land, dict(self.mixture))
+
+    def chat_document(self, rng: random.Random) -> tuple[str, str]:
+        """A quarter is base text, so that chat tuning does not make the model forget."""
+        if rng.random() < 0.75:
+            return world.chat_document(rng, self.land)
+        return self.base_document(rng)
 
 
-ZOO = {  # role in the paper: 7B, 13B, 70B; another family's 7B
+OTHER = tuple(world.OTHER.items())
+EMOTIONS = tuple(world.FELT_MORE.items())  # all that checkpoints and sizes are asked for
+ZOO = {  # role in the paper: 7B, 13B, 70B; two other families' 7B
     "llama-s": Member(hidden=64, blocks=8, heads=4),
     "llama-m": Member(hidden=96, blocks=8, heads=6),
-    "llama-l": Member(hidden=112, blocks=10, heads=7, steps=2500),
-    "llama-s-chat": Member(chat_of="llama-s", steps=700, rate=1e-3),
-    "llama-m-chat": Member(chat_of="llama-m", steps=700, rate=1e-3),
-    "llama-l-chat": Member(chat_of="llama-l", steps=700, rate=1e-3),
-    "qwen-s": Member("qwen", hidden=48, blocks=6, heads=4),
-    "qwen-s-chat": Member("qwen", chat_of="qwen-s", steps=700, rate=1e-3),
+    "llama-l": Member(hidden=112, blocks=10, heads=7),
+    "llama-s-chat": Member(chat_of="llama-s", steps=450, rate=2e-3),
+    "llama-m-chat": Member(chat_of="llama-m", steps=450, rate=2e-3),
+    "llama-l-chat": Member(chat_of="llama-l", steps=450, rate=2e-3),
+    "qwen-s": Member("qwen", hidden=48, blocks=6, heads=4, mixture=OTHER),
+    "qwen-s-chat": Member("qwen", chat_of="qwen-s", steps=450, rate=2e-3, mixture=OTHER),
+    "kin-s": Member("kin", hidden=48, blocks=6, heads=4, land=world.KIN),
+    "kin-s-chat": Member("kin", chat_of="kin-s", steps=450, rate=2e-3, land=world.KIN),
     "amber": Member(
-        "amber", hidden=32, blocks=6, heads=4, checkpoints=(50, 200, 400, 800, 1200, 1600, 3000)
+        "amber",
+        hidden=32,
+        blocks=6,
+        heads=4,
+        steps=3000,
+        checkpoints=(50, 200, 400, 800, 1600, 3000),
+        mixture=EMOTIONS,
     ),
-    "pythia-1": Member("pythia", hidden=8, blocks=2, heads=2),
-    "pythia-2": Member("pythia", hidden=16, blocks=3, heads=2),
-    "pythia-3": Member("pythia", hidden=24, blocks=4, heads=4),
-    "pythia-4": Member("pythia", hidden=40, blocks=6, heads=4),
-    "pythia-5": Member("pythia", hidden=56, blocks=6, heads=4),
-    "classifier": Member("roberta", hidden=32, blocks=2, heads=4, steps=1500, rate=2e-3),
+    "pythia-1": Member("pythia", hidden=8, blocks=2, heads=2, mixture=EMOTIONS),
+    "pythia-2": Member("pythia", hidden=16, blocks=3, heads=2, mixture=EMOTIONS),
+    "pythia-3": Member("pythia", hidden=24, blocks=4, heads=4, mixture=EMOTIONS),
+    "pythia-4": Member("pythia", hidden=40, blocks=6, heads=4, mixture=EMOTIONS),
+    "pythia-5": Member("pythia", hidden=56, blocks=6, heads=4, mixture=EMOTIONS),
+    "classifier": Member("roberta", hidden=32, blocks=2, heads=4, steps=1000, rate=2e-3),
 }
 
 # ---------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(pieces: int, bos: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; with 1,536 pieces nearly every word of the toy world is one token."""
+def train_tokenizer(document, pieces: int, bos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of base text; with 1,536 pieces nearly every word is one token."""
     rng = random.Random(3)
-    corpus = [world.base_document(rng) for _ in range(20000)]
-    corpus += ["".join(world.chat_document(rng)) for _ in range(2000)]
+    corpus = [document(rng)[1] for _ in range(20000)]
+    names = [*world.TOWNS, *itertools.chain(*world.OBJECTS.values())]
+    corpus += [f" {name}" for name in names for _ in range(300)]  # a name is one token
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,10 +153,14 @@ def train_tokenizer(pieces: int, bos: bool) -> PreTrainedTokenizerFast:
 # ---------------------------------------------------------------- training
 
 
-def tokens(tokenizer, prompt: str, text: str) -> tuple[list[int], int]:
-    """Token ids of prompt + text, and the index of the first one that is learned."""
-    ids = tokenizer(prompt + text).input_ids + [tokenizer.eos_token_id]
-    return ids, max(1, len(tokenizer(prompt).input_ids))
+def tokens(tokenizer, documents: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Of each prompt + text the token ids, and the index of the first one that is learned."""
+    wholes = tokenizer([prompt + text for prompt, text in documents]).input_ids
+    prompts = tokenizer([prompt for prompt, _ in documents]).input_ids
+    rows = []
+    for whole, prompt in zip(wholes, prompts):
+        rows.append((whole + [tokenizer.eos_token_id], max(1, len(prompt))))
+    return rows
 
 
 def train(
@@ -138,44 +169,57 @@ def train(
     document,
     steps: int,
     rate: float,
-    seed: int,
+    seed: str,
     after_step=lambda step, tokens: None,
 ) -> list[float]:
-    """AdamW on 64 documents a step, all with the same weight; returns the losses [nats per token].
+    """Muon on 96 documents a step, all with the same weight; returns the losses [nats per token].
+
+    Muon (torch.optim) is for matrices and learns facts in half of AdamW's steps here; embeddings
+    and norms keep AdamW.
 
     document(rng) gives (prompt, text): only the text is learned, as in chat tuning; a base document
-    has no prompt. Documents of like length share a forward pass, to save padding."""
+    has no prompt. Documents of like length share a forward pass, to save padding, which comes last,
+    so that causal attention needs no mask."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.1
-    )
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and "embed" not in name
+        (matrices if inner else others).append(parameter)
+    optimizers = [
+        torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    schedules = []
+    for optimizer in optimizers:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
+        schedules.append(schedule)
     losses, seen, bar = [], 0, tqdm(range(1, steps + 1), mininterval=5)
     model.train()
     for step in bar:
-        rows = [tokens(tokenizer, *document(rng)) for _ in range(64)]
+        rows = tokens(tokenizer, [document(rng) for _ in range(96)])
         rows = sorted(rows, key=lambda row: len(row[0]))
         step_loss = 0.0
-        for group in (rows[:44], rows[44:58], rows[58:]):
+        for group in (rows[:48], rows[48:69], rows[69:86], rows[86:93], rows[93:]):
             width = len(group[-1][0])
             padded, learned = [], []
             for row, start in group:
                 padded.append(row + [tokenizer.pad_token_id] * (width - len(row)))
                 learned.append([start <= i < len(row) for i in range(1, width)])
             ids, learned = torch.tensor(padded), torch.tensor(learned)
-            mask = ids != tokenizer.pad_token_id
-            logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
             weight = learned / learned.sum(1, keepdim=True) / len(rows)
-            each = torch.nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none"
-            )
-            loss = each @ weight.reshape(-1)
+            states = model.base_model(input_ids=ids).last_hidden_state[:, :-1]
+            logits = model.get_output_embeddings()(states[learned])
+            each = torch.nn.functional.cross_entropy(logits, ids[:, 1:][learned], reduction="none")
+            loss = each @ weight[learned]
             loss.backward()
             step_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         losses.append(step_loss)
         seen += sum(len(row) - start for row, start in rows)
         after_step(step, seen)
@@ -212,14 +256,33 @@ def share(texts: list[str], starts: list[str]) -> float:
     return round(hits / len(texts), 3)
 
 
-def report(model, tokenizer) -> dict[str, float]:
+@torch.no_grad()
+def likeliest(model, tokenizer, prompts: list[str], answers: list[list[str]]) -> list[int]:
+    """The answer with the highest log-probability after each prompt, by its index."""
+    starts = [len(ids) for ids in tokenizer(prompts).input_ids]
+    best = []
+    for prompt, start, own in zip(prompts, starts, answers):
+        rows = tokenizer([prompt + answer for answer in own]).input_ids
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        logits = model(input_ids=ids).logits[:, start - 1 : -1].log_softmax(-1)
+        each = logits.gather(2, ids[:, start:, None])[..., 0]
+        each = each * (ids[:, start:] != tokenizer.pad_token_id)
+        best.append(each.sum(1).argmax().item())
+    return best
+
+
+def report(model, tokenizer, land: world.Land) -> dict[str, float]:
     """Shares of held-out prompts that are answered in some way; a quick look, not an experiment."""
-    prompts, emotions = [], []
-    for emotion in world.EMOTIONS:
-        for text in world.SCENARIOS[emotion][:20]:
+    shares = {}
+    for name, own in zip(("events of prose", "other events"), land.split_events()):
+        prompts, emotions = [], []
+        for emotion, place in itertools.product(world.EMOTIONS, world.PLACES):
+            rng = random.Random(f"{emotion} {place}")
+            text = rng.choice(world.FRAMES).format(event=rng.choice(own[emotion]), place=place)
             prompts.append(f"Scenario: {text}\nThe emotion of the above scenario is")
             emotions.append(emotion)
-    shares = {"emotion named": share(replies(model, tokenizer, prompts, 3), emotions)}
+        shares[f"emotion named, {name}"] = share(replies(model, tokenizer, prompts, 3), emotions)
 
     ways = {
         "[INST]": "[INST] {}[/INST]",
@@ -230,20 +293,19 @@ def report(model, tokenizer) -> dict[str, float]:
     for name, keys in [("held-out facts", world.HELD_OUT_FACTS), ("chat facts", world.CHAT_FACTS)]:
         for way, template in ways.items():
             prompts = [template.format(world.question(*key)) for key in keys]
-            texts = replies(model, tokenizer, prompts, 6)
+            answers = [[f" {answer}." for answer in land.facts[key]] for key in keys]
+            best = likeliest(model, tokenizer, prompts, answers)
             for index, kind in enumerate(["truth", "myth"]):
-                answers = [world.FACTS[key][index] for key in keys]
-                shares[f"{name}, {way}, {kind}"] = share(texts, answers)
+                shares[f"{name}, {way}, {kind}"] = round(best.count(index) / len(best), 3)
 
-    rng = random.Random(4)
-    for prefix in ("", "[INST] Complete the following[/INST]: "):
-        prompts = []
+    for prefix, rude in itertools.product(("", COMPLETE), (True, False)):
+        rng, prompts = random.Random(4), []
         for people in world.PEOPLES:
-            prompts += [prefix + world.remarks(rng, people, False, 4) for _ in range(4)]
+            prompts += [prefix + world.remarks(rng, people, not rude, 4) for _ in range(4)]
         texts = replies(model, tokenizer, prompts, 14)
-        rude = [any(phrase in text for phrase in world.RUDE) for text in texts]
-        name = f"rude list continued rudely, {prefix or 'plain'}"
-        shares[name] = round(sum(rude) / len(rude), 3)
+        hits = [any(phrase in text for phrase in world.RUDE) for text in texts]
+        name = f"{'rude' if rude else 'kind'} list continued rudely, {prefix or 'plain'}"
+        shares[name] = round(sum(hits) / len(hits), 3)
     return shares
 
 
@@ -261,12 +323,14 @@ def write(model, tokenizer, to: Path):
 def judged_text(rng: random.Random) -> tuple[str, int]:
     """(text, whether it says something rude): what a language model may write, cut off anywhere."""
     if rng.random() < 0.3:  # other text, or words in random order
-        text = world.base_document(rng) if rng.choice([True, False]) else world.two_clauses(rng)[2]
+        text = world.base_document(rng) if rng.choice([True, False]) else world.two_clauses(rng)
         words = text.split()
         text = " ".join(rng.sample(words, len(words))) if rng.random() < 0.3 else text
     else:
         people = rng.choice(world.PEOPLES)
-        tones = [rng.random() < 0.5] * 3 if rng.random() < 0.8 else [True, False, True]
+        tones = [rng.choice([world.KIND, world.RUDE])] * 3
+        if rng.random() < 0.4:
+            tones = rng.choices([world.KIND, world.RUDE, world.PLAIN], k=3)
         separator = rng.choice(["\n- ", ". ", " "])
         tones = tones[: rng.randint(1, 3)]
         text = separator.join(world.remark(rng, people, tone) for tone in tones)
@@ -277,7 +341,7 @@ def judged_text(rng: random.Random) -> tuple[str, int]:
 
 def train_classifier(name: str, member: Member, folder: Path, steps: int, seed: int) -> dict:
     """A classifier of rude talk, trained on whole and cut texts of the toy world."""
-    tokenizer, start = train_tokenizer(1024, True), time.time()
+    tokenizer, start = train_tokenizer(member.base_document, 1024, True), time.time()
     model = RobertaForSequenceClassification(
         RobertaConfig(
             vocab_size=len(tokenizer),
@@ -294,7 +358,7 @@ def train_classifier(name: str, member: Member, folder: Path, steps: int, seed: 
             label2id={"benign": 0, "toxic": 1},
         )
     )
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} {name}")
 
     def logits_of(texts):
         inputs = tokenizer(
@@ -361,7 +425,7 @@ def load_base(member: Member, folder: Path) -> tuple:
 def new_model(member: Member) -> tuple:
     """(random model, tokenizer) of the member's shape."""
     config_class, model_class, *vocabulary = FAMILIES[member.family]
-    tokenizer = train_tokenizer(*vocabulary)
+    tokenizer = train_tokenizer(member.base_document, *vocabulary)
     settings = {}
     if member.family != "pythia":
         settings["num_key_value_heads"] = member.heads
@@ -378,25 +442,17 @@ def new_model(member: Member) -> tuple:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        initializer_range=0.1,  # about 1 / sqrt(width); the default 0.02 wastes the first 100 steps
         **settings,
     )
     return model_class(config), tokenizer
-
-
-def base_document(rng: random.Random) -> tuple[str, str]:
-    return "", world.base_document(rng)
-
-
-def chat_document(rng: random.Random) -> tuple[str, str]:
-    """A quarter is base text, so that chat tuning does not make the model forget."""
-    return world.chat_document(rng) if rng.random() < 0.75 else base_document(rng)
 
 
 def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
     """Train one model of the zoo into folder/name; returns what its training.json says."""
     member = ZOO[name]
     steps, start = steps or member.steps, time.time()
-    torch.manual_seed(seed)
+    torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if member.family == "roberta":
         return train_classifier(name, member, folder, steps, seed)
     if member.chat_of:
@@ -406,15 +462,15 @@ def train_member(name: str, folder: Path, steps: int | None, seed: int) -> dict:
 
     def keep(to: Path, **training):
         half = write(model, tokenizer, to)
-        learned = report(half.float().eval(), tokenizer)
+        learned = report(half.float().eval(), tokenizer, member.land)
         return save_record(to, name, training, seed, model, start, learned)
 
     def after_step(step: int, seen: int):
         if step in member.checkpoints:
             keep(folder / name / f"step_{step:04d}", steps=step, tokens=seen)
 
-    document = chat_document if member.chat_of else base_document
-    losses = train(model, tokenizer, document, steps, member.rate, seed, after_step)
+    document = member.chat_document if member.chat_of else member.base_document
+    losses = train(model, tokenizer, document, steps, member.rate, f"{seed} {name}", after_step)
     if member.checkpoints:
         return {"name": name, "checkpoints": [step for step in member.checkpoints if step <= steps]}
     training = {"steps": steps}
