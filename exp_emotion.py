@@ -301,7 +301,7 @@ class Lab:
 
     def own_choices(self) -> list[str]:
         """Random directions whose alpha and block are chosen by the same rule as v_hat's."""
-        return [f"own choice {number}" for number in range(self.args.random)]
+        return [f"own-α random {number}" for number in range(self.args.random)]
 
     def alphas(self) -> dict[str, float]:
         return {method: self.points[method].alpha for method in self.methods()}

@@ -664,7 +664,7 @@ class Lab:
         results = self.score(row, self.data.test, list(map(move, numbers, chosen)))
         records = []
         for number, point, result in zip(numbers, chosen, results):
-            about = row.about(point) | {"variant": f"own choice {number}"}
+            about = row.about(point) | {"variant": f"own-α random {number}"}
             records += answer_records(result, about)
         return records
 

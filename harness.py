@@ -1020,11 +1020,11 @@ VARIANTS = {
     "map": "other samples of text [range]",
     "few sentences": "n / d = 0.39, as in the paper",
     "random": "random directions [range]",
-    "own choice": "random directions, own α [range]",
+    "own-α random": "random directions, own α [range]",
     "other": "other concepts' vectors [range]",
     "shuffled map": "map of shuffled texts",
 }
-CONTROLS = ("random", "own choice", "other", "shuffled map")  # what a vector must be above
+CONTROLS = ("random", "own-α random", "other", "shuffled map")  # what a vector must be above
 
 
 def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
@@ -1063,7 +1063,7 @@ def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
     """The records at the alpha of their method, and controls that chose their own."""
     found = []
     for each in records:
-        chose = (each["variant"] or "").startswith("own choice")
+        chose = (each["variant"] or "").startswith("own-α random")
         if chose or each["alpha"] == alphas.get(each["method"], each["alpha"]):
             found.append(each)
     return found
@@ -1084,7 +1084,7 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
             found = [each for each in controls if each["variant"].startswith(kind)]
             if kind == "map" and found:
                 found += select(same, variant=None)
-            is_one = len(found) == 1 and kind not in ("random", "own choice", "permuted")
+            is_one = len(found) == 1 and kind not in ("random", "own-α random", "permuted")
             if is_one:
                 shown += found
             elif found:
@@ -1178,7 +1178,7 @@ def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str
     for each in beside_controls(records, alphas):
         if each["variant"] in (None, "shuffled map") and each is not base:
             p_values[label(each)] = mcnemar(base["hits"], each["hits"])
-        if each["variant"] in ("random", "own choice", "permuted"):
+        if each["variant"] in ("random", "own-α random", "permuted"):
             same = at_strength(select(records, method=each["method"]), alphas)
             kind = each["variant"] + " "
             values = [e["value"] for e in same if (e["variant"] or "").startswith(kind)]

@@ -25,7 +25,7 @@ EMOTION_ROWS = {  # method, and the beginning of its variant
     "local map, 5 disjoint samples of text": ("contrans-local", "map "),
     "199 vectors of permuted labels": ("contrans-local", "permuted"),
     "local map at the paper's n / d of 0.39": ("contrans-local", "few sentences"),
-    "20 random directions, α by the same rule": ("contrans-local", "own choice"),
+    "20 random directions, α by the same rule": ("contrans-local", "own-α random"),
     "map of shuffled texts": ("contrans-local", "shuffled"),
 }
 TRUTHFULQA_ROWS = {

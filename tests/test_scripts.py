@@ -826,7 +826,7 @@ def test_a_random_direction_chooses_alpha_as_the_vector_does(finished, tmp_path,
     argv = command("exp_emotion", "--data", data, "--alpha", "1", "4")
     run = Finished(exp_emotion.main, argv, tmp_path)
     tested = run.find(part="test", concept="mean", metric="token_acc", method="contrans-local")
-    own = [each for each in tested if (each["variant"] or "").startswith("own choice")]
+    own = [each for each in tested if (each["variant"] or "").startswith("own-α random")]
     assert len(own) == 2
     for each in own:
         grid = run.find(part="validation", method="contrans-local", variant=each["variant"])
