@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import exp_emotion
@@ -76,7 +77,7 @@ def cell(records: list[dict], method: str, variant: str | None) -> str:
     low, high = min(values), max(values)
     if len(found) == 1:
         low, high = found[0]["low"], found[0]["high"]
-    return f"{100 * sum(values) / len(values):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * np.mean(values):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def test_the_table_of_emotions(tmp_path):
