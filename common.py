@@ -875,22 +875,12 @@ def fit_quality(
     return r2.item(), cosine.item()
 
 
-class AffineMaps:
-    """Affine maps from the blocks of one base model to those of another.
+class _Maps:
+    """Maps between the blocks of two models, each fitted once. states(source_block, block, sample)
+    gives x [n, d1] and y [n, d2]; fitted(x, y) fits them."""
 
-    x, y: {block: states [n, d] of the same plain sentences} of source and target. Map `sample` is
-    fitted on its own random sample of `n_sentences` of them, so that the luck of one sample can be
-    seen. norm "match" rescales v_hat to the source's ratio of |v| to the norm of the stream."""
-
-    def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
-        self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
-        self.fitting = fitting  # intercept, rcond, ridge
-        self.maps: dict[tuple, AffineMap] = {}
-
-    def rows(self, sample: int = 0) -> list[int]:
-        """The plain sentences that map `sample` is fitted on: disjoint samples, while they last."""
-        n = len(next(iter(self.x.values())))
-        return sample_rows(n, self.n_sentences, sample)
+    def __init__(self):
+        self.known: dict[tuple, AffineMap] = {}
 
     def fit(
         self,
@@ -900,19 +890,49 @@ class AffineMaps:
         shuffled: bool = False,
         n: int | None = None,
     ) -> AffineMap:
-        """The map between two blocks; shuffled: fitted on sentences that do not belong together; n:
-        fitted on so many sentences only."""
+        """The map between two blocks; shuffled: fitted on states that do not belong together; n:
+        fitted on so many of them only."""
         key = source_block, block, sample, shuffled, n
-        if key not in self.maps:
-            rows = self.rows(sample)[:n]
-            y_rows = random.Random(sample).sample(rows, len(rows)) if shuffled else rows
-            x, y = self.x[source_block][rows], self.y[block][y_rows]
-            self.maps[key] = fit_affine(x, y, **self.fitting)
-        return self.maps[key]
+        if key not in self.known:
+            x, y = [states[:n] for states in self.states(source_block, block, sample)]
+            if shuffled:
+                y = y[random.Random(sample).sample(range(len(y)), len(y))]
+            self.known[key] = self.fitted(x, y)
+        return self.known[key]
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
         """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: as in fit."""
-        v_hat = self.fit(source_block, block, **which).vector(v)
+        return self.fit(source_block, block, **which).vector(v)
+
+
+class AffineMaps(_Maps):
+    """Affine maps from the blocks of one base model to those of another.
+
+    x, y: {block: states [n, d] of the same plain sentences} of source and target. Map `sample` is
+    fitted on its own random sample of `n_sentences` of them, so that the luck of one sample can be
+    seen. norm "match" rescales v_hat to the source's ratio of |v| to the norm of the stream."""
+
+    def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
+        super().__init__()
+        self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
+        self.fitting = fitting  # intercept, rcond, ridge
+
+    def rows(self, sample: int = 0) -> list[int]:
+        """The plain sentences that map `sample` is fitted on: disjoint samples, while they last."""
+        n = len(next(iter(self.x.values())))
+        return sample_rows(n, self.n_sentences, sample)
+
+    def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
+        """x [n, d1] and y [n, d2]: both models' states of the sentences of a sample."""
+        rows = self.rows(sample)
+        return self.x[source_block][rows], self.y[block][rows]
+
+    def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+        return fit_affine(x, y, **self.fitting)
+
+    def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
+        """As _Maps.vector, with the norm that `norm` asks for."""
+        v_hat = super().vector(v, source_block, block, **which)
         if self.norm == "match":
             source_norm, norm = self.stream_norms(source_block, block)
             wanted = v.norm(dim=-1, keepdim=True) / source_norm * norm
@@ -1068,20 +1088,20 @@ def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
     return replace(fitted, length=spread(y) / spread(x))
 
 
-class LocalMaps:
+class LocalMaps(_Maps):
     """Affine maps fitted at the positions of plain text that are nearest to a concept's states.
 
     near: the source's near states, one for each sample of text; y: for each of them {row of the
-    pool: number}, and the target's states [n, len(blocks), d]. Same methods as AffineMaps."""
+    pool: number}, and the target's states [n, len(blocks), d]."""
 
     def __init__(self, near: list[NearStates], target: Model, blocks: list[int]):
+        super().__init__()
         self.near, self.blocks = near, blocks
         self.y: list[tuple[dict, torch.Tensor]] = []
         for each in near:
             rows = sorted({row for chosen in each.rows.values() for row in chosen})
             number = {row: k for k, row in enumerate(rows)}
             self.y.append((number, pool_states(target, each.pool, blocks, rows)))
-        self.known: dict[tuple, AffineMap] = {}
 
     def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
         """x [n, d1] and y [n, d2]: both models' states at the chosen positions."""
@@ -1090,26 +1110,8 @@ class LocalMaps:
         rows = [number[row] for row in near.rows[source_block]]
         return near.x[source_block], y[rows, self.blocks.index(block)]
 
-    def fit(
-        self,
-        source_block: int,
-        block: int,
-        sample: int = 0,
-        shuffled: bool = False,
-        n: int | None = None,
-    ) -> AffineMap:
-        """As AffineMaps.fit."""
-        key = source_block, block, sample, shuffled, n
-        if key not in self.known:
-            x, y = [states[:n] for states in self.states(source_block, block, sample)]
-            if shuffled:
-                y = y[random.Random(sample).sample(range(len(y)), len(y))]
-            self.known[key] = fit_local(x, y)
-        return self.known[key]
-
-    def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: as in fit."""
-        return self.fit(source_block, block, **which).vector(v)
+    def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+        return fit_local(x, y)
 
     def worth(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
         """R² of a map between these blocks at positions where v is read, those held out here.

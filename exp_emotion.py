@@ -31,6 +31,7 @@ import torch
 
 from common import (
     BASE,
+    HELD_OUT,
     Context,
     Models,
     Point,
@@ -287,6 +288,7 @@ class Lab:
             **map_options(args),
         )
         self.points: dict[str, Point] = {}  # of each method, chosen on the validation scenarios
+        self.drawn: dict[tuple, torch.Tensor] = {}  # see randoms
 
     def source(self, concept: str) -> Vector:
         return Vector(concept, self.args.src, self.args.src_base)
@@ -317,21 +319,26 @@ class Lab:
         if method == "self-align":
             return self.vectors.v(Vector(concept, self.target, self.target), point.block)
         if method in self.own_choices():
-            v_hat = self.direction(concept, self.methods()[-1], point)
-            others = random_directions(v_hat, self.args.random, self.seed(concept))
-            return others[self.own_choices().index(method)]
+            return self.randoms(concept, point)[self.own_choices().index(method)]
         if method == "gradient-descent":
             matrix, *_ = self.gradient_descent
             return self.vectors.v(self.source(concept), point.source_block) @ matrix
         return self.vectors.at(self.source(concept), self.target, point, method)
 
+    def randoms(self, concept: str, point: Point) -> torch.Tensor:
+        """Random directions [args.random, d] of v_hat's norm, drawn once for a pair of blocks."""
+        key = concept, point.source_block, point.block
+        if key not in self.drawn:
+            v_hat = self.direction(concept, self.methods()[-1], point)
+            self.drawn[key] = random_directions(v_hat, self.args.random, self.seed(concept))
+        return self.drawn[key]
+
     @cached_property
     def gradient_descent(self) -> tuple[torch.Tensor, float, float]:
         """The map by gradient descent at ConTrans's blocks, see fit_by_gradient_descent."""
         maps = self.vectors.maps(self.source(EMOTIONS[0]), self.target)
-        point = self.points["contrans"]
-        x, y = maps.x[point.source_block][maps.rows()], maps.y[point.block][maps.rows()]
-        return fit_by_gradient_descent(x, y, self.args.seed)
+        source_block, block, _ = self.points["contrans"]
+        return fit_by_gradient_descent(*maps.states(source_block, block), self.args.seed)
 
     def move(self, direction: torch.Tensor, method: str, alpha: float | None = None) -> Transplant:
         """A direction added at the point chosen for a method (Eq. 3)."""
@@ -569,7 +576,7 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
     """(F [d1, d2], R², cosine) of a linear layer, what App. A compares the closed form with.
 
     Trained as in the released code: Adam, 1e-4, 20 epochs, batches of 32."""
-    n = len(x) - int(len(x) * 0.2)
+    n = len(x) - int(len(x) * HELD_OUT)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layer = torch.nn.Linear(x.shape[1], y.shape[1])

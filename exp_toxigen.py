@@ -214,22 +214,25 @@ class Data(NamedTuple):
 
 
 def load_data(args, models: Models, template: Template, names, classifier) -> Data:
-    split = load_split(args, models, template, names, classifier)
     mapped, count = [args.src_base, *args.tgt], args.maps * args.sentences
-    neutral = [template.refine(prompt) for prompt in split.neutral]
-    hate = [template.refine(prompt) for prompt in split.hate]
     texts = read_text(args.data / "text" / "owt_sentences_lowtox.txt").split("\n")
     texts = [text.strip() for text in texts if text.strip()]
     if len(texts) < 2:
         fail(f"{args.data}/text/owt_sentences_lowtox.txt must have two texts or more")
     half = min(N_TEXTS, len(texts) // 2)
+    happiness = load_scenarios(args.data)
+    sentences = plain_texts(args.texts, models, mapped, count)
+    questions = load_questions(args, models, template) if any(args.honesty) else []
+    split = load_split(args, models, template, names, classifier)  # last: the classifier judges
+    neutral = [template.refine(prompt) for prompt in split.neutral]
+    hate = [template.refine(prompt) for prompt in split.hate]
     return Data(
         split=split,
-        concepts={"fairness": (neutral, hate), "happiness": load_scenarios(args.data)},
-        sentences=plain_texts(args.texts, models, mapped, count),
+        concepts={"fairness": (neutral, hate), "happiness": happiness},
+        sentences=sentences,
         texts=texts[:half],
         search_texts=texts[half : 2 * half],
-        questions=load_questions(args, models, template) if any(args.honesty) else [],
+        questions=questions,
     )
 
 

@@ -648,23 +648,22 @@ class Lab:
         """Records of random directions that choose block and alpha as v_hat does in the grid."""
         mean = select(grid, variant="random")
         points = [Point(each["source_block"], each["block"], each["alpha"]) for each in mean]
-
-        def move(number: int, point: Point) -> Transplant:
-            others = random_directions(self.v_hat(row, point), self.args.random, self.args.seed)
-            return Transplant.of(others[number], point.block, point.alpha)
-
-        numbers = range(self.args.random)
-        tried = [move(number, point) for number in numbers for point in points]
-        found = self.score(row, self.data.learn, tried)
+        moves: list[dict[Point, Transplant]] = [{} for _ in range(self.args.random)]
+        for point in points:
+            v_hat = self.v_hat(row, point)
+            others = random_directions(v_hat, self.args.random, self.args.seed)
+            for own, direction in zip(moves, others):
+                own[point] = Transplant.of(direction, point.block, point.alpha)
+        tried = [move for own in moves for move in own.values()]
+        found = iter(self.score(row, self.data.learn, tried))
         chosen = []
-        for number in numbers:
-            own = found[number * len(points) : (number + 1) * len(points)]
-            own = [record(each["mc1"], **row.about(at)) for each, at in zip(own, points)]
-            chosen.append(best_point(own + mean))
-        results = self.score(row, self.data.test, list(map(move, numbers, chosen)))
+        for own in moves:
+            grid = [record(next(found)["mc1"], **row.about(point)) for point in own]
+            chosen.append(best_point(grid + mean))
+        tested = [own[point] for own, point in zip(moves, chosen)]
         records = []
-        for number, point, result in zip(numbers, chosen, results):
-            about = row.about(point) | {"variant": f"own-α random {number}"}
+        for number, result in enumerate(self.score(row, self.data.test, tested)):
+            about = row.about(chosen[number]) | {"variant": f"own-α random {number}"}
             records += answer_records(result, about)
         return records
 
@@ -717,13 +716,18 @@ class Lab:
             records.append(record(**about | what | {"alpha": alpha}, value=value))
         return [*records, spread(others, "random")]
 
+    def prompts(self, row, questions: list[Question]) -> list[str]:
+        """What the host is asked, without an answer."""
+        found = []
+        for question in questions:
+            pairs = asked(self.args, self.models, row.host, question)
+            found.append(pairs[0][0])
+        return found
+
     def write(self, row, point) -> list[dict]:
         """Greedy answers of the host without and with v_hat (Table 5)."""
         questions = self.data.test[: self.args.generate]
-        prompts = []
-        for question in questions:
-            pairs = asked(self.args, self.models, row.host, question)
-            prompts.append(pairs[0][0])
+        prompts = self.prompts(row, questions)
         move = self.move(row, point)
         model = self.models.load(row.host)
         room = context_length(model.config) - max(self.models.lengths(row.host, prompts))
@@ -736,10 +740,7 @@ class Lab:
 
     def token_changes(self, row, point) -> list[str]:
         """Table 8: the tokens among the ten that gain and lose most, with counts."""
-        prompts = []
-        for question in self.data.test:
-            pairs = asked(self.args, self.models, row.host, question)
-            prompts.append(pairs[0][0])
+        prompts = self.prompts(row, self.data.test)
         model, move = self.models.load(row.host), self.move(row, point)
         cells = []
         for tokens in token_changes(model, prompts, point.block, move):

@@ -1411,8 +1411,9 @@ def load_concept(path: Path, model=None) -> tuple:
     if model is not None and about["fingerprint"] != model.fingerprint:
         made_for = f"{about['target']} ({about['fingerprint']})"
         raise ValueError(f"{path} was made for {made_for}, not {model.name} ({model.fingerprint})")
-    width = model.config.hidden_size if model is not None else None  # less in a dry run
-    return vector[:width], about
+    if DRY_RUN["folder"] and model is not None:  # its states are narrow
+        vector = vector[: model.config.hidden_size]
+    return vector, about
 
 
 def export_concept(path: Path, model, vector, layer: int, alpha: float) -> None:
