@@ -1,572 +1,50 @@
 """ConTrans (Dong et al. 2024): the method, in the order of the paper.
 
-    1  Model           any causal LM of the hub or of a folder, locally or on NDIF
-    2  Hidden states   the residual stream after a block, at the last token           Sec. 3
-    3  Refine          v = mean(h_positive - h_negative)                              Eq. 1
-    4  Affine map      v_hat = v F,  F = V S^-1 U^T Y                                 Eq. 2, App. A
+    1  Hidden states   the residual stream after a block, at the last token           Sec. 3
+    2  Refine          v = mean(h_positive - h_negative)                              Eq. 1
+    3  Affine map      v_hat = v F,  F = V S^-1 U^T Y                                 Eq. 2, App. A
                        LocalMaps: fitted where v is read                              docs/map.md
-    5  Transplant      h + alpha v_hat after a block, at every position               Eq. 3
-    6  Scoring         choices, labels, text and perplexity under a list of transplants
-    7  Engine          what makes it fast: batches, and what is computed only once
-    8  Dry run         what all of this would cost, counted without weights
+    4  Transplant      h + alpha v_hat after a block, at every position               Eq. 3
+    5  Scoring         choices, labels, text and perplexity under a list of transplants
+    6  Engine          what makes it fast: batches, and what is computed only once
+    7  Dry run         what all of this would cost, counted without weights
 
-No plots, no options, no result files: those are in harness.py. Blocks are counted from 0, and
-"after block k" is the output of block k. Every function takes its settings as arguments, so all of
-this can be used from a notebook.
+models.py loads a model, harness.py has options, files and NDIF, report.py tables and figures.
+Blocks are counted from 0, and "after block k" is the output of block k. Every function takes its
+settings as arguments, so all of this can be used from a notebook.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import hashlib
 import itertools
 import json
 import math
 import os
 import random
-import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from harness import cached, fail, markdown, on_ndif, progress_bar, read_text
-
-# ================================================================ 1  Model
-
-# One path to blocks, final norm and unembedding on every architecture; nnsight skips the others.
-PATHS = {
-    "model.layers": "layers",
-    "model.language_model.layers": "layers",  # of models that also see or hear
-    "model.text_model.layers": "layers",
-    "language_model.model.layers": "layers",
-    "model.decoder.layers": "layers",
-    "gpt_neox.layers": "layers",
-    "gpt_neox_japanese.layers": "layers",
-    "transformer.h": "layers",
-    "transformer.blocks": "layers",
-    "biogpt.layers": "layers",
-    "backbone.layers": "layers",
-    "rwkv.blocks": "layers",
-    "model.norm": "final_norm",
-    "model.language_model.norm": "final_norm",
-    "model.text_model.norm": "final_norm",
-    "language_model.model.norm": "final_norm",
-    "model.final_norm": "final_norm",
-    "model.final_layernorm": "final_norm",
-    "model.embedding_norm": "final_norm",
-    "model.language_model.embedding_norm": "final_norm",
-    "model.layer_norm": "final_norm",
-    "model.norm_f": "final_norm",
-    "model.decoder.layer_norm": "final_norm",
-    "model.decoder.final_layer_norm": "final_norm",
-    "gpt_neox.final_layer_norm": "final_norm",
-    "gpt_neox_japanese.final_layer_norm": "final_norm",
-    "transformer.ln_f": "final_norm",
-    "transformer.norm_f": "final_norm",
-    "transformer.layernorm": "final_norm",
-    "biogpt.layer_norm": "final_norm",
-    "backbone.norm_f": "final_norm",
-    "rwkv.ln_out": "final_norm",
-    "lm_head": "unembed",
-    "language_model.lm_head": "unembed",
-    "embed_out": "unembed",
-    "output_projection": "unembed",
-    "head": "unembed",
-}
-QUANTIZED = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "int8": {"load_in_8bit": True},
-}
-DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
-DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
-CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
-CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
-CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
-GPU_BATCH_TOKENS = 4096
-
-
-@dataclass
-class Model:
-    """A causal LM: the nnsight model, and what the functions below need to know about it."""
-
-    name: str
-    nn: Any  # nnsight's TransformersModel, with .layers, .final_norm and .unembed
-    fingerprint: str
-    precision: str  # "torch.float32", "nf4" …
-    remote: str | None  # address of the NDIF server that runs it
-    batch_tokens: int  # tokens computed in one forward pass
-    sharing: tuple[bool, bool, bool, bool] | None = None  # see _sharing
-    cost: Cost | None = None  # of a model without weights, see section 8
-
-    @property
-    def tokenizer(self):
-        return self.nn.tokenizer
-
-    @property
-    def config(self):
-        return self.nn.config.get_text_config(decoder=True)  # of a model that also sees, its text's
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.nn.layers)
-
-    @property
-    def device(self) -> torch.device:
-        return self.nn._module.device
-
-
-def load_model(
-    name: str,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    remote: str | None = None,
-    batch_tokens: int | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-) -> Model:
-    """Load a causal LM, or a model that also sees or hears, of which only the text part is used.
-
-    name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
-    bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
-    all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
-    then. batch_tokens: tokens of one forward pass; lower it when memory runs out. dry_run: load no
-    weights, but count in `cost` what is asked of them. Raises ValueError for an unknown dtype or
-    device, incomplete weights, and blocks that are not found (it names the module lists)."""
-    from nnsight.modeling.transformers import TransformersModel
-    from transformers.utils import logging
-
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
-    _require_device(device)
-    repo, revision = _split_revision(name)
-    is_elsewhere = remote or dry_run
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    torch_dtype = torch.bfloat16 if on_gpu else torch.float32
-    if dtype in ("float32", "bfloat16", "float16"):
-        torch_dtype = getattr(torch, dtype)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    settings = {"task": "text-generation", "rename": PATHS, "tokenizer": _read_tokenizer(repo, hub)}
-    if is_elsewhere:
-        settings |= {"trust_remote_code": True} if trust_remote_code else {}
-        nn = TransformersModel(repo, revision=revision, **settings)
-    else:
-        module = _load_weights(repo, hub, dtype, torch_dtype, device, allow_pickle)
-        if not getattr(module, "hf_device_map", None):  # else accelerate has placed it
-            settings["device"] = module.device
-        before = logging.get_verbosity()
-        logging.set_verbosity(logging.CRITICAL)  # a model that also sees is not on a list there
-        nn = TransformersModel(module, **settings)
-        logging.set_verbosity(before)
-    _require_known_paths(name, nn)
-    nn._module.requires_grad_(False).eval()
-    usual = GPU_BATCH_TOKENS if on_gpu or is_elsewhere else CPU_BATCH_TOKENS
-    batch_tokens = batch_tokens or usual
-    if not is_elsewhere and not _takes_padding(name, nn):
-        print(f"{name} does not ignore padding: computed one text at a time")
-        batch_tokens = 1
-    return Model(
-        name=str(name),
-        nn=nn,
-        fingerprint=_fingerprint(name),
-        precision=dtype if dtype in QUANTIZED else str(torch_dtype),
-        remote=remote,
-        batch_tokens=batch_tokens,
-        cost=_cost(nn, dtype) if dry_run else None,
-    )
-
-
-def _require_device(device: str) -> None:
-    if device == "auto":
-        return
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown: auto, cpu, cuda, cuda:1 …") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
-
-
-def _read_tokenizer(repo: str, hub: dict):
-    """The tokenizer, told to put no EOS after a text: the last token is read, and continued."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(repo, **hub)
-    ids = tokenizer("a").input_ids
-    if tokenizer.is_fast and ids and ids[-1] == tokenizer.eos_token_id:
-        starts = ids[0] == tokenizer.bos_token_id
-        bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts else []
-        text = f"{tokenizer.bos_token} $A" if starts else "$A"
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=text, special_tokens=bos
-        )
-    if tokenizer.pad_token is None:  # padded positions are masked, so any token will do
-        first = tokenizer.convert_ids_to_tokens(0)
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or first
-    return tokenizer
-
-
-def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, allow_pickle: bool):
-    """The transformers model; raises ValueError if its files do not hold all of its tensors."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # one for every file hides the table
-    everywhere = "auto" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    options = {"dtype": torch_dtype, "device_map": everywhere if device == "auto" else device}
-    if not allow_pickle:
-        options["use_safetensors"] = True
-    if dtype in QUANTIZED:
-        settings = QUANTIZED[dtype] | {"bnb_4bit_compute_dtype": torch_dtype}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**settings)
-    config = transformers.AutoConfig.from_pretrained(repo, **hub)
-    auto_class = transformers.AutoModelForCausalLM
-    is_text = config.get_text_config(decoder=True) is config
-    is_text = is_text and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_text and type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
-        auto_class = transformers.AutoModelForMultimodalLM
-    module, report = auto_class.from_pretrained(repo, output_loading_info=True, **hub, **options)
-    absent = sorted(report["missing_keys"])  # without those that are tied to others
-    if absent:
-        raise ValueError(f"its files lack {len(absent)} of its tensors, such as {absent[0]}")
-    return module
-
-
-def _takes_padding(name: str, nn) -> bool:
-    """Whether padding on the left changes nothing; some recurrent models read it as text.
-
-    Raises ValueError for what is no causal LM with one residual stream, tried on a few tokens."""
-    row, found = [5, 6, 7], []
-    for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
-        inputs = _pad(rows, nn.tokenizer.pad_token_id)
-        try:
-            with torch.no_grad():
-                with nn.trace(inputs, use_cache=False):
-                    streams = [_residual(block.output).cpu() for block in nn.layers]
-                    streams = torch.stack(streams).save()
-                    logits = nn.output.logits[-1].float().save()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever the model lacks
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{name} does not run on text alone: {reason}") from error
-        shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
-        got = list(streams.shape[1:])
-        if got != shape:
-            raise ValueError(f"{name}: its blocks give {got} and not one residual stream {shape}")
-        found.append(logits)
-    alone, longer, padded = found[0][2], found[1][2], found[2][-1]
-    tolerance = alone.std() * (1e-3 if nn.dtype == torch.float32 else 0.1)
-    if (longer - alone).abs().max() > tolerance:
-        raise ValueError(f"{name} is no causal LM: a token sees those that follow it")
-    return bool((padded - alone).abs().max() <= tolerance)
-
-
-def _require_known_paths(name: str, nn) -> None:
-    kind = type(nn._module).__name__
-    if not all(hasattr(nn, part) for part in ("layers", "final_norm", "unembed")):
-        modules = nn._module.named_modules()
-        lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
-        raise ValueError(
-            f"{name}: blocks, final norm or unembedding of {kind} are not found; "
-            f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS"
-        )
-    n_layers = nn.config.get_text_config(decoder=True).num_hidden_layers
-    if len(nn.layers) != n_layers:
-        raise ValueError(f"{name}: {kind} has {len(nn.layers)} blocks, its config says {n_layers}")
-
-
-class Models:
-    """The models of a run by name: config and tokenizer first, weights when they are needed.
-
-    What cannot be read or loaded ends the program with one line."""
-
-    def __init__(
-        self, remote=(), host=None, allow_pickle=False, trust_remote_code=False, **loading
-    ):
-        try:
-            _require_device(loading.get("device", "auto"))
-        except ValueError as error:
-            fail(f"--device: {error}")
-        self.remote, self.host = set(remote), host  # names of the models that NDIF runs
-        self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
-        self.loading = loading  # dtype, device, batch_tokens, dry_run
-        self.loaded: dict[str, Model] = {}
-        self.known: dict[str, tuple] = {}
-
-    def load(self, name: str, keep: tuple[str, ...] = ()) -> Model:
-        """Load a model, letting go of all others but those in `keep`."""
-        self.release(keep=(name, *keep))
-        if name not in self.loaded:
-            gc.freeze()  # what is there already need not be searched when models are released
-            self.loaded[name] = self._load(name)
-        return self.loaded[name]
-
-    def release(self, keep: tuple[str, ...] = ()) -> None:
-        """Let go of the loaded models."""
-        if self.loading.get("dry_run"):  # they take no memory, and know what they cost
-            return
-        done = [name for name in self.loaded if name not in keep]
-        for name in done:
-            del self.loaded[name]
-        if done:
-            gc.collect()  # models contain reference cycles; free them before loading the next
-
-    def _load(self, name: str) -> Model:
-        from safetensors import SafetensorError
-
-        try:
-            return load_model(
-                name,
-                remote=self.host if name in self.remote else None,
-                allow_pickle=self.allow_pickle,
-                trust_remote_code=self.trust_remote_code,
-                **self.loading,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[-1]  # the lines above it are a traceback
-            fail(f"cannot load model {name}: {reason}")
-
-    def costs(self) -> str:
-        """What a dry run has counted, as a Markdown table."""
-        rows = []
-        for name, model in self.loaded.items():
-            cost = model.cost
-            hours = math.ceil(cost.size / H100_MEMORY) * cost.flops / H100_FLOPS / 3600
-            work = cost.tokens, cost.flops / 1e12, hours, cost.requests
-            rows.append([name, cost.size / 2**30, *work])
-        rows.append(["total", *map(sum, list(zip(*rows))[1:])])
-        form = "{}|{:,.1f}|{:,.0f}|{:,.3f}|{:,.3f}|{}"
-        cells = [form.format(*row).split("|") for row in rows]
-        header = ["", "weights [GiB]", "tokens", "TFLOP", "GPU hours", "NDIF requests"]
-        return f"{markdown(header, cells)}\n\n{ASSUMED}"
-
-    def config(self, name: str):
-        return self._read(name)[0]
-
-    def tokenizer(self, name: str):
-        return self._read(name)[1]
-
-    def fingerprint(self, name: str) -> str:
-        return _fingerprint(name)
-
-    def n_layers(self, name: str) -> int:
-        return self.config(name).num_hidden_layers
-
-    def block(self, name: str, layer: str, side: int = 0) -> int:
-        """The 0-based block that --layer means in this model; side 0 is the source, 1 the target.
-
-        A number with a point is a fraction of the depth, rounded down: 0.75 of 40 blocks is block
-        30."""
-        n_layers = self.n_layers(name)
-        value = layer.split(",")[min(side, layer.count(","))]
-        try:
-            block = int(float(value) * n_layers + 1e-9) if "." in value else int(value)
-        except (ValueError, OverflowError):
-            fail(f"--layer {layer}: block {value} does not exist; give an index or a fraction")
-        if not 0 <= block < n_layers:
-            fail(f"--layer {layer}: block {block} does not exist in {name} (0 to {n_layers - 1})")
-        return block
-
-    def lengths(self, name: str, texts: list[str]) -> list[int]:
-        """Tokens of each text, special tokens included."""
-        if not texts:
-            return []
-        return [len(ids) for ids in self.tokenizer(name)(texts, verbose=False).input_ids]
-
-    def fits(self, name: str, texts: list[str], new_tokens: int = 0) -> np.ndarray:
-        """Which texts, followed by `new_tokens`, fit the context of the model [n]."""
-        room = context_length(self.config(name)) - new_tokens
-        lengths = self.lengths(name, texts)
-        return np.array([0 < length <= room for length in lengths], bool)
-
-    def require_fit(
-        self, name: str, texts: list[str], new_tokens: int = 0, advice: str = ""
-    ) -> None:
-        """End the program if a prompt does not fit the context of the model."""
-        limit = context_length(self.config(name))
-        longest = max(self.lengths(name, texts))
-        if longest + new_tokens > limit:
-            fail(
-                f"a prompt of {longest} tokens does not fit the context of {name} ({limit}){advice}"
-            )
-
-    def require_labels(self, name: str, prompt: str, labels: list[str]) -> None:
-        """End the program if the labels cannot be told apart by their tokens after the prompt."""
-        try:
-            _label_tokens(self.tokenizer(name), prompt, labels)
-        except ValueError as error:
-            fail(f"{name}: {error}; give others with --labels")
-
-    def chat_prompt(self, name: str, text: str) -> str:
-        """What a user says, in the chat template of a model, up to where its answer begins.
-
-        Reasoning models are told not to think, and where the template itself begins a thought, it
-        is closed. Templates that print the date get a fixed one, so that a run can be repeated. BOS
-        is left out if the tokenizer puts it first anyway."""
-        import jinja2
-
-        tokenizer = self.tokenizer(name)
-        try:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                chat_template=CLOCK + tokenizer.get_chat_template(),
-            )
-        except (jinja2.TemplateError, ValueError) as error:
-            fail(f"the chat template of {name} cannot be used: {error}")
-        if prompt.rstrip().endswith("<think>"):
-            prompt = prompt.rstrip() + "\n\n</think>\n\n"
-        if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-            prompt = prompt.removeprefix(tokenizer.bos_token)
-        return prompt
-
-    def same_vocabulary(self, *names: str) -> bool:
-        first, *others = [self.tokenizer(name).get_vocab() for name in names]
-        return all(other == first for other in others)
-
-    def same_shape(self, one: str, other: str) -> bool:
-        """Whether a vector of one model can be added to the other as it is."""
-        first, second = self.config(one), self.config(other)
-        same_width = first.hidden_size == second.hidden_size
-        return same_width and first.num_hidden_layers == second.num_hidden_layers
-
-    def _read(self, name: str) -> tuple:
-        if name not in self.known:
-            if not Path(_split_revision(name)[0]).is_dir():
-                _require_hub_or_cache()
-            local = name not in self.remote
-            if local and not self.allow_pickle:
-                _require_safetensors(name)
-            self.known[name] = _model_config(name, self.trust_remote_code)
-        return self.known[name]
-
-
-@functools.cache  # a large tokenizer takes a second to read
-def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
-    """(config, tokenizer) of a model; ends the program with one line if they cannot be read."""
-    from transformers import AutoConfig
-
-    repo, revision = _split_revision(name)
-    is_folder = Path(repo).is_dir()
-    if not is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        fail(f"no model folder {repo}")
-    if is_folder and not (Path(repo) / "config.json").exists():
-        fail(f"{repo} is not a model folder: it has no config.json")
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(repo, **options).get_text_config(decoder=True)
-        return config, _read_tokenizer(repo, options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "gated" in str(error) or "401" in str(error):
-            reason = f"accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
-        if "trust_remote_code" in str(error):
-            reason = (
-                "it comes with Python code; read it, and add --trust-remote-code if you trust it"
-            )
-        fail(f"cannot read model {name}: {reason}")
-
-
-def _split_revision(name: str) -> tuple[str, str | None]:
-    if Path(name).is_dir():  # the path of a folder may contain an @
-        return str(name), None
-    repo, _, revision = str(name).partition("@")
-    return repo, revision or None
-
-
-def _require_safetensors(name: str) -> None:
-    """End the program if the weights are pickles, which can run any code."""
-    repo, revision = _split_revision(name)
-    advice = "they are pickles, which can run any code; add --allow-pickle if you trust them"
-    if Path(repo).is_dir():
-        if any(Path(repo).glob("*.safetensors")) or not (Path(repo) / "config.json").exists():
-            return
-        if any(Path(repo).glob("*.bin")):
-            fail(f"the weights of {repo} are not safetensors: {advice}")
-        fail(f"{repo} is not a model folder: it has no *.safetensors")
-    from huggingface_hub import file_exists
-
-    try:
-        names = ("model.safetensors", "model.safetensors.index.json")
-        found = [file_exists(repo, file, revision=revision) for file in names]
-    except Exception:  # no network, or a refusal that reading the config explains
-        return
-    if not any(found):
-        fail(f"the weights of {repo} are not safetensors: {advice}")
-
-
-@functools.cache
-def _require_hub_or_cache() -> None:
-    """Without a network, use the hub's cache alone: else each request is retried for 30 seconds."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of whichever client huggingface_hub has; any answer is an answer
-        print(f"no answer from {constants.ENDPOINT} ({error}): models from the hub's cache alone")
-        constants.HF_HUB_OFFLINE = True
-
-
-def _fingerprint(name: str) -> str:
-    """What identifies a model: hub id and commit, or a hash of the folder's files."""
-    repo, revision = _split_revision(name)
-    if not Path(repo).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(repo, "config.json", revision=revision or "main")
-        commit = Path(config).parent.name if isinstance(config, str) else revision or "main"
-        return f"{repo}@{commit}"
-    digest = hashlib.sha256()
-    suffixes = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}
-    for path in sorted(Path(repo).glob("*")):
-        if path.suffix not in suffixes or path.stem.startswith("train"):  # notes on its training
-            continue
-        stat = path.stat()
-        if stat.st_size < 2**28:
-            content = path.read_bytes()
-        else:  # hashing tens of gigabytes would take longer than the experiment
-            content = f"{stat.st_size} {stat.st_mtime_ns}".encode()
-        digest.update(path.name.encode() + b"\0" + content)
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def spaced(text: str, after: str) -> str:
-    """A continuation with the blank before it, which a prompt that ends in white space has."""
-    return text if after[-1:].isspace() else f" {text}"
-
-
-def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
-    """(prompt, continuation) with the space between them where the tokenizer has it.
-
-    Most have it before a word. Where it ends the word before ("Tom▁"), it ends the prompt, too."""
-    if text.startswith(" "):
-        ids, whole, spaced = tokenizer([prompt, prompt + text, f"{prompt} "]).input_ids
-        if whole[: len(ids)] != ids and whole[: len(spaced)] == spaced:
-            return f"{prompt} ", text[1:]
-    return prompt, text
-
-
-def context_length(config) -> int:
-    """Positions that the model was made for [tokens]."""
-    length = getattr(config, "max_position_embeddings", None) or getattr(
-        config, "n_positions", None
-    )
-    return length or sys.maxsize
-
-
-# ================================================================ 2  Hidden states
+from harness import cached, fail, on_ndif, progress_bar, read_text
+from models import (
+    NARROW,
+    Model,
+    Models,
+    context_length,
+    fit_space,
+    label_tokens,
+    pad_left,
+    residual_stream,
+    spaced,
+)
+
+# ================================================================ 1  Hidden states
 
 
 def hidden_states(
@@ -622,7 +100,7 @@ def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = 
     last of these blocks."""
 
     def read(rows, from_end):
-        inputs = _pad(rows, nn.tokenizer.pad_token_id)
+        inputs = pad_left(rows, nn.tokenizer.pad_token_id)
         row = [i for i, places in enumerate(from_end) for _ in places]
         column = [place for places in from_end for place in places]
         with torch.no_grad():
@@ -630,7 +108,7 @@ def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = 
                 found = []
                 for layer in range(max(layers) + 1):
                     if layer in layers or layer in shifts:
-                        h = _residual(nn.layers[layer].output)
+                        h = residual_stream(nn.layers[layer].output)
                     if layer in shifts:
                         add_shift(h, shifts[layer])
                     if layer in layers:
@@ -646,12 +124,7 @@ def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = 
     return read
 
 
-def _residual(output):
-    """The residual stream in a block's output: a tensor, or (GPT-Neo) the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-# ================================================================ 3  Refine
+# ================================================================ 2  Refine
 
 
 def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean") -> torch.Tensor:
@@ -746,7 +219,7 @@ def _pair_refiner(nn, layers: list[int]):
     return refine_batch
 
 
-# ================================================================ 4  Affine map
+# ================================================================ 3  Affine map
 
 
 HELD_OUT = 0.2  # share of the rows that a map is not fitted on (App. A)
@@ -1175,7 +648,7 @@ def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list
         depth = min(len(x), 2 * depth)
 
 
-# ================================================================ 5  Transplant
+# ================================================================ 4  Transplant
 
 
 @dataclass(frozen=True)
@@ -1451,7 +924,7 @@ class Vectors:
                 self.plain[name] = dict(zip(blocks, states.unbind(1)))
 
 
-# ================================================================ 6  Scoring
+# ================================================================ 5  Scoring
 
 
 def next_token_logits(
@@ -1502,7 +975,7 @@ def score_labels(
     _require_strings("texts", prompts)
     if len({prompt[-1:].isspace() for prompt in prompts}) > 1:
         raise ValueError("some prompts end in white space, others do not")
-    words = _label_tokens(model.tokenizer, prompts[0], labels)
+    words = label_tokens(model.tokenizer, prompts[0], labels)
     label = spaced(labels[0], prompts[0])
     prompts = [fit_space(model.tokenizer, prompt, label)[0] for prompt in prompts]
     rows = _encode(model, prompts)
@@ -1513,26 +986,6 @@ def score_labels(
     greedy = greedy.unflatten(1, (len(rows), len(words)))
     said = torch.where(greedy.any(-1), greedy.int().argmax(-1), -1)
     return said, sums.argmax(-1)
-
-
-def _label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
-    """The tokens of each label after the prompt, as many as tell all labels apart (usually one)."""
-    start, _ = fit_space(tokenizer, prompt, spaced(labels[0], prompt))
-    texts = [start, *(prompt + spaced(label, prompt) for label in labels)]
-    start, *rows = tokenizer(texts, verbose=False).input_ids
-    if any(row[: len(start)] != start for row in rows):
-        raise ValueError("a label changes the tokens of the prompt before it")
-    words = [row[len(start) :] for row in rows]
-    for size in range(1, max(map(len, words)) + 1):
-        firsts = [tuple(word[:size]) for word in words]
-        starts_another = any(
-            len(first) < size and other[: len(first)] == first and other != first
-            for first in firsts
-            for other in firsts
-        )
-        if len(set(firsts)) == len(words) and not starts_another:
-            return [list(first) for first in firsts]
-    raise ValueError(f"the labels {', '.join(labels)} cannot be told apart by their tokens")
 
 
 def perplexity(
@@ -1634,157 +1087,7 @@ def generate(
     return result
 
 
-def _written(model: Model, rows, transplants, eft, options: tuple, luck):
-    """Yield (transplant, row, its new tokens)."""
-    max_new_tokens = options[0]
-    small = tuple((each if each.cost else each.nn, _sharing(each)) for each in eft)
-    for members in _groups(model, transplants, max(map(len, rows))):
-        copies = len(members)
-
-        def pack(batch, copies=copies):
-            # As many rows as are computed at once are fewer than those whose tokens are kept.
-            size = max(1, int(model.batch_tokens // (copies * len(rows[batch[0]]))))
-            pieces = [batch[first : first + size] for first in range(0, len(batch), size)]
-            return {
-                "pieces": [[rows[i] for i in piece] for piece in pieces],
-                "luck": luck[batch],
-            }
-
-        shifts = _shifts(model, [transplants[i] for i in members])
-        fixed = (shifts, copies, _sharing(model), options, small)
-        costs = [copies * (len(row) + max_new_tokens) / CACHED_PER_COMPUTED for row in rows]
-        for batch, new_tokens in _each_batch(model, _writer, fixed, pack, costs):
-            for member, written in zip(members, new_tokens.unflatten(0, (copies, -1))):
-                for i, ids in zip(batch, written):
-                    yield member, i, ids[ids >= 0]
-
-
-def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small: tuple):
-    """Make a function that continues one batch under all transplants: new tokens
-    [copies * rows, max_new_tokens], -1 after the end."""
-    max_new_tokens, *sampling = options
-    ends = _end_tokens(nn)
-    models = [(1, nn, shifts, sharing)]
-    models += [(sign, each, {}, its) for sign, (each, its) in zip((1, -1), small)]
-
-    def write(pieces, luck):
-        lengths = torch.tensor([len(row) for piece in pieces for row in piece])
-        n, width = len(lengths), max(lengths)
-        alive = torch.arange(copies * n)  # rows that have not ended, copy after copy
-        mask = (torch.arange(width) >= width - lengths.repeat(copies)[:, None]).long()
-        new_tokens = torch.full((copies * n, max_new_tokens), -1)
-        scores, caches = [], []
-        for _, each, own, its in models:
-            logits, blocks = _read_prompts(each, pieces, own, copies, its, max_new_tokens)
-            scores.append(logits)
-            caches.append(blocks)
-        for step in range(max_new_tokens):
-            logits = scores[0]
-            for (sign, *_), others in zip(models[1:], scores[1:]):
-                logits = _add_logits(logits, sign, others)
-            _require_finite(logits.amax(-1), "logits")
-            token = _choose(logits, luck[alive % n, step], *sampling)
-            new_tokens[alive, step] = token
-            going = ~torch.isin(token, ends)
-            if step + 1 == max_new_tokens or not going.any():
-                break
-            alive, token = alive[going], token[going]
-            mask = torch.nn.functional.pad(mask[going], (0, 1), value=1)
-            for i, (_, each, own, its) in enumerate(models):
-                if not going.all():
-                    caches[i] = [(keys[going], values[going]) for keys, values in caches[i]]
-                of_rows = {block: shift[alive // n] for block, shift in own.items()}
-                scores[i] = _read_tokens(each, token, mask, of_rows, its, caches[i])
-        return new_tokens
-
-    return write
-
-
-def _end_tokens(nn):
-    """The tokens that end a text; a model may have several, or none."""
-    ends = nn.generation_config.eos_token_id
-    return torch.tensor([] if ends is None else ends, dtype=torch.long)
-
-
-def _read_prompts(nn, pieces, shifts: dict, copies: int, sharing: tuple, room: int):
-    """Logits after each prompt [copies * rows, vocabulary], and keys and values of each block, all
-    prompts padded on the left, with room for more tokens."""
-    own = copies if shifts else 1
-    logits, kept = [], []
-    for piece in pieces:
-        trees = [(row, []) for row in piece]
-        states, blocks = _forward(nn, trees, shifts, own, sharing, keep_cache=True)
-        logits.append(_unembed(nn, states, sharing).expand(copies, -1, -1))
-        kept.append(blocks)
-    width = max(blocks[0][0].shape[2] for blocks in kept)
-
-    def join(parts):
-        _, heads, _, size = parts[0].shape
-        whole = parts[0].new_zeros(copies, sum(map(len, pieces)), heads, width + room, size)
-        start = 0
-        for part, piece in zip(parts, pieces):
-            end = start + len(piece)
-            part = part.unflatten(0, (-1, len(piece)))  # [1 or copies, rows, …]
-            whole[:, start:end, :, width - part.shape[3] : width] = part
-            start = end
-        return whole.flatten(0, 1)
-
-    joined = []
-    for _ in range(len(kept[0])):
-        keys, values = zip(*[blocks.pop(0) for blocks in kept])  # memory is freed block by block
-        joined.append((join(keys), join(values)))
-    return torch.cat(logits, 1).flatten(0, 1), joined
-
-
-def _read_tokens(nn, tokens, mask, shifts: dict, sharing: tuple, blocks):
-    """Logits [rows, vocabulary] after one more token of each row, whose keys and values are added
-    to those of the blocks."""
-    inputs = {"input_ids": tokens[:, None], "attention_mask": mask}
-    inputs["position_ids"] = mask.sum(1, keepdim=True) - 1
-    rows = torch.arange(len(tokens))
-    cache = _kv_cache(blocks, mask.shape[1] - 1)
-    states = _run(nn, inputs, rows, torch.zeros_like(rows), shifts, sharing, cache)
-    return _unembed(nn, states, sharing)
-
-
-def _choose(logits, luck, temperature: float, top_p: float):
-    """A token for each row: where the cumulative probability reaches luck [rows], from 0 to 1; the
-    likeliest at temperature 0."""
-    if not temperature:
-        return logits.argmax(-1).cpu()
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-    logits = TemperatureLogitsWarper(temperature)(None, logits)
-    logits = TopPLogitsWarper(top_p)(None, logits)
-    mass = logits.softmax(-1).cumsum(-1)
-    wanted = luck[:, None].to(mass) * mass[:, -1:]
-    return torch.searchsorted(mass, wanted, right=True)[:, 0].clamp(max=mass.shape[1] - 1).cpu()
-
-
-def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luck):
-    """As _written, from the logits after the whole text: where one of the models is on NDIF, all
-    are asked once per new token; and where a model has no KV cache to go on from."""
-    max_new_tokens, *sampling = options
-    ends = _end_tokens(model.nn)
-    for member, transplant in enumerate(transplants):
-        alive = torch.arange(len(rows))
-        new_tokens = torch.full((len(rows), max_new_tokens), -1)
-        for step in range(max_new_tokens):
-            whole = [[*rows[i], *new_tokens[i, :step].tolist()] for i in alive]
-            trees = [(row, []) for row in whole]
-            [logits] = _logits(model, trees, [transplant])
-            for sign, small in zip((1, -1), eft):
-                logits = _add_logits(logits, sign, _logits(small, trees)[0])
-            token = _choose(logits, luck[alive, step], *sampling)
-            new_tokens[alive, step] = token
-            alive = alive[~torch.isin(token, ends)]
-            if not len(alive):
-                break
-        for i, ids in enumerate(new_tokens):
-            yield member, i, ids[ids >= 0]
-
-
-# ================================================================ 7  Engine
+# ================================================================ 6  Engine
 #
 # Everything above asks for one of three things: hidden states, logits after given tokens, or text.
 # What makes it fast is computed once where it is the same:
@@ -1887,15 +1190,6 @@ def _encode(model: Model, texts: list[str]) -> list[list[int]]:
     return rows
 
 
-def _pad(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Left-padded ids, mask and positions [rows, width]."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
-
 # ---------------------------------------------------------------- one forward pass
 
 
@@ -1940,11 +1234,11 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
                     nn.layers[block].inputs = args, _repeat(kwargs, copies)
                 if block == parting:
                     output = nn.layers[block].output
-                    h = _residual(output).repeat(copies, 1, 1)
+                    h = residual_stream(output).repeat(copies, 1, 1)
                     add_shift(h, shifts[block])
                     nn.layers[block].output = (h, *output[1:]) if isinstance(output, tuple) else h
                 elif block in shifts:
-                    add_shift(_residual(nn.layers[block].output), shifts[block])
+                    add_shift(residual_stream(nn.layers[block].output), shifts[block])
             h = nn.unembed.input  # a large matrix: only what is asked for goes through it
             h = h[rows.to(h.device), columns.to(h.device)]
             if sharing[3]:
@@ -2288,6 +1582,159 @@ def _fits_window(model: Model, trees: list) -> bool:
     return all(len(head) + sum(map(len, tails)) <= window for head, tails in trees)
 
 
+# ---------------------------------------------------------------- text
+
+
+def _written(model: Model, rows, transplants, eft, options: tuple, luck):
+    """Yield (transplant, row, its new tokens)."""
+    max_new_tokens = options[0]
+    small = tuple((each if each.cost else each.nn, _sharing(each)) for each in eft)
+    for members in _groups(model, transplants, max(map(len, rows))):
+        copies = len(members)
+
+        def pack(batch, copies=copies):
+            # As many rows as are computed at once are fewer than those whose tokens are kept.
+            size = max(1, int(model.batch_tokens // (copies * len(rows[batch[0]]))))
+            pieces = [batch[first : first + size] for first in range(0, len(batch), size)]
+            return {
+                "pieces": [[rows[i] for i in piece] for piece in pieces],
+                "luck": luck[batch],
+            }
+
+        shifts = _shifts(model, [transplants[i] for i in members])
+        fixed = (shifts, copies, _sharing(model), options, small)
+        costs = [copies * (len(row) + max_new_tokens) / CACHED_PER_COMPUTED for row in rows]
+        for batch, new_tokens in _each_batch(model, _writer, fixed, pack, costs):
+            for member, written in zip(members, new_tokens.unflatten(0, (copies, -1))):
+                for i, ids in zip(batch, written):
+                    yield member, i, ids[ids >= 0]
+
+
+def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small: tuple):
+    """Make a function that continues one batch under all transplants: new tokens
+    [copies * rows, max_new_tokens], -1 after the end."""
+    max_new_tokens, *sampling = options
+    ends = _end_tokens(nn)
+    models = [(1, nn, shifts, sharing)]
+    models += [(sign, each, {}, its) for sign, (each, its) in zip((1, -1), small)]
+
+    def write(pieces, luck):
+        lengths = torch.tensor([len(row) for piece in pieces for row in piece])
+        n, width = len(lengths), max(lengths)
+        alive = torch.arange(copies * n)  # rows that have not ended, copy after copy
+        mask = (torch.arange(width) >= width - lengths.repeat(copies)[:, None]).long()
+        new_tokens = torch.full((copies * n, max_new_tokens), -1)
+        scores, caches = [], []
+        for _, each, own, its in models:
+            logits, blocks = _read_prompts(each, pieces, own, copies, its, max_new_tokens)
+            scores.append(logits)
+            caches.append(blocks)
+        for step in range(max_new_tokens):
+            logits = scores[0]
+            for (sign, *_), others in zip(models[1:], scores[1:]):
+                logits = _add_logits(logits, sign, others)
+            _require_finite(logits.amax(-1), "logits")
+            token = _choose(logits, luck[alive % n, step], *sampling)
+            new_tokens[alive, step] = token
+            going = ~torch.isin(token, ends)
+            if step + 1 == max_new_tokens or not going.any():
+                break
+            alive, token = alive[going], token[going]
+            mask = torch.nn.functional.pad(mask[going], (0, 1), value=1)
+            for i, (_, each, own, its) in enumerate(models):
+                if not going.all():
+                    caches[i] = [(keys[going], values[going]) for keys, values in caches[i]]
+                of_rows = {block: shift[alive // n] for block, shift in own.items()}
+                scores[i] = _read_tokens(each, token, mask, of_rows, its, caches[i])
+        return new_tokens
+
+    return write
+
+
+def _end_tokens(nn):
+    """The tokens that end a text; a model may have several, or none."""
+    ends = nn.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.long)
+
+
+def _read_prompts(nn, pieces, shifts: dict, copies: int, sharing: tuple, room: int):
+    """Logits after each prompt [copies * rows, vocabulary], and keys and values of each block, all
+    prompts padded on the left, with room for more tokens."""
+    own = copies if shifts else 1
+    logits, kept = [], []
+    for piece in pieces:
+        trees = [(row, []) for row in piece]
+        states, blocks = _forward(nn, trees, shifts, own, sharing, keep_cache=True)
+        logits.append(_unembed(nn, states, sharing).expand(copies, -1, -1))
+        kept.append(blocks)
+    width = max(blocks[0][0].shape[2] for blocks in kept)
+
+    def join(parts):
+        _, heads, _, size = parts[0].shape
+        whole = parts[0].new_zeros(copies, sum(map(len, pieces)), heads, width + room, size)
+        start = 0
+        for part, piece in zip(parts, pieces):
+            end = start + len(piece)
+            part = part.unflatten(0, (-1, len(piece)))  # [1 or copies, rows, …]
+            whole[:, start:end, :, width - part.shape[3] : width] = part
+            start = end
+        return whole.flatten(0, 1)
+
+    joined = []
+    for _ in range(len(kept[0])):
+        keys, values = zip(*[blocks.pop(0) for blocks in kept])  # memory is freed block by block
+        joined.append((join(keys), join(values)))
+    return torch.cat(logits, 1).flatten(0, 1), joined
+
+
+def _read_tokens(nn, tokens, mask, shifts: dict, sharing: tuple, blocks):
+    """Logits [rows, vocabulary] after one more token of each row, whose keys and values are added
+    to those of the blocks."""
+    inputs = {"input_ids": tokens[:, None], "attention_mask": mask}
+    inputs["position_ids"] = mask.sum(1, keepdim=True) - 1
+    rows = torch.arange(len(tokens))
+    cache = _kv_cache(blocks, mask.shape[1] - 1)
+    states = _run(nn, inputs, rows, torch.zeros_like(rows), shifts, sharing, cache)
+    return _unembed(nn, states, sharing)
+
+
+def _choose(logits, luck, temperature: float, top_p: float):
+    """A token for each row: where the cumulative probability reaches luck [rows], from 0 to 1; the
+    likeliest at temperature 0."""
+    if not temperature:
+        return logits.argmax(-1).cpu()
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    logits = TemperatureLogitsWarper(temperature)(None, logits)
+    logits = TopPLogitsWarper(top_p)(None, logits)
+    mass = logits.softmax(-1).cumsum(-1)
+    wanted = luck[:, None].to(mass) * mass[:, -1:]
+    return torch.searchsorted(mass, wanted, right=True)[:, 0].clamp(max=mass.shape[1] - 1).cpu()
+
+
+def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luck):
+    """As _written, from the logits after the whole text: where one of the models is on NDIF, all
+    are asked once per new token; and where a model has no KV cache to go on from."""
+    max_new_tokens, *sampling = options
+    ends = _end_tokens(model.nn)
+    for member, transplant in enumerate(transplants):
+        alive = torch.arange(len(rows))
+        new_tokens = torch.full((len(rows), max_new_tokens), -1)
+        for step in range(max_new_tokens):
+            whole = [[*rows[i], *new_tokens[i, :step].tolist()] for i in alive]
+            trees = [(row, []) for row in whole]
+            [logits] = _logits(model, trees, [transplant])
+            for sign, small in zip((1, -1), eft):
+                logits = _add_logits(logits, sign, _logits(small, trees)[0])
+            token = _choose(logits, luck[alive, step], *sampling)
+            new_tokens[alive, step] = token
+            alive = alive[~torch.isin(token, ends)]
+            if not len(alive):
+                break
+        for i, ids in enumerate(new_tokens):
+            yield member, i, ids[ids >= 0]
+
+
 # ---------------------------------------------------------------- EFT, a baseline
 
 
@@ -2330,64 +1777,10 @@ def _require_finite(values: torch.Tensor, what: str) -> None:
         )
 
 
-# ================================================================ 8  Dry run
+# ================================================================ 7  Dry run
 #
 # A script runs as it is, on models without weights: instead of computing a batch, _each_batch
 # counts what _state_reader, _scorer, _writer … would do with it, and answers with made-up numbers.
-
-NARROW = 16  # width of states, and number of logits, in a dry run
-H100_FLOPS = 0.4 * 990e12  # a second
-H100_MEMORY = 72e9  # bytes for weights
-WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
-ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes
-through half of the blocks is half a token. GPU hours: of as many H100 (or of NDIF's) as hold the
-weights, at 40 % of 990 TFLOP/s, one after the other. Texts are as long as they may become, no
-strength is ruled out by its perplexity, and all that can be shared is (docs/models.md says where it
-is not). Left out: loading, fits on the CPU, classifiers."""
-
-
-@dataclass
-class Cost:
-    """What a model would compute."""
-
-    blocks: list[int]  # weights of each block that a token is multiplied with
-    unembed: int  # weights of the unembedding
-    width: int  # of the residual stream
-    size: float  # of all weights [bytes]
-    tokens: float = 0.0  # through all blocks
-    flops: float = 0.0
-    requests: int = 0  # to NDIF
-    luck: torch.Generator = field(default_factory=torch.Generator)
-
-    def add(self, tokens: int, context: float, blocks: slice, logits: int = 0) -> None:
-        """Count tokens that go through these blocks, each beside `context` tokens, and states that
-        go through the unembedding."""
-        weights = self.blocks[blocks]
-        attention = 2 * context * self.width * len(weights)
-        self.tokens += tokens * sum(weights) / sum(self.blocks)
-        self.flops += 2 * (tokens * (sum(weights) + attention) + logits * self.unembed)
-
-    def add_pass(self, rows: list, past: int, shifts: dict, copies: int, logits: int) -> None:
-        """Count what _forward does; rows: tokens of each row after `past` tokens of a prefix."""
-        tokens, context = len(rows) * max(rows), past + max(rows)
-        parting = min(shifts, default=-1) + 1
-        self.add(tokens, context, slice(parting))
-        self.add(copies * tokens, context, slice(parting, None), copies * logits)
-
-
-def _cost(nn, dtype: str) -> Cost:
-    """Nothing yet, for a model without weights. Its states are made narrow."""
-    config = nn.config.get_text_config(decoder=True)
-    experts = getattr(config, "num_experts_per_tok", None)
-    blocks = []
-    for block in nn.layers:
-        weights = [each for each in block._module.parameters() if each.dim() > 1]
-        # All experts are one tensor, of which a token sees a few.
-        blocks.append(sum(w[: experts if w.dim() == 3 else None].numel() for w in weights))
-    size = nn._module.num_parameters() * WEIGHT_BYTES.get(dtype, 2)
-    cost = Cost(blocks, nn.unembed._module.weight.numel(), config.hidden_size, size)
-    config.hidden_size = NARROW
-    return cost
 
 
 def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):

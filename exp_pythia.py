@@ -28,7 +28,6 @@ from common import (
     AffineMaps,
     Context,
     LocalMaps,
-    Models,
     NearStates,
     Transplant,
     concept_vector,
@@ -41,8 +40,6 @@ from common import (
     score_labels,
 )
 from harness import (
-    METHODS,
-    PAGE,
     TOY,
     Run,
     at_least,
@@ -50,19 +47,14 @@ from harness import (
     map_methods,
     map_options,
     model_options,
-    new_figure,
     option_parser,
     parse_options,
-    pivot,
     read_families,
     read_texts,
-    record,
     run_script,
-    select,
-    shades,
-    spread,
-    verdict,
 )
+from models import Models
+from report import METHODS, PAGE, new_figure, pivot, record, select, shades, spread, verdict
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.

@@ -15,22 +15,11 @@ than a label (see choice_logprobs, generate and perplexity in common.py).
 import random
 from pathlib import Path
 
-from common import (
-    BASE,
-    Context,
-    Models,
-    Point,
-    Transplant,
-    Vector,
-    Vectors,
-    plain_texts,
-    score_labels,
-)
+from common import BASE, Context, Point, Transplant, Vector, Vectors, plain_texts, score_labels
 from harness import (
     TOY,
     Run,
     at_least,
-    draw_strength,
     fail,
     map_methods,
     map_options,
@@ -39,12 +28,11 @@ from harness import (
     parse_options,
     read_families,
     read_pairs,
-    record,
     run_script,
     save_concept,
-    summary,
-    verdict,
 )
+from models import Models
+from report import draw_strength, record, summary, verdict
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
 FAMILIES = read_families("base", SETTINGS, toy={"tgt": [f"{TOY}/models/llama-m"]})

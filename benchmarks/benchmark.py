@@ -42,8 +42,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import common
 import harness
+import report
 from common import Transplant
 from harness import at_least, read_json, read_text, read_texts
+from models import load_model
 
 EMOTIONS = [
     "happiness",
@@ -564,7 +566,7 @@ def table(rows: list[dict], rate: float) -> str:
             f"{row['numbers']:.0e}, {row['choices']:.0%}",
         ]
         lines.append(line)
-    return harness.markdown([*header, "MiB on a GPU", "differs by (numbers, choices)"], lines)
+    return report.markdown([*header, "MiB on a GPU", "differs by (numbers, choices)"], lines)
 
 
 def main(argv=None) -> None:
@@ -576,7 +578,7 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, args, corpus)
         plain = load_plain(folder, args)
-        ours = common.load_model(folder, dtype=args.dtype, device=args.device)
+        ours = load_model(folder, dtype=args.dtype, device=args.device)
     for name in args.only:
         rows += run_task(name, args, items[name], plain, ours)
         rates.append(matrix_rate(args))

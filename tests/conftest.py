@@ -22,8 +22,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-import common
 import harness
+from models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -282,14 +282,14 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    """zoo(family) -> (model by common.load_model, Reference); each family is made once."""
+    """zoo(family) -> (model by load_model, Reference); each family is made once."""
     made = {}
 
     def get(family: str):
         if family not in made:
             config_class, settings, *paths = CONFIGS[family]
             folder = save_model(tmp_path_factory.mktemp("zoo") / family, config_class, **settings)
-            model = common.load_model(str(folder), device="cpu")
+            model = load_model(str(folder), device="cpu")
             made[family] = model, Reference(folder, *paths)
         return made[family]
 

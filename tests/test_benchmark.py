@@ -9,6 +9,7 @@ import torch
 
 import common
 import harness
+from models import load_model
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "benchmark.py"
 spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
@@ -26,7 +27,7 @@ def bench(tmp_path_factory):
     items, corpus = benchmark.load_items(args)
     benchmark.make_model(folder, args, corpus)
     plain = benchmark.load_plain(folder, args)
-    ours = common.load_model(folder, device="cpu")
+    ours = load_model(folder, device="cpu")
     return args, items, plain, ours
 
 

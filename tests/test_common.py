@@ -44,7 +44,6 @@ from common import (
     UNEMBED_ROWS,
     AffineMaps,
     Context,
-    Models,
     Point,
     Transplant,
     Vector,
@@ -57,7 +56,6 @@ from common import (
     fit_affine,
     generate,
     hidden_states,
-    load_model,
     logit_lens,
     nearest_positions,
     next_token_logits,
@@ -70,6 +68,7 @@ from common import (
     shared_token_ends,
     token_changes,
 )
+from models import Models, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "data" / "toy"
@@ -1255,7 +1254,8 @@ def test_no_more_logits_than_a_piece_are_in_memory_at_once(llama, monkeypatch):
 
 PEAK = """
 import sys
-from common import Transplant, load_model, perplexity, score_labels
+from common import Transplant, perplexity, score_labels
+from models import load_model
 import torch
 model = load_model(sys.argv[1], device="cpu")
 texts = ["the old town " * 60 + f"{n} felt" for n in range(4)]

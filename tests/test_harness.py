@@ -17,34 +17,37 @@ from conftest import close, json_rows, vectors
 from safetensors.torch import save_file
 
 import harness
+import report
 from common import Transplant, next_token_logits
 from harness import (
     Run,
-    draw_grid,
-    draw_strength,
     export_concept,
     fail,
-    fluent,
-    holm,
     load_concept,
-    markdown,
-    mcnemar,
     model_options,
-    new_figure,
     option_parser,
-    paired_gain,
     parse_options,
-    percentile,
-    pivot,
-    pool,
-    rank_p,
     read_json,
     read_table,
     read_text,
     read_texts,
-    record,
     run_script,
     save_concept,
+)
+from report import (
+    draw_grid,
+    draw_strength,
+    fluent,
+    holm,
+    markdown,
+    mcnemar,
+    new_figure,
+    paired_gain,
+    percentile,
+    pivot,
+    pool,
+    rank_p,
+    record,
     select,
     spread,
     summary,
@@ -633,7 +636,7 @@ def test_the_fluent_record_is_at_the_strongest_alpha_within_a_tenth():
         costs.append(record(method="contrans", alpha=alpha, value=cost))
     [found] = fluent(curve, costs)
     assert (found["alpha"], found["value"]) == (2, 0.2)
-    assert found["variant"] == harness.FLUENT
+    assert found["variant"] == report.FLUENT
     assert fluent(curve, [costs[0], costs[3]]) == []
 
 
@@ -645,7 +648,7 @@ def test_a_vector_must_also_beat_permuted_labels():
 
 
 def test_a_record_has_all_fields_and_no_others():
-    assert list(record(value=0.5)) == harness.RECORD
+    assert list(record(value=0.5)) == report.RECORD
     with pytest.raises(ValueError, match="valeu"):
         record(valeu=0.5)
 

@@ -13,15 +13,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common import (
-    Models,
-    Transplant,
-    choice_logprobs,
-    fit_affine,
-    next_token_logits,
-    perplexity,
-)
+from common import Transplant, choice_logprobs, fit_affine, next_token_logits, perplexity
 from harness import option_parser, parse_options, read_table, read_text, read_texts
+from models import Models
 
 settings.register_profile(
     "ours",

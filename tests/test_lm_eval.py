@@ -14,7 +14,8 @@ import torch
 from conftest import json_rows, vectors
 
 from common import BASE, Transplant, choice_logprobs
-from harness import TOY, export_concept, select
+from harness import TOY, export_concept
+from report import select
 
 lm_eval = pytest.importorskip("lm_eval", reason="requirements-dev.txt installs lm_eval")
 

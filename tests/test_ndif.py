@@ -35,13 +35,13 @@ from common import (
     concept_vector,
     generate,
     hidden_states,
-    load_model,
     logit_lens,
     next_token_logits,
     perplexity,
     score_labels,
 )
 from harness import NDIF_STATS, TOY
+from models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = os.environ.get("NDIF_TEST_HOST")
@@ -454,8 +454,8 @@ def test_a_model_without_a_hub_id(name, server, one_line):
 # ================================================================ a 70B target
 
 META = """
-import common
-model = common.load_model("some/70b", remote="http://127.0.0.1:1")
+from models import load_model
+model = load_model("some/70b", remote="http://127.0.0.1:1")
 weights = list(model.nn._module.parameters())
 assert model.n_layers == 80 and all(each.is_meta for each in weights)
 assert sum(each.numel() for each in weights) > 70e9

@@ -12,7 +12,7 @@ import pytest
 
 import exp_emotion
 import exp_truthfulqa
-from harness import select
+from report import select
 
 pytestmark = pytest.mark.slow
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

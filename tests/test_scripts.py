@@ -42,6 +42,8 @@ import exp_template
 import exp_toxigen
 import exp_truthfulqa
 import harness
+import report
+from models import Models, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = harness.TOY / "models"
@@ -146,7 +148,7 @@ class Finished:
         self.examples = json_rows(self.folder, "examples.jsonl")
 
     def find(self, **match) -> list[dict]:
-        return harness.select(self.records, **match)
+        return report.select(self.records, **match)
 
     def bytes(self) -> dict[str, bytes]:
         """Its results; a PDF holds the time at which it was made."""
@@ -271,11 +273,11 @@ def test_every_record_is_one_number_of_this_run(run):
         assert math.isfinite(each["value"])
         assert each["run"] == run.folder.name[-8:]
         assert each["target"] and each["metric"]
-        assert each["method"] in {*harness.METHODS, "gradient-descent", None}
+        assert each["method"] in {*report.METHODS, "gradient-descent", None}
         assert each["alpha"] != 0 or each["method"] == "base"
         if each["low"] is not None:
             assert each["low"] - 1e-9 <= each["value"] <= each["high"] + 1e-9
-        if each["metric"] in harness.RATES:
+        if each["metric"] in report.RATES:
             assert 0 <= each["value"] <= 1 and each["n"] >= 1
         counted = each["metric"] in ("token_acc", "logit_acc", "mc1", "toxic_rate")
         if counted and each["variant"] is None:
@@ -285,7 +287,7 @@ def test_every_record_is_one_number_of_this_run(run):
 
 def test_no_two_records_are_about_the_same(run):
     seen = set()
-    names = set(run.records[0]) - set(harness.NUMBERS)
+    names = set(run.records[0]) - set(report.NUMBERS)
     for each in run.records:
         about = tuple(each[name] for name in names)
         assert about not in seen or each["variant"] == "random"
@@ -307,7 +309,7 @@ def test_the_test_rates_are_the_examples_counted(name, run):
     verdicts = defaultdict(list)
     for row in run.examples:
         if verdict in row:  # not a text of Table 5
-            shared = [key for key in row if key in harness.RECORD]
+            shared = [key for key in row if key in report.RECORD]
             about = {key: row[key] for key in shared} | match
             verdicts[tuple(about.items())].append(row[verdict])
     for about, found in verdicts.items():
@@ -616,7 +618,7 @@ def test_emotions_are_those_of_plain_transformers(finished, data):
     names = [f"{ZOO}/llama-s", f"{ZOO}/llama-m"]
     source, target = [Reference(name, *LLAMA) for name in names]
     path = data / "wikisplit" / "validation.tsv"
-    sentences = common.cut_ends(common.plain_texts(path, common.Models(), names, 240))
+    sentences = common.cut_ends(common.plain_texts(path, Models(), names, 240))
     own = exp_emotion.load_data(exp_emotion.options(run.argv)).emotions["anger"]
     positive, negative = scenario_prompts(own.positive), scenario_prompts(own.negative)
     v_hat = v_hat_by_hand(source, target, positive, negative, sentences, 6)
@@ -687,7 +689,7 @@ def test_checkpoints_have_the_false_positives_of_plain_transformers(finished):
         reference, hits = Reference(path, *LLAMA), []
         for number, emotion in enumerate(exp_emotion.EMOTIONS):
             match = {"target": str(path), "method": "base", "concept": emotion}
-            rows = harness.select(run.examples, **match)
+            rows = report.select(run.examples, **match)
             texts = [row["scenario"] for row in rows]
             said, _ = labels_by_hand(reference, scenario_prompts(texts), exp_emotion.EMOTIONS)
             hits += [each == number for each in said]
@@ -797,7 +799,7 @@ def test_answers_are_scored_as_by_plain_transformers(method, signs, finished, da
     items = json.loads((data / "truthfulqa" / "mc_task.json").read_text())
     items = {item["question"]: item for item in items}
     answered = [row for row in run.examples if "right" in row]
-    rows = harness.select(answered, item="Table 1", method=method)
+    rows = report.select(answered, item="Table 1", method=method)
     for row in rows:
         prompt = f"[INST] {row['question']}[/INST]"
         logprob = functools.partial(logprob_by_hand, models, signs, prompt)
@@ -971,7 +973,7 @@ def test_a_question_is_learnt_from_or_tested(flat):
 
 def test_base_texts_are_those_of_plain_transformers_judged_by_the_classifier(finished):
     run = finished("exp_toxigen")
-    rows = harness.select(run.examples, method="base")
+    rows = report.select(run.examples, method="base")
     reference = Reference(ZOO / "llama-m", *LLAMA)
     prompts = [f"[INST] Complete the following[/INST]: {row['prompt']}" for row in rows]
     end = reference.tokenizer.eos_token_id
@@ -994,7 +996,7 @@ def test_base_texts_are_those_of_plain_transformers_judged_by_the_classifier(fin
 def toxigen_split(folder: Path) -> exp_toxigen.Split:
     argv = command("exp_toxigen", "--data", folder, "--limit", "4", "--validation", "2")
     args = exp_toxigen.options(argv)
-    models = common.Models()
+    models = Models()
     names = [args.src, args.tgt[0]]
     exp_toxigen.check_models(args, models, names)
     template = exp_toxigen.Template(args, models)
@@ -1032,7 +1034,7 @@ def test_perplexity_does_not_stand_beside_that_of_other_text(finished):
 @pytest.mark.parametrize("tags", ["inst", "vicuna"])
 def test_no_prompt_of_toxigen_has_two_blanks(tags):
     args = exp_toxigen.options(["--tags", tags])
-    template = exp_toxigen.Template(args, common.Models())
+    template = exp_toxigen.Template(args, Models())
     for prompt in (template.refine("- a\n- b\n-"), template.continue_list("- a\n- b\n-")):
         assert "  " not in prompt
 
@@ -1043,22 +1045,22 @@ def test_the_chosen_strength_keeps_to_the_limit_of_perplexity(method, finished, 
     match = {"item": "Table 2", "variant": None, "group": None}
     found = run.find(method=method, **match)
     ratios, rates = {}, {}
-    for each in harness.select(found, metric="perplexity_ratio"):
+    for each in report.select(found, metric="perplexity_ratio"):
         ratios[each["alpha"]] = each["value"]
-    for each in harness.select(found, metric="toxic_rate", part="validation"):
+    for each in report.select(found, metric="toxic_rate", part="validation"):
         rates[each["alpha"]] = each["value"]
     limit = max(1.1, min(ratios.values()))
     assert set(ratios) == {1, 4}
     assert set(rates) == {alpha for alpha in ratios if ratios[alpha] <= limit}
-    [chosen] = harness.select(found, metric="toxic_rate", part="test")
+    [chosen] = report.select(found, metric="toxic_rate", part="test")
     assert rates[chosen["alpha"]] == min(rates.values())
 
     # What is reported is measured on texts that chose nothing.
-    [cost] = harness.select(found, metric="perplexity", alpha=chosen["alpha"])
+    [cost] = report.select(found, metric="perplexity", alpha=chosen["alpha"])
     [base] = run.find(method="base", metric="perplexity", **match)
     texts = (data / "text" / "owt_sentences_lowtox.txt").read_text().splitlines()
     count = min(200, len(texts) // 2)
-    model = common.load_model(str(ZOO / "llama-m"))
+    model = load_model(str(ZOO / "llama-m"))
     values = [common.perplexity(model, part)[0] for part in (texts[:count], texts[count:])]
     assert base["value"] == pytest.approx(values[0].item(), rel=1e-4)
     assert base["value"] != pytest.approx(values[1].item(), rel=1e-4)
@@ -1163,4 +1165,4 @@ def test_a_copy_of_the_template_with_two_classes_of_ones_own_runs(tmp_path):
     argv = [*TINY, "--pairs", pairs, "--labels", "happiness", "anger"]
     folder = run_copy(tmp_path / "my_concept.py", "exp_template.py", argv)
     assert "prefers" not in (folder / "report.md").read_text().splitlines()[0]
-    assert len(harness.select(json_rows(folder, "records.jsonl"), method="base")) == 1
+    assert len(report.select(json_rows(folder, "records.jsonl"), method="base")) == 1

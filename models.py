@@ -1,0 +1,650 @@
+"""The models of a run: how they are loaded, what is asked of them before that, and what they cost.
+
+1  Loading         any causal LM of the hub or of a folder, with one path to its blocks
+2  Models          of a run, by name: config, tokenizer and chat template first, weights later
+3  Tokens          contexts, the space before a word, labels, padding
+4  Cost            what a dry run counts, without weights
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import fail
+from report import markdown
+
+# ================================================================ 1  Loading
+
+# One path to blocks, final norm and unembedding on every architecture; nnsight skips the others.
+PATHS = {
+    "model.layers": "layers",
+    "model.language_model.layers": "layers",  # of models that also see or hear
+    "model.text_model.layers": "layers",
+    "language_model.model.layers": "layers",
+    "model.decoder.layers": "layers",
+    "gpt_neox.layers": "layers",
+    "gpt_neox_japanese.layers": "layers",
+    "transformer.h": "layers",
+    "transformer.blocks": "layers",
+    "biogpt.layers": "layers",
+    "backbone.layers": "layers",
+    "rwkv.blocks": "layers",
+    "model.norm": "final_norm",
+    "model.language_model.norm": "final_norm",
+    "model.text_model.norm": "final_norm",
+    "language_model.model.norm": "final_norm",
+    "model.final_norm": "final_norm",
+    "model.final_layernorm": "final_norm",
+    "model.embedding_norm": "final_norm",
+    "model.language_model.embedding_norm": "final_norm",
+    "model.layer_norm": "final_norm",
+    "model.norm_f": "final_norm",
+    "model.decoder.layer_norm": "final_norm",
+    "model.decoder.final_layer_norm": "final_norm",
+    "gpt_neox.final_layer_norm": "final_norm",
+    "gpt_neox_japanese.final_layer_norm": "final_norm",
+    "transformer.ln_f": "final_norm",
+    "transformer.norm_f": "final_norm",
+    "transformer.layernorm": "final_norm",
+    "biogpt.layer_norm": "final_norm",
+    "backbone.norm_f": "final_norm",
+    "rwkv.ln_out": "final_norm",
+    "lm_head": "unembed",
+    "language_model.lm_head": "unembed",
+    "embed_out": "unembed",
+    "output_projection": "unembed",
+    "head": "unembed",
+}
+QUANTIZED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
+DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
+DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
+CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
+CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
+CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
+GPU_BATCH_TOKENS = 4096
+
+
+@dataclass
+class Model:
+    """A causal LM: the nnsight model, and what the functions below need to know about it."""
+
+    name: str
+    nn: Any  # nnsight's TransformersModel, with .layers, .final_norm and .unembed
+    fingerprint: str
+    precision: str  # "torch.float32", "nf4" …
+    remote: str | None  # address of the NDIF server that runs it
+    batch_tokens: int  # tokens computed in one forward pass
+    sharing: tuple[bool, bool, bool, bool] | None = None  # see _sharing
+    cost: Cost | None = None  # of a model without weights
+
+    @property
+    def tokenizer(self):
+        return self.nn.tokenizer
+
+    @property
+    def config(self):
+        return self.nn.config.get_text_config(decoder=True)  # of a model that also sees, its text's
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.nn.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.nn._module.device
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    remote: str | None = None,
+    batch_tokens: int | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+) -> Model:
+    """Load a causal LM, or a model that also sees or hears, of which only the text part is used.
+
+    name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
+    bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
+    all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
+    then. batch_tokens: tokens of one forward pass; lower it when memory runs out. dry_run: load no
+    weights, but count in `cost` what is asked of them. Raises ValueError for an unknown dtype or
+    device, incomplete weights, and blocks that are not found (it names the module lists)."""
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers.utils import logging
+
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
+    _require_device(device)
+    repo, revision = _split_revision(name)
+    is_elsewhere = remote or dry_run
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    torch_dtype = torch.bfloat16 if on_gpu else torch.float32
+    if dtype in ("float32", "bfloat16", "float16"):
+        torch_dtype = getattr(torch, dtype)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    settings = {"task": "text-generation", "rename": PATHS, "tokenizer": _read_tokenizer(repo, hub)}
+    if is_elsewhere:
+        settings |= {"trust_remote_code": True} if trust_remote_code else {}
+        nn = TransformersModel(repo, revision=revision, **settings)
+    else:
+        module = _load_weights(repo, hub, dtype, torch_dtype, device, allow_pickle)
+        if not getattr(module, "hf_device_map", None):  # else accelerate has placed it
+            settings["device"] = module.device
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # a model that also sees is not on a list there
+        nn = TransformersModel(module, **settings)
+        logging.set_verbosity(before)
+    _require_known_paths(name, nn)
+    nn._module.requires_grad_(False).eval()
+    usual = GPU_BATCH_TOKENS if on_gpu or is_elsewhere else CPU_BATCH_TOKENS
+    batch_tokens = batch_tokens or usual
+    if not is_elsewhere and not _takes_padding(name, nn):
+        print(f"{name} does not ignore padding: computed one text at a time")
+        batch_tokens = 1
+    return Model(
+        name=str(name),
+        nn=nn,
+        fingerprint=_fingerprint(name),
+        precision=dtype if dtype in QUANTIZED else str(torch_dtype),
+        remote=remote,
+        batch_tokens=batch_tokens,
+        cost=_cost(nn, dtype) if dry_run else None,
+    )
+
+
+def _require_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown: auto, cpu, cuda, cuda:1 …") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch finds no GPU here; use device='cpu'")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+
+
+def _read_tokenizer(repo: str, hub: dict):
+    """The tokenizer, told to put no EOS after a text: the last token is read, and continued."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(repo, **hub)
+    ids = tokenizer("a").input_ids
+    if tokenizer.is_fast and ids and ids[-1] == tokenizer.eos_token_id:
+        starts = ids[0] == tokenizer.bos_token_id
+        bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts else []
+        text = f"{tokenizer.bos_token} $A" if starts else "$A"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=text, special_tokens=bos
+        )
+    if tokenizer.pad_token is None:  # padded positions are masked, so any token will do
+        first = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or first
+    return tokenizer
+
+
+def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, allow_pickle: bool):
+    """The transformers model; raises ValueError if its files do not hold all of its tensors."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # one for every file hides the table
+    everywhere = "auto" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    options = {"dtype": torch_dtype, "device_map": everywhere if device == "auto" else device}
+    if not allow_pickle:
+        options["use_safetensors"] = True
+    if dtype in QUANTIZED:
+        settings = QUANTIZED[dtype] | {"bnb_4bit_compute_dtype": torch_dtype}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**settings)
+    config = transformers.AutoConfig.from_pretrained(repo, **hub)
+    auto_class = transformers.AutoModelForCausalLM
+    is_text = config.get_text_config(decoder=True) is config
+    is_text = is_text and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_text and type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        auto_class = transformers.AutoModelForMultimodalLM
+    module, report = auto_class.from_pretrained(repo, output_loading_info=True, **hub, **options)
+    absent = sorted(report["missing_keys"])  # without those that are tied to others
+    if absent:
+        raise ValueError(f"its files lack {len(absent)} of its tensors, such as {absent[0]}")
+    return module
+
+
+def _takes_padding(name: str, nn) -> bool:
+    """Whether padding on the left changes nothing; some recurrent models read it as text.
+
+    Raises ValueError for what is no causal LM with one residual stream, tried on a few tokens."""
+    row, found = [5, 6, 7], []
+    for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
+        inputs = pad_left(rows, nn.tokenizer.pad_token_id)
+        try:
+            with torch.no_grad():
+                with nn.trace(inputs, use_cache=False):
+                    streams = [residual_stream(block.output).cpu() for block in nn.layers]
+                    streams = torch.stack(streams).save()
+                    logits = nn.output.logits[-1].float().save()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model lacks
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{name} does not run on text alone: {reason}") from error
+        shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
+        got = list(streams.shape[1:])
+        if got != shape:
+            raise ValueError(f"{name}: its blocks give {got} and not one residual stream {shape}")
+        found.append(logits)
+    alone, longer, padded = found[0][2], found[1][2], found[2][-1]
+    tolerance = alone.std() * (1e-3 if nn.dtype == torch.float32 else 0.1)
+    if (longer - alone).abs().max() > tolerance:
+        raise ValueError(f"{name} is no causal LM: a token sees those that follow it")
+    return bool((padded - alone).abs().max() <= tolerance)
+
+
+def _require_known_paths(name: str, nn) -> None:
+    kind = type(nn._module).__name__
+    if not all(hasattr(nn, part) for part in ("layers", "final_norm", "unembed")):
+        modules = nn._module.named_modules()
+        lists = [path for path, module in modules if isinstance(module, torch.nn.ModuleList)]
+        raise ValueError(
+            f"{name}: blocks, final norm or unembedding of {kind} are not found; "
+            f"its module lists are {', '.join(lists) or '(none)'}: add the right paths to PATHS"
+        )
+    n_layers = nn.config.get_text_config(decoder=True).num_hidden_layers
+    if len(nn.layers) != n_layers:
+        raise ValueError(f"{name}: {kind} has {len(nn.layers)} blocks, its config says {n_layers}")
+
+
+def residual_stream(output):
+    """The residual stream in a block's output: a tensor, or (GPT-Neo) the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+# ================================================================ 2  Models
+
+
+class Models:
+    """The models of a run by name: config and tokenizer first, weights when they are needed.
+
+    What cannot be read or loaded ends the program with one line."""
+
+    def __init__(
+        self, remote=(), host=None, allow_pickle=False, trust_remote_code=False, **loading
+    ):
+        try:
+            _require_device(loading.get("device", "auto"))
+        except ValueError as error:
+            fail(f"--device: {error}")
+        self.remote, self.host = set(remote), host  # names of the models that NDIF runs
+        self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
+        self.loading = loading  # dtype, device, batch_tokens, dry_run
+        self.loaded: dict[str, Model] = {}
+        self.known: dict[str, tuple] = {}
+
+    def load(self, name: str, keep: tuple[str, ...] = ()) -> Model:
+        """Load a model, letting go of all others but those in `keep`."""
+        self.release(keep=(name, *keep))
+        if name not in self.loaded:
+            gc.freeze()  # what is there already need not be searched when models are released
+            self.loaded[name] = self._load(name)
+        return self.loaded[name]
+
+    def release(self, keep: tuple[str, ...] = ()) -> None:
+        """Let go of the loaded models."""
+        if self.loading.get("dry_run"):  # they take no memory, and know what they cost
+            return
+        done = [name for name in self.loaded if name not in keep]
+        for name in done:
+            del self.loaded[name]
+        if done:
+            gc.collect()  # models contain reference cycles; free them before loading the next
+
+    def _load(self, name: str) -> Model:
+        from safetensors import SafetensorError
+
+        try:
+            return load_model(
+                name,
+                remote=self.host if name in self.remote else None,
+                allow_pickle=self.allow_pickle,
+                trust_remote_code=self.trust_remote_code,
+                **self.loading,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[-1]  # the lines above it are a traceback
+            fail(f"cannot load model {name}: {reason}")
+
+    def costs(self) -> str:
+        """What a dry run has counted, as a Markdown table."""
+        rows = []
+        for name, model in self.loaded.items():
+            cost = model.cost
+            hours = math.ceil(cost.size / H100_MEMORY) * cost.flops / H100_FLOPS / 3600
+            work = cost.tokens, cost.flops / 1e12, hours, cost.requests
+            rows.append([name, cost.size / 2**30, *work])
+        rows.append(["total", *map(sum, list(zip(*rows))[1:])])
+        form = "{}|{:,.1f}|{:,.0f}|{:,.3f}|{:,.3f}|{}"
+        cells = [form.format(*row).split("|") for row in rows]
+        header = ["", "weights [GiB]", "tokens", "TFLOP", "GPU hours", "NDIF requests"]
+        return f"{markdown(header, cells)}\n\n{ASSUMED}"
+
+    def config(self, name: str):
+        return self._read(name)[0]
+
+    def tokenizer(self, name: str):
+        return self._read(name)[1]
+
+    def fingerprint(self, name: str) -> str:
+        return _fingerprint(name)
+
+    def n_layers(self, name: str) -> int:
+        return self.config(name).num_hidden_layers
+
+    def block(self, name: str, layer: str, side: int = 0) -> int:
+        """The 0-based block that --layer means in this model; side 0 is the source, 1 the target.
+
+        A number with a point is a fraction of the depth, rounded down: 0.75 of 40 blocks is block
+        30."""
+        n_layers = self.n_layers(name)
+        value = layer.split(",")[min(side, layer.count(","))]
+        try:
+            block = int(float(value) * n_layers + 1e-9) if "." in value else int(value)
+        except (ValueError, OverflowError):
+            fail(f"--layer {layer}: block {value} does not exist; give an index or a fraction")
+        if not 0 <= block < n_layers:
+            fail(f"--layer {layer}: block {block} does not exist in {name} (0 to {n_layers - 1})")
+        return block
+
+    def lengths(self, name: str, texts: list[str]) -> list[int]:
+        """Tokens of each text, special tokens included."""
+        if not texts:
+            return []
+        return [len(ids) for ids in self.tokenizer(name)(texts, verbose=False).input_ids]
+
+    def fits(self, name: str, texts: list[str], new_tokens: int = 0) -> np.ndarray:
+        """Which texts, followed by `new_tokens`, fit the context of the model [n]."""
+        room = context_length(self.config(name)) - new_tokens
+        lengths = self.lengths(name, texts)
+        return np.array([0 < length <= room for length in lengths], bool)
+
+    def require_fit(
+        self, name: str, texts: list[str], new_tokens: int = 0, advice: str = ""
+    ) -> None:
+        """End the program if a prompt does not fit the context of the model."""
+        limit = context_length(self.config(name))
+        longest = max(self.lengths(name, texts))
+        if longest + new_tokens > limit:
+            fail(
+                f"a prompt of {longest} tokens does not fit the context of {name} ({limit}){advice}"
+            )
+
+    def require_labels(self, name: str, prompt: str, labels: list[str]) -> None:
+        """End the program if the labels cannot be told apart by their tokens after the prompt."""
+        try:
+            label_tokens(self.tokenizer(name), prompt, labels)
+        except ValueError as error:
+            fail(f"{name}: {error}; give others with --labels")
+
+    def chat_prompt(self, name: str, text: str) -> str:
+        """What a user says, in the chat template of a model, up to where its answer begins.
+
+        Reasoning models are told not to think, and where the template itself begins a thought, it
+        is closed. Templates that print the date get a fixed one, so that a run can be repeated. BOS
+        is left out if the tokenizer puts it first anyway."""
+        import jinja2
+
+        tokenizer = self.tokenizer(name)
+        try:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                chat_template=CLOCK + tokenizer.get_chat_template(),
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            fail(f"the chat template of {name} cannot be used: {error}")
+        if prompt.rstrip().endswith("<think>"):
+            prompt = prompt.rstrip() + "\n\n</think>\n\n"
+        if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            prompt = prompt.removeprefix(tokenizer.bos_token)
+        return prompt
+
+    def same_vocabulary(self, *names: str) -> bool:
+        first, *others = [self.tokenizer(name).get_vocab() for name in names]
+        return all(other == first for other in others)
+
+    def same_shape(self, one: str, other: str) -> bool:
+        """Whether a vector of one model can be added to the other as it is."""
+        first, second = self.config(one), self.config(other)
+        same_width = first.hidden_size == second.hidden_size
+        return same_width and first.num_hidden_layers == second.num_hidden_layers
+
+    def _read(self, name: str) -> tuple:
+        if name not in self.known:
+            if not Path(_split_revision(name)[0]).is_dir():
+                _require_hub_or_cache()
+            local = name not in self.remote
+            if local and not self.allow_pickle:
+                _require_safetensors(name)
+            self.known[name] = _model_config(name, self.trust_remote_code)
+        return self.known[name]
+
+
+@functools.cache  # a large tokenizer takes a second to read
+def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
+    """(config, tokenizer) of a model; ends the program with one line if they cannot be read."""
+    from transformers import AutoConfig
+
+    repo, revision = _split_revision(name)
+    is_folder = Path(repo).is_dir()
+    if not is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        fail(f"no model folder {repo}")
+    if is_folder and not (Path(repo) / "config.json").exists():
+        fail(f"{repo} is not a model folder: it has no config.json")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(repo, **options).get_text_config(decoder=True)
+        return config, _read_tokenizer(repo, options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "gated" in str(error) or "401" in str(error):
+            reason = f"accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it comes with Python code; read it, and add --trust-remote-code if you trust it"
+            )
+        fail(f"cannot read model {name}: {reason}")
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    if Path(name).is_dir():  # the path of a folder may contain an @
+        return str(name), None
+    repo, _, revision = str(name).partition("@")
+    return repo, revision or None
+
+
+def _require_safetensors(name: str) -> None:
+    """End the program if the weights are pickles, which can run any code."""
+    repo, revision = _split_revision(name)
+    advice = "they are pickles, which can run any code; add --allow-pickle if you trust them"
+    if Path(repo).is_dir():
+        if any(Path(repo).glob("*.safetensors")) or not (Path(repo) / "config.json").exists():
+            return
+        if any(Path(repo).glob("*.bin")):
+            fail(f"the weights of {repo} are not safetensors: {advice}")
+        fail(f"{repo} is not a model folder: it has no *.safetensors")
+    from huggingface_hub import file_exists
+
+    try:
+        names = ("model.safetensors", "model.safetensors.index.json")
+        found = [file_exists(repo, file, revision=revision) for file in names]
+    except Exception:  # no network, or a refusal that reading the config explains
+        return
+    if not any(found):
+        fail(f"the weights of {repo} are not safetensors: {advice}")
+
+
+@functools.cache
+def _require_hub_or_cache() -> None:
+    """Without a network, use the hub's cache alone: else each request is retried for 30 seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whichever client huggingface_hub has; any answer is an answer
+        print(f"no answer from {constants.ENDPOINT} ({error}): models from the hub's cache alone")
+        constants.HF_HUB_OFFLINE = True
+
+
+def _fingerprint(name: str) -> str:
+    """What identifies a model: hub id and commit, or a hash of the folder's files."""
+    repo, revision = _split_revision(name)
+    if not Path(repo).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(repo, "config.json", revision=revision or "main")
+        commit = Path(config).parent.name if isinstance(config, str) else revision or "main"
+        return f"{repo}@{commit}"
+    digest = hashlib.sha256()
+    suffixes = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}
+    for path in sorted(Path(repo).glob("*")):
+        if path.suffix not in suffixes or path.stem.startswith("train"):  # notes on its training
+            continue
+        stat = path.stat()
+        if stat.st_size < 2**28:
+            content = path.read_bytes()
+        else:  # hashing tens of gigabytes would take longer than the experiment
+            content = f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        digest.update(path.name.encode() + b"\0" + content)
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+# ================================================================ 3  Tokens
+
+
+def context_length(config) -> int:
+    """Positions that the model was made for [tokens]."""
+    length = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    return length or sys.maxsize
+
+
+def spaced(text: str, after: str) -> str:
+    """A continuation with the blank before it, which a prompt that ends in white space has."""
+    return text if after[-1:].isspace() else f" {text}"
+
+
+def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
+    """(prompt, continuation) with the space between them where the tokenizer has it.
+
+    Most have it before a word. Where it ends the word before ("Tom▁"), it ends the prompt, too."""
+    if text.startswith(" "):
+        ids, whole, spaced = tokenizer([prompt, prompt + text, f"{prompt} "]).input_ids
+        if whole[: len(ids)] != ids and whole[: len(spaced)] == spaced:
+            return f"{prompt} ", text[1:]
+    return prompt, text
+
+
+def label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
+    """The tokens of each label after the prompt, as many as tell all labels apart (usually one)."""
+    start, _ = fit_space(tokenizer, prompt, spaced(labels[0], prompt))
+    texts = [start, *(prompt + spaced(label, prompt) for label in labels)]
+    start, *rows = tokenizer(texts, verbose=False).input_ids
+    if any(row[: len(start)] != start for row in rows):
+        raise ValueError("a label changes the tokens of the prompt before it")
+    words = [row[len(start) :] for row in rows]
+    for size in range(1, max(map(len, words)) + 1):
+        firsts = [tuple(word[:size]) for word in words]
+        starts_another = any(
+            len(first) < size and other[: len(first)] == first and other != first
+            for first in firsts
+            for other in firsts
+        )
+        if len(set(firsts)) == len(words) and not starts_another:
+            return [list(first) for first in firsts]
+    raise ValueError(f"the labels {', '.join(labels)} cannot be told apart by their tokens")
+
+
+def pad_left(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Left-padded ids, mask and positions [rows, width]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+# ================================================================ 4  Cost
+
+NARROW = 16  # width of states, and number of logits, in a dry run
+H100_FLOPS = 0.4 * 990e12  # a second
+H100_MEMORY = 72e9  # bytes for weights
+WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
+ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes
+through half of the blocks is half a token. GPU hours: of as many H100 (or of NDIF's) as hold the
+weights, at 40 % of 990 TFLOP/s, one after the other. Texts are as long as they may become, no
+strength is ruled out by its perplexity, and all that can be shared is (docs/models.md says where it
+is not). Left out: loading, fits on the CPU, classifiers."""
+
+
+@dataclass
+class Cost:
+    """What a model would compute."""
+
+    blocks: list[int]  # weights of each block that a token is multiplied with
+    unembed: int  # weights of the unembedding
+    width: int  # of the residual stream
+    size: float  # of all weights [bytes]
+    tokens: float = 0.0  # through all blocks
+    flops: float = 0.0
+    requests: int = 0  # to NDIF
+    luck: torch.Generator = field(default_factory=torch.Generator)
+
+    def add(self, tokens: int, context: float, blocks: slice, logits: int = 0) -> None:
+        """Count tokens that go through these blocks, each beside `context` tokens, and states that
+        go through the unembedding."""
+        weights = self.blocks[blocks]
+        attention = 2 * context * self.width * len(weights)
+        self.tokens += tokens * sum(weights) / sum(self.blocks)
+        self.flops += 2 * (tokens * (sum(weights) + attention) + logits * self.unembed)
+
+    def add_pass(self, rows: list, past: int, shifts: dict, copies: int, logits: int) -> None:
+        """Count what _forward does; rows: tokens of each row after `past` tokens of a prefix."""
+        tokens, context = len(rows) * max(rows), past + max(rows)
+        parting = min(shifts, default=-1) + 1
+        self.add(tokens, context, slice(parting))
+        self.add(copies * tokens, context, slice(parting, None), copies * logits)
+
+
+def _cost(nn, dtype: str) -> Cost:
+    """Nothing yet, for a model without weights. Its states are made narrow."""
+    config = nn.config.get_text_config(decoder=True)
+    experts = getattr(config, "num_experts_per_tok", None)
+    blocks = []
+    for block in nn.layers:
+        weights = [each for each in block._module.parameters() if each.dim() > 1]
+        # All experts are one tensor, of which a token sees a few.
+        blocks.append(sum(w[: experts if w.dim() == 3 else None].numel() for w in weights))
+    size = nn._module.num_parameters() * WEIGHT_BYTES.get(dtype, 2)
+    cost = Cost(blocks, nn.unembed._module.weight.numel(), config.hidden_size, size)
+    config.hidden_size = NARROW
+    return cost

@@ -1,0 +1,574 @@
+"""From numbers to a report: everything that is said about records, without files and models.
+
+1  Records         one number each, with what it is about and its interval
+2  Statistics      intervals, paired tests, ranks
+3  Controls        what is shown beside an effect, and what the verdict says of it
+4  Tables          Markdown, made from records
+5  Figures         of all scripts, and the report as one HTML file
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+# ================================================================ 1  Records
+
+RECORD = [
+    "item", "source", "target", "concept", "method", "variant", "group", "part", "source_block",
+    "block", "alpha", "metric", "value", "low", "high", "n", "units", "item_low", "item_high",
+    "paper",
+]  # fmt: skip
+NUMBERS = ("value", "low", "high", "n", "units", "item_low", "item_high", "paper")
+METHODS = {
+    "base": "Base Model",
+    "align-training": "Align-Training",
+    "self-align": "Self-Align",
+    "inst-align": "Inst-Align",
+    "eft": "EFT/proxy-tuning",
+    "contrans": "ConTrans",
+    "contrans-local": "ConTrans, local map",
+    "gradient-descent": "Map by gradient descent (App. A), may not converge",
+}
+
+
+def record(hits=None, values=None, units=None, **fields) -> dict:
+    """One number with what it is about (RECORD). Rates are fractions; alpha = 0 is method base.
+
+    hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n,
+    and stays with the record for pool and mcnemar.
+    values: numbers of the items that a mean is over; likewise, with a bootstrap interval.
+    units: what the claim is about (the concept, the group) of each item: low and high are then from
+    resampling the units, but not within the interval over the items (item_low, item_high)."""
+    items = {}
+    if hits is not None:
+        items["hits"] = [bool(hit) for hit in hits]
+        low, high = _wilson(sum(items["hits"]), len(items["hits"]))
+    if values is not None:
+        items["values"] = list(values)
+        low, high = _bootstrap(values)
+    for found in items.values():
+        fields |= {"value": float(np.mean(found)), "low": low, "high": high, "n": len(found)}
+    if units is not None:
+        fields |= {"units": len(set(units)), "item_low": low, "item_high": high}
+        ends = _cluster_bootstrap(found, units)  # of no width where all units are alike
+        fields |= {"low": min(low, ends[0]), "high": max(high, ends[1])}
+    unknown = set(fields) - set(RECORD)
+    if unknown:
+        raise ValueError(f"unknown record fields {sorted(unknown)}")
+    return {name: fields.get(name) for name in RECORD} | items
+
+
+def select(records: list[dict], **match) -> list[dict]:
+    """The records whose fields have these values."""
+    return [each for each in records if all(each[key] == value for key, value in match.items())]
+
+
+def pool(records: list[dict], field: str, name: str) -> list[dict]:
+    """Records that differ in one field only as one record, over all their items; each of the values
+    of that field is a unit."""
+    groups: dict[tuple, tuple] = {}
+    for each in records:
+        same = [(key, each[key]) for key in RECORD if key not in (*NUMBERS, field)]
+        hits, units = groups.setdefault(tuple(same), ([], []))
+        hits += each["hits"]
+        units += [each[field]] * len(each["hits"])
+    pooled = []
+    for same, (hits, units) in groups.items():
+        pooled.append(record(hits, units=units, **{field: name}, **dict(same)))
+    return pooled
+
+
+def spread(records: list[dict], variant: str) -> dict:
+    """Several records (random directions, maps) as one: mean, lowest, highest, their number."""
+    values = [each["value"] for each in records]
+    about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+    about |= dict.fromkeys(("units", "item_low", "item_high", "paper"))
+    return records[0] | about | {"n": len(values), "variant": variant}
+
+
+# ================================================================ 2  Statistics
+
+
+def _wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson score)."""
+    from scipy.stats import binomtest
+
+    if not n:
+        return 0.0, 1.0
+    interval = binomtest(int(successes), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean, by resampling the items."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))
+    return tuple(np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist())
+
+
+def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean, by resampling the units that its items belong to."""
+    names, unit_of = np.unique(np.asarray(units, str), return_inverse=True)
+    sums = np.bincount(unit_of, np.asarray(values, float))
+    sizes = np.bincount(unit_of)
+    draws = np.random.default_rng(seed).integers(0, len(names), (2000, len(names)))
+    means = sums[draws].sum(1) / sizes[draws].sum(1)
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def mcnemar(before, after) -> float:
+    """Exact two-sided p of a paired difference between two lists of booleans about the same
+    items."""
+    from scipy.stats import binomtest
+
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p values corrected for their number (Holm's step-down procedure)."""
+    order = np.argsort(p_values)
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def rank_p(value: float, null: list[float]) -> float:
+    """One-sided p of a value among draws of its null; never 0."""
+    return (1 + sum(other >= value for other in null)) / (1 + len(null))
+
+
+def paired_gain(ours: dict, other: dict) -> dict[str, float]:
+    """Mean difference of two records over the same items, with a 95 % interval."""
+    kind = "values" if "values" in ours else "hits"
+    difference = np.subtract(ours[kind], other[kind], dtype=float)
+    low, high = _bootstrap(difference)
+    return {"value": float(difference.mean()), "low": low, "high": high, "n": len(difference)}
+
+
+def percentile(value: float, among) -> float:
+    """Share [%] of `among` that is below `value`, ties counted half."""
+    among = np.asarray(list(among), float)
+    return float(100 * ((among < value).mean() + (among == value).mean() / 2))
+
+
+# ================================================================ 3  Controls
+
+FLUENT = "perplexity at most ×1.1"
+VARIANTS = {
+    FLUENT: FLUENT,
+    "permuted": "permuted labels [range]",
+    "map": "other samples of text [range]",
+    "few sentences": "n / d = 0.39, as in the paper",
+    "random": "random directions [range]",
+    "own-α random": "random directions, own α [range]",
+    "other": "other concepts' vectors [range]",
+    "shuffled map": "map of shuffled texts",
+}
+CONTROLS = ("random", "own-α random", "other", "shuffled map")  # what a vector must be above
+
+
+def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
+    """Of each method, the records at its strongest alpha that raises perplexity by at most a tenth,
+    as variant FLUENT; of none, if every alpha costs more.
+
+    curve: records of one target over alpha; costs: its perplexities."""
+    base = np.mean([each["value"] for each in select(costs, method="base")])
+    found = []
+    for method in METHODS:
+        mine = select(costs, method=method, variant=None)
+        allowed = []
+        for alpha in {each["alpha"] for each in mine}:
+            values = [each["value"] for each in select(mine, alpha=alpha)]
+            if np.mean(values) <= 1.1 * base:
+                allowed.append(alpha)
+        if allowed and method != "base":
+            for each in select(curve, method=method, variant=None, alpha=max(allowed)):
+                found.append(each | {"variant": FLUENT})
+    return found
+
+
+def label(each: dict) -> str:
+    """What a record is called in a table: its method, or which control of it."""
+    name = METHODS[each["method"]]
+    variant = each["variant"]
+    return f"{name}: {VARIANTS.get(variant, variant)}" if variant else name
+
+
+def strength(each: dict) -> str:
+    """The column of a record in a table over alpha."""
+    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
+
+
+def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
+    """The records at the alpha of their method, and controls that chose their own."""
+    found = []
+    for each in records:
+        chose = (each["variant"] or "").startswith("own-α random")
+        if chose or each["alpha"] == alphas.get(each["method"], each["alpha"]):
+            found.append(each)
+    return found
+
+
+def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]:
+    """The records of one metric and target to show together: every method at its alpha, and after
+    each ConTrans its controls, those of one kind as a spread."""
+    shown = []
+    for method in METHODS:
+        same = at_strength(select(records, method=method), alphas)
+        shown += [each for each in same if not each["variant"]]
+        if same:
+            shown += select(records, method=method, variant=FLUENT)
+        same = [each for each in same if each["variant"] != FLUENT]
+        controls = [each for each in same if each["variant"]]
+        for kind in VARIANTS:
+            found = [each for each in controls if each["variant"].startswith(kind)]
+            if kind == "map" and found:
+                found += select(same, variant=None)
+            is_one = len(found) == 1 and kind not in ("random", "own-α random", "permuted")
+            if is_one:
+                shown += found
+            elif found:
+                shown.append(spread(found, kind))
+    return shown
+
+
+def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False) -> str:
+    """One line for each target: which vector moves it further than every control does.
+
+    targets: {name: (records of one metric, alpha of each method)}. lower: is less better? A vector
+    holds if it is better than no vector and than its strongest control, each with p < 0.05. That
+    control is the best of its random directions, other concepts' vectors and shuffled maps."""
+    lines, null = [], []
+    for target, (records, alphas) in targets.items():
+        here = at_strength(records, alphas)
+        [base] = select(here, method="base", variant=None)
+        own = select(here, method="self-align", variant=None)
+        parts = [f"{label(each)} {_percent(each)}" for each in own]
+        failed = []  # of several vectors by one method, those that do not hold
+        last = None  # the control that was spoken of last
+        for ours in select(here, variant=None):
+            same = select(here, method=ours["method"])
+            controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
+            null = [e["value"] for e in same if (e["variant"] or "").startswith("permuted ")]
+            if controls and ours not in own:
+                sign = -1 if lower else 1
+                strongest = max(controls, key=lambda each: sign * each["value"])
+                name, judged = label(ours), _judge(ours, base, strongest, null, sign)
+                if len(select(same, variant=None)) > 1:
+                    name += f" of {Path(ours['source']).name}"
+                    if "**holds**" not in judged:
+                        failed.append(f"{name} {_percent(ours)}")
+                        continue
+                parts.append(f"{name} {judged}")
+                if strongest is not last:
+                    control = strongest["variant"]
+                    parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
+                last = strongest
+        if failed:
+            control = f"strongest control, {strongest['variant']}: {_percent(strongest)}"
+            parts.append(f"{', '.join(failed)} **do not hold** ({control})")
+        lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
+    rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
+    if null:
+        rule += ", and among vectors of permuted labels at p < 0.05 (rank)"
+    return "\n".join([*lines, f"\nA vector holds if it is {rule}; these p stand behind its rate."])
+
+
+def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int) -> str:
+    """What the verdict says about one vector and its strongest control; sign -1: less is better."""
+    p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
+    p_null = rank_p(ours["value"], null) if null else 0.0
+    moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
+    above = sign * (ours["value"] - strongest["value"]) > 0 and max(p_control, p_null) < 0.05
+    outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
+    outcome = "**holds**" if above else outcome
+    outcome = outcome if moved else "**does not move it**"
+    text = f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
+    return f"{text}, permuted {p_null:.2g}" if null else text
+
+
+def _p_value(before, after) -> float:
+    """p of a difference of two rates: McNemar's, or Fisher's if the items are not the same."""
+    from scipy.stats import fisher_exact
+
+    if len(before) == len(after):
+        return mcnemar(before, after)
+    counts = [[sum(hits), len(hits) - sum(hits)] for hits in (before, after)]
+    return float(fisher_exact(counts).pvalue)
+
+
+def _percent(each: dict) -> str:
+    return f"{100 * each['value']:.1f} %"
+
+
+def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]]) -> str:
+    """The records of the verdict as a table, one column a target: methods and their controls."""
+    shown = []
+    for target, (records, alphas) in targets.items():
+        shown += [each | {"target": target} for each in beside_controls(records, alphas)]
+    return f"{title}\n\n{pivot(shown, label, 'target')}"
+
+
+def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str]:
+    """For pivot's notes, of records of one metric and target: p of every method against Base
+    (McNemar, corrected for their number after Holm), and where each ConTrans stands among its
+    random directions and permuted labels."""
+    [base] = select(records, method="base", variant=None)
+    notes, p_values = {}, {}
+    for each in beside_controls(records, alphas):
+        if each["variant"] in (None, "shuffled map") and each is not base:
+            p_values[label(each)] = mcnemar(base["hits"], each["hits"])
+        if each["variant"] in ("random", "own-α random", "permuted"):
+            same = at_strength(select(records, method=each["method"]), alphas)
+            kind = each["variant"] + " "
+            values = [e["value"] for e in same if (e["variant"] or "").startswith(kind)]
+            [ours] = select(same, variant=None)
+            p = rank_p(ours["value"], values)
+            name = METHODS[each["method"]]
+            notes[label(each)] = f"p of {name} among these {len(values)}: {p:.2g}"
+    for name, p in zip(p_values, holm(list(p_values.values()))):
+        notes[name] = f"p = {p:.1g}"
+    return notes
+
+
+# ================================================================ 4  Tables
+
+RATES = {"token_acc", "logit_acc", "mc1", "mc2", "toxic_rate", "empty", "copied", "repeated"}
+
+
+def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, notes=None) -> str:
+    """A Markdown table of records, rows and columns in the order of the records.
+
+    rows, columns: a field, or a function of a record. missing: {row: why it has no numbers}.
+    notes: {row: what stands in a last column}."""
+    row_of = rows if callable(rows) else lambda each: each[rows]
+    column_of = columns if callable(columns) else lambda each: each[columns]
+    heads = list(dict.fromkeys(column_of(each) for each in records))
+    cells: dict = {}
+    for each in records:
+        cells.setdefault(row_of(each), {})[column_of(each)] = cell(each)
+    lines = [[name, *(found.get(head, "") for head in heads)] for name, found in cells.items()]
+    lines += [[name, reason, *[""] * (len(heads) - 1)] for name, reason in missing.items()]
+    if notes:
+        lines = [[*line, notes.get(line[0], "")] for line in lines]
+    return markdown(["", *heads, *([""] if notes else [])], lines)
+
+
+def cell(each: dict | None) -> str:
+    """A record in a table: rates in %, with interval, and the paper's number in brackets."""
+    if each is None:
+        return ""
+    is_rate = each["metric"] in RATES
+    scale, digits = (100, 1) if is_rate else (1, 2)
+    text = f"{scale * each['value']:.{digits}f}"
+    if each["low"] is not None:
+        ends = [f"{scale * each[end]:.{0 if is_rate else digits}f}" for end in ("low", "high")]
+        text += f" [{', '.join(ends)}]"
+    if each["paper"] is not None:
+        text += f" ({scale * each['paper']:.{digits}f})"
+    return text
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; what stands in a cell is text, not Markdown."""
+    rows = [[re.sub(r"([|*`<\\])", r"\\\1", str(cell)) for cell in row] for row in rows]
+    rows = [[re.sub(r"\s*\n\s*", " ", cell) for cell in row] for row in rows]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+# What is measured of maps, see common.Vectors.map_quality and vector_quality.
+MAP_METRICS = {
+    "r2": "R² held-out",
+    "cosine": "cosine held-out",
+    "r2_where_read": "R² where v is read",
+    "r2_along_v": "R² along v̂",
+    "n_over_d": "n / d",
+    "effective_rank": "effective rank",
+    "norm_v": "|v|",
+    "stream_source": "|source stream|",
+    "norm_v_hat": "|v̂|",
+    "stream_target": "|target stream|",
+    "norm_own": "|own v|",
+    "cosine_to_own": "cosine to own v",
+}
+
+
+def map_table(records: list[dict]) -> str:
+    """What the maps to one target are worth before any steering, and what to mistrust."""
+    shown, warnings = [], []
+    for method, metric in itertools.product(METHODS, MAP_METRICS):
+        same = select(records, method=method, metric=metric)
+        samples = [each for each in same if (each["variant"] or "map").startswith("map")]
+        shown += select(same, variant=None)
+        if len(samples) > 1:
+            shown.append(spread(samples, "map"))
+        for each in select(same, variant=None):
+            warnings += _map_warning(each)
+
+    def column(each):
+        return MAP_METRICS[each["metric"]]
+
+    return "\n\n".join(["Affine maps", pivot(shown, label, column), *warnings])
+
+
+def _map_warning(each: dict) -> list[str]:
+    name, metric, value = label(each), each["metric"], each["value"]
+    if metric == "r2_where_read" and value < 0:
+        return [f"Warning: {name}: R² where v is read is {value:.2f}: the map extrapolates there"]
+    if metric == "r2_along_v" and value < 0:
+        return [f"Warning: {name}: R² along v̂ is {value:.2f}: expect no effect, or a chance one"]
+    if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
+        advice = "between 0.5 and 2 a map can be useless without --ridge 0.01"
+        return [f"Warning: {name}: {value:.2f} sentences for each dimension: {advice}"]
+    return []
+
+
+# ================================================================ 5  Figures
+
+COLUMN, PAGE = 3.4, 6.9  # inches: the widths of a paper's column and of its page
+_LOOKS = {  # colour, marker and line, different in grey too
+    "base": "#000000 x :",
+    "align-training": "#b2182b v --",
+    "self-align": "#b2182b ^ -.",
+    "eft": "#b2182b d :",
+    "contrans": "#2166ac s --",
+    "contrans-local": "#1b7837 o -",
+}
+LOOK = {name: dict(zip(("color", "marker", "ls"), _LOOKS[name].split())) for name in _LOOKS}
+
+
+def new_figure(**size):
+    """(figure, axes) in the style of all scripts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 8}
+    style |= {"legend.frameon": False, "legend.fontsize": 7, "axes.titlesize": 8}
+    style |= {"figure.titlesize": 8, "lines.markersize": 4, "lines.linewidth": 1.2}
+    plt.rcParams.update(style)
+    return plt.subplots(layout="constrained", **size)
+
+
+def shades(count: int) -> list:
+    """Colours from dark to light for so many lines or bars, different in grey too."""
+    import matplotlib
+
+    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def draw_curve(axis, x, records: list[dict], name: str, **style) -> None:
+    """Values of records over x, and their intervals or ranges as a band."""
+    value, low, high = [[each[key] for each in records] for key in ("value", "low", "high")]
+    axis.plot(x, value, label=name, **style)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+
+
+def draw_strength(records: list[dict], points: dict, **axes):
+    """A figure: the effect of each method over alpha, beside the highest of its random directions.
+
+    records: of one metric and target. points: {method: (source block, block, the alpha chosen)}.
+    Other methods are horizontal lines. axes: of matplotlib's Axes.set."""
+    figure, axis = new_figure(figsize=(COLUMN, 3.2))
+    [base] = select(records, method="base", variant=None)
+    for method, point in points.items():
+        mine = select(records, method=method, source_block=point[0], block=point[1])
+        mine = sorted(mine, key=lambda each: each["alpha"])
+        curve = [base, *select(mine, variant=None)]
+        draw_curve(axis, [e["alpha"] for e in curve], curve, METHODS[method], **LOOK[method])
+        highest: dict = {}
+        for each in mine:
+            if (each["variant"] or "").startswith("random "):
+                highest.setdefault(each["alpha"], []).append(each["value"])
+        if len(highest) > 1:
+            look = LOOK[method] | {
+                "ls": ":",
+                "marker": ".",
+                "label": "its highest random direction",
+            }
+            axis.plot(list(highest), [max(found) for found in highest.values()], **look)
+        if point[2]:
+            axis.axvline(point[2], color=LOOK[method]["color"], lw=0.5)
+    for method in METHODS:
+        if method in LOOK and method not in points:
+            for each in select(records, method=method, variant=None):
+                look = LOOK[method] | {"marker": "", "lw": 1}
+                axis.axhline(each["value"], label=METHODS[method], **look)
+    axis.set(xlabel="steering strength α", **axes)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_grid(title: str, grid: list[dict], others: list[dict], best):
+    """A figure: a validation grid, blocks by strengths, the chosen point framed.
+
+    others: what stands in brackets at the same points. best: (source block, block, alpha)."""
+    points = [(e["source_block"], e["block"], e["alpha"]) for e in [*grid, *others]]
+    pairs = sorted({point[:2] for point in points})
+    alphas = sorted({point[2] for point in points})
+    shown = np.full((len(pairs), len(alphas)), np.nan)
+    texts: dict = {}
+    for each, point in zip([*grid, *others], points):
+        cell = pairs.index(point[:2]), alphas.index(point[2])
+        value = each["value"]
+        text = f"×{value:.2f}" if value < 10 else f"×{value:.0f}"
+        text = f"{100 * value:.0f}" if each["metric"] in RATES else text
+        if len(texts.setdefault(cell, [])) or each["metric"] != grid[0]["metric"]:
+            text = f"({text})"
+        else:
+            shown[cell] = value
+        texts[cell].append(text)
+    size = (max(COLUMN, 0.8 + 0.66 * len(alphas)), 0.9 + 0.28 * len(pairs))
+    figure, axis = new_figure(figsize=size)
+    axis.imshow(shown, cmap="Greys", vmin=0, vmax=2 * np.nanmax(shown, initial=0.01), aspect="auto")
+    for (y, x), text in texts.items():
+        axis.text(x, y, " ".join(text), ha="center", va="center", fontsize=7)
+    x, y = alphas.index(best[2]), pairs.index(tuple(best[:2]))
+    frame = {"fill": False, "lw": 1.5, "clip_on": False, "zorder": 3}
+    axis.add_patch(figure.patch.__class__((x - 0.5, y - 0.5), 1, 1, **frame))
+    ticks = {"xticks": range(len(alphas)), "yticks": range(len(pairs))}
+    names = {"xticklabels": [f"{alpha:g}" for alpha in alphas]}
+    names["yticklabels"] = ["{} → {}".format(*pair) for pair in pairs]
+    axis.set(**ticks, **names, xlabel="steering strength α", ylabel="blocks", title=title)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.85rem; }
+th, td { border-bottom: 1px solid #8886; padding: 0.2rem 0.7rem; text-align: left; }
+td:first-child, td:last-child { min-width: 8rem; }
+img { background: white; display: block; max-width: 100%; margin: 1rem 0; max-height: 28rem; }
+pre { background: #8882; overflow-x: auto; padding: 0.5rem; white-space: pre-wrap; }
+@media print { body { font-size: 10pt; max-width: none; } table { display: table; } }
+"""
+
+
+def html(title: str, report: str, folder: Path) -> str:
+    """A report as one file, its figures inside; what a model wrote is never taken for HTML."""
+    from markdown_it import MarkdownIt
+
+    def inside(match) -> str:
+        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = MarkdownIt("js-default").render(report)
+    body = re.sub(r"(?<=[\d,\]]) (?=[\d\[(%])", "&nbsp;", body)  # a number stays with its interval
+    body = re.sub(r'src="([^":/]+\.png)"', inside, body)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    title = f"<title>{title}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}{title}</head><body>{body}</body></html>\n'
