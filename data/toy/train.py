@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.optim import _muon
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -151,6 +152,22 @@ def train_tokenizer(document, pieces: int, bos: bool) -> PreTrainedTokenizerFast
 
 
 # ---------------------------------------------------------------- training
+
+
+def orthogonalize(gradient: torch.Tensor, coefficients, steps: int, eps: float) -> torch.Tensor:
+    """The Newton-Schulz iteration of torch.optim.Muon [m, n], but in float32: most CPUs have no
+    arithmetic for its bfloat16, and then it takes more than half of the training."""
+    a, b, c = coefficients
+    x = gradient.T if len(gradient) > len(gradient.T) else gradient
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        update = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, update, x, beta=a)
+    return x.T if len(gradient) > len(gradient.T) else x
+
+
+_muon._zeropower_via_newtonschulz = orthogonalize
 
 
 def tokens(tokenizer, documents: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
