@@ -23,7 +23,7 @@ import math
 import os
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from harness import cached, fail, on_ndif, progress_bar, read_text
+from harness import ask_ndif, cached, fail, progress_bar, read_text
 from models import (
     NARROW,
     Model,
@@ -1111,6 +1111,7 @@ def generate(
 # there as source text: they take the nnsight model `nn`, tensors, numbers, lists and tuples, and
 # use no class of ours.
 
+JOBS_SENT = 2  # to NDIF at once: one runs, the other waits there
 CACHED_PER_COMPUTED = 8  # a cached token costs memory, not time: this many count as a computed one
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
 BRANCH_TOKENS = 512  # tokens of all tails of one tree
@@ -1121,30 +1122,51 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
     """Yield (indices, answer) for each batch, where answer is make(nn, *fixed)(**pack(indices)).
 
     costs: computed tokens of each row; a batch costs at most model.batch_tokens. On NDIF several
-    batches are one job. What does not fit the memory, or takes the server too long, is halved."""
-    nn, work = model.nn, None
+    batches are one job, and the next job is sent while one runs. What does not fit the memory, or
+    takes the server too long, is halved."""
+    ask = _asker(model, make, fixed, pack)
+    batches = _batches(model, costs)
+    per_job, ahead = (batches_per_job, JOBS_SENT) if model.remote else (1, 1)
+    halves, sent = [], deque()  # jobs; jobs that were sent, and functions that wait for the answers
+    with progress_bar(len(costs), model.name, delay=10, leave=False) as bar:
+        while True:
+            while len(sent) < ahead:
+                job = halves.pop() if halves else list(itertools.islice(batches, per_job))
+                if not job:
+                    break
+                sent.append((job, ask(job)))
+            if not sent:
+                return
+            job, wait = sent.popleft()
+            try:
+                answers = wait()
+            except (torch.OutOfMemoryError, TimeoutError) as error:
+                halves += _halves(model, job, error)
+                continue
+            yield from zip(job, answers)
+            bar.update(sum(map(len, job)))
+
+
+def _asker(model: Model, make, fixed: tuple, pack):
+    """ask(job) begins to compute a list of batches and returns a function that waits for the
+    answers. A model that is here computes when it is waited for."""
+    nn, known = model.nn, []
     if model.cost:
         nn, make = model, COUNTERS[make]
-    batches = _batches(model, costs)
-    per_job = batches_per_job if model.remote else 1
-    with progress_bar(len(costs), model.name, delay=10, leave=False) as bar:
-        while job := list(itertools.islice(batches, per_job)):
-            waiting = [job]
-            while waiting:
-                job = waiting.pop()
-                packs = [pack(batch) for batch in job]
-                try:
-                    if model.remote:
-                        about = [model.fingerprint, model.remote]
-                        answers = on_ndif(nn, model.remote, make, fixed, packs, about)
-                    else:
-                        work = work or make(nn, *fixed)
-                        answers = [work(**packs[0])]
-                except (torch.OutOfMemoryError, TimeoutError) as error:
-                    waiting += _halves(model, job, error)
-                    continue
-                yield from zip(job, answers)
-                bar.update(sum(map(len, job)))
+
+    def ask_here(job):
+        def compute():
+            if not known:  # what batches share is computed once
+                known.append(make(nn, *fixed))
+            return [known[0](**pack(batch)) for batch in job]
+
+        return compute
+
+    def ask_there(job):
+        packs, about = [pack(batch) for batch in job], [model.fingerprint, model.remote]
+        return ask_ndif(nn, model.remote, make, fixed, packs, about)
+
+    return ask_there if model.remote else ask_here
 
 
 def _batches(model: Model, costs: list[float]):

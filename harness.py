@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import importlib.util
 import io
@@ -28,7 +29,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 
@@ -508,10 +511,9 @@ def cached(kind: str, about, compute):
     about: everything that they depend on. A file that cannot be read is computed again."""
     import torch
 
-    if CACHE["folder"] is None:
+    path = _cache_path(kind, about)
+    if path is None:
         return compute()
-    packages = [version(name) for name in ("torch", "transformers", "nnsight")]
-    path = Path(CACHE["folder"]) / f"{kind}-{_digest([packages, about])}.pt"
     if path.exists():
         try:
             return torch.load(path, mmap=True)
@@ -520,6 +522,19 @@ def cached(kind: str, about, compute):
     value = compute()
     _write_file(path, lambda file: torch.save(value, file))
     return value
+
+
+def is_cached(kind: str, about) -> bool:
+    path = _cache_path(kind, about)
+    return path is not None and path.exists()
+
+
+def _cache_path(kind: str, about) -> Path | None:
+    """Where cached tensors are; None with --no-cache."""
+    if CACHE["folder"] is None:
+        return None
+    packages = [version(name) for name in ("torch", "transformers", "nnsight")]
+    return Path(CACHE["folder"]) / f"{kind}-{_digest([packages, about])}.pt"
 
 
 # ================================================================ 3  NDIF
@@ -569,33 +584,34 @@ def _check_ndif(host: str, names: list[str]) -> None:
             print(f"{name} does not run on {host} yet: the first job waits until it is deployed")
 
 
-def on_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list) -> list:
-    """[make(nn, *fixed)(**pack) for pack in packs], computed on the server as one job.
+def ask_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list):
+    """Send [make(nn, *fixed)(**pack) for pack in packs] to the server as one job.
 
-    make travels as source text with all that it calls. A failed job is sent again; an answer is
-    cached and never asked for twice. Raises TimeoutError or torch.OutOfMemoryError if the job is
-    too large."""
+    Returns a function that waits for the answers, so that the next job can be sent while this one
+    runs. make travels as source text with all that it calls. A failed job is sent again; an answer
+    is cached and never asked for twice. The function raises TimeoutError or torch.OutOfMemoryError
+    if the job is too large."""
     key = [*about, make.__name__, fixed, packs]
-    asked = NDIF_STATS["requests"]
-    answers = cached("ndif", key, lambda: _send_with_retries(nn, host, make, fixed, packs))
-    NDIF_STATS["from cache"] += NDIF_STATS["requests"] == asked
-    return answers
+    send = functools.partial(_send, nn, host, make, fixed, packs)
+    if is_cached("ndif", key):
+        NDIF_STATS["from cache"] += 1
+        sent = []
+    else:
+        sent = [send()]
+    return lambda: cached("ndif", key, lambda: _await_answers(host, *(sent or [send()]), send))
 
 
-def _send_with_retries(nn, host: str, make, fixed: tuple, packs: list[dict]) -> list:
+def _await_answers(host: str, wait, send) -> list:
+    """What wait() gives, or that of the job that send() sends in its place if it fails."""
     import httpx
     import torch
     from nnsight.intervention.backends.remote import RemoteError
     from websocket import WebSocketException
 
-    if DRY_RUN["folder"]:
-        nn.cost.requests += 1
-        return _run_packs(nn, make, fixed, packs)
     last = None
-    for wait in [*RETRY_SECONDS, None]:
-        NDIF_STATS["requests"] += 1
+    for seconds in [*RETRY_SECONDS, None]:
         try:
-            return _send(nn, host, make, fixed, packs)
+            return wait()
         except (RemoteError, WebSocketException, httpx.HTTPError, OSError) as error:
             NDIF_STATS["failed"] += 1
             text = str(error).strip().replace(os.environ.get("NDIF_API_KEY") or "\0", "(the key)")
@@ -607,19 +623,45 @@ def _send_with_retries(nn, host: str, make, fixed: tuple, packs: list[dict]) -> 
             raise torch.OutOfMemoryError(reason)
         # A refusal, or a traceback that comes twice, will not go away.
         refused = 400 <= code < 500 or "Could not deploy" in text
-        if wait is None or refused or ("Traceback" in text and text == last):
+        if seconds is None or refused or ("Traceback" in text and text == last):
             fail(f"NDIF ({host}): {reason}; run the same command again to continue")
-        print(f"NDIF: {reason}; retry in {wait} s", file=sys.stderr)
+        print(f"NDIF: {reason}; retry in {seconds} s", file=sys.stderr)
         last = text
-        time.sleep(wait)
+        time.sleep(seconds)
+        wait = send()
 
 
-def _send(nn, host: str, make, fixed: tuple, packs: list[dict]) -> list:
+def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
+    """Send one job; returns a function that waits for its answers, or raises what went wrong.
+
+    A thread listens from the start: a server takes a client for gone that does not answer its
+    pings."""
     import nnsight
+    from nnsight.intervention.backends.remote import AsyncRemoteBackend
 
-    with nn.session(remote=host):
-        answers = nnsight.save(_run_packs(nn, make, fixed, packs))
-    return answers
+    if DRY_RUN["folder"]:
+        nn.cost.requests += 1
+        return lambda: _run_packs(nn, make, fixed, packs)
+    NDIF_STATS["requests"] += 1
+    backend, future = AsyncRemoteBackend(nn.to_model_key(), host=host), Future()
+
+    def listen():
+        try:
+            while (saved := backend.handle(backend.parse(backend.connection.recv()))) is None:
+                pass
+            future.set_result(saved["answers"])
+        except Exception as error:  # raised where the answers are waited for
+            future.set_exception(error)
+        finally:
+            backend.close()
+
+    try:
+        with nn.session(backend=backend):
+            answers = nnsight.save(_run_packs(nn, make, fixed, packs))  # noqa: F841, its name counts
+        threading.Thread(target=listen, daemon=True).start()
+    except Exception as error:
+        future.set_exception(error)
+    return future.result
 
 
 def _run_packs(nn, make, fixed: tuple, packs: list[dict]) -> list:

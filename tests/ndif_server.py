@@ -91,7 +91,7 @@ class Server:
     def log(self) -> list[dict]:
         """The jobs that were asked for, in order.
 
-        status, fault, up and down [bytes], key (one came), lines (its prints), modules (packages
+        status, fault, unfinished (jobs that were here before), up and down [bytes], key (one came), lines (its prints), modules (packages
         that its code names), bytecode (it needs this version of Python)."""
         return self._ask(do="log")
 
@@ -398,8 +398,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         fault = self.ndif.next_fault(subscribe=False)
         kind, key = fault.get("kind"), self.headers["ndif-api-key"]
+        unfinished = [each for each in self.ndif.entries if each["status"] is None]
         entry = {
             "status": "REFUSED",
+            "unfinished": len(unfinished),
             "fault": kind,
             "key": bool(key),
             "up": len(body),

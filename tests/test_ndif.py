@@ -220,6 +220,15 @@ def test_a_function_returns_what_it_returns_locally(name, here, there, small, se
         assert set(job["modules"]) <= SHIPPED  # and needs none of our files
 
 
+def test_the_next_job_is_sent_while_one_runs(there, own):
+    start = len(own.log())
+    own.fault("slow", count=3, seconds=0.5)
+    texts = [f"The dog of {number} old men is brown" for number in range(160)]
+    hidden_states(there, texts, [1])
+    waited = [job["unfinished"] for job in own.log()[start:]]
+    assert len(waited) > 2 and waited[0] == 0 and set(waited[1:]) == {1}
+
+
 @pytest.mark.parametrize("family", MAIN)
 def test_every_family_of_models(family, own, families):
     name = f"random/{family}"
