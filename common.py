@@ -860,6 +860,27 @@ class Vectors:
             found["cosine_to_own"] = torch.cosine_similarity(v_hat, theirs, dim=0).item()
         return found
 
+    def describe(self, vector: Vector, target: str, point: Point, method="contrans") -> dict:
+        """What harness.save_concept writes beside v_hat at a point."""
+        positive, _ = self.pairs(vector.concept, vector.model)
+        fitted = self.maps(vector, target, method).fit(point.source_block, point.block)
+        return {
+            "concept": vector.concept,
+            "source": vector.model,
+            "target": target,
+            "fingerprint": self.models.fingerprint(target),
+            "source_layer": point.source_block,
+            "layer": point.block,
+            "alpha": point.alpha,
+            "method": self.refine,
+            "map": method,
+            "pairs": len(positive),
+            "first_prompt": positive[0],
+            "fitted_on": fitted.n,
+            "r2": fitted.r2,
+            "cosine": fitted.cosine,
+        }
+
     def v(self, vector: Vector, block: int) -> torch.Tensor:
         """v [d] after a block of the model that it was refined in (Eq. 1)."""
         self._read_models()

@@ -473,27 +473,9 @@ class Lab:
         method = map_methods(self.args)[-1]
         point = self.points[method]
         for emotion in EMOTIONS:
-            positive, _ = pairs(self.args, self.data, emotion)
-            maps = self.vectors.maps(self.source(emotion), self.target, method)
-            fitted = maps.fit(point.source_block, point.block)
-            save_concept(
-                Path(folder) / f"v_{emotion}_{Path(self.target).name}.safetensors",
-                self.direction(emotion, method),
-                concept=emotion,
-                source=self.args.src,
-                target=self.target,
-                fingerprint=self.models.fingerprint(self.target),
-                layer=point.block,
-                source_layer=point.source_block,
-                alpha=point.alpha,
-                method=self.args.refine,
-                map=method,
-                pairs=len(positive),
-                first_prompt=positive[0],
-                fitted_on=fitted.n,
-                r2=fitted.r2,
-                cosine=fitted.cosine,
-            )
+            about = self.vectors.describe(self.source(emotion), self.target, point, method)
+            path = Path(folder) / f"v_{emotion}_{Path(self.target).name}.safetensors"
+            save_concept(path, self.direction(emotion, method), **about)
 
     def pca(self) -> dict:
         """Figure 2b: the last block's states before and after one v_hat, in two dimensions.

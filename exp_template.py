@@ -96,13 +96,9 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
     for arm, found in zip(arms, hits(args, models.load(target), test, [arm[3] for arm in arms])):
         records.append(record(found, **dict(zip(("method", "variant", "alpha"), arm)), **about))
     if args.save_vector:
-        method = map_methods(args)[-1]
-        about = {"concept": concept, "source": args.src, "target": target, "layer": point.block}
-        about |= {"method": args.refine, "map": method, "first_prompt": prompts(args, positive)[0]}
         path = args.save_vector / f"v_{concept}_{Path(target).name}.safetensors"
-        fingerprint = models.fingerprint(target)
-        v_hat = directions[method, None]
-        save_concept(path, v_hat, fingerprint=fingerprint, pairs=len(pairs), **about)
+        about = vectors.describe(v, target, point, method)
+        save_concept(path, directions[method, None], **about)
     return records
 
 

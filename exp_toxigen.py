@@ -688,27 +688,9 @@ class Lab:
 
     def export(self, folder: str, target, method, point) -> None:
         """Write v_fairness of a target as a file."""
-        maps = self.vectors.maps(self.source("fairness"), target, method)
-        fitted = maps.fit(point.source_block, point.block)
-        positives, _ = self.data.concepts["fairness"]
-        save_concept(
-            Path(folder) / f"v_fairness_{Path(target).name}.safetensors",
-            self.direction(target, method, point),
-            concept="fairness",
-            source=self.args.src,
-            target=target,
-            fingerprint=self.models.fingerprint(target),
-            layer=point.block,
-            source_layer=point.source_block,
-            alpha=point.alpha,
-            method=self.args.refine,
-            map=method,
-            pairs=len(positives),
-            first_prompt=positives[0],
-            fitted_on=fitted.n,
-            r2=fitted.r2,
-            cosine=fitted.cosine,
-        )
+        about = self.vectors.describe(self.source("fairness"), target, point, method)
+        path = Path(folder) / f"v_fairness_{Path(target).name}.safetensors"
+        save_concept(path, self.direction(target, method, point), **about)
 
 
 def copies(prompt: str, text: str) -> int:

@@ -749,22 +749,10 @@ class Lab:
     def save(self, row, point, *folders: Path) -> bool:
         """v_hat in each folder; from the second on also in the formats of other programs."""
         v_hat = self.v_hat(row, point)
-        maps = self.vectors.maps(row.vector, row.base, row.method)
-        fit = maps.fit(point.source_block, point.block)
-        positive, _ = self.pairs(row.concept, row.source)
         model = self.models.load(row.host)
-        about = row.about(point) | {
-            "fingerprint": model.fingerprint,
-            "method": self.args.refine,
-            "map": row.method,
-            "layer": point.block,
-            "pairs": len(positive),
-            "questions": [question.text for question in self.data.learn],
-            "first_prompt": positive[0],
-            "fitted_on": fit.n,
-            "r2": fit.r2,
-            "cosine": fit.cosine,
-        }
+        about = row.about(point) | self.vectors.describe(row.vector, row.base, point, row.method)
+        about |= {"target": row.host, "fingerprint": model.fingerprint}
+        about["questions"] = [question.text for question in self.data.learn]
         name = f"v_honesty_{Path(row.host).name}"
         for folder in folders:
             save_concept(folder / f"{name}.safetensors", v_hat, **about)

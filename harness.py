@@ -593,12 +593,9 @@ def ask_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list):
     if the job is too large."""
     key = [*about, make.__name__, fixed, packs]
     send = functools.partial(_send, nn, host, make, fixed, packs)
-    if is_cached("ndif", key):
-        NDIF_STATS["from cache"] += 1
-        sent = []
-    else:
-        sent = [send()]
-    return lambda: cached("ndif", key, lambda: _await_answers(host, *(sent or [send()]), send))
+    wait = None if is_cached("ndif", key) else send()
+    NDIF_STATS["from cache"] += wait is None
+    return lambda: cached("ndif", key, lambda: _await_answers(host, wait or send(), send))
 
 
 def _await_answers(host: str, wait, send) -> list:

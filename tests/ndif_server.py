@@ -91,8 +91,9 @@ class Server:
     def log(self) -> list[dict]:
         """The jobs that were asked for, in order.
 
-        status, fault, unfinished (jobs that were here before), up and down [bytes], key (one came), lines (its prints), modules (packages
-        that its code names), bytecode (it needs this version of Python)."""
+        status, fault, unfinished (jobs that were here before), up and down [bytes], key (one came),
+        lines (its prints), modules (packages that its code names), bytecode (it needs this version
+        of Python)."""
         return self._ask(do="log")
 
     def set(self, **what) -> None:
