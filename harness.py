@@ -641,6 +641,8 @@ def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
         return lambda: _run_packs(nn, make, fixed, packs)
     NDIF_STATS["requests"] += 1
     backend, future = AsyncRemoteBackend(nn.to_model_key(), host=host), Future()
+    is_shown = backend.display.enabled
+    backend.display.enabled = False  # of two jobs, only the one that is waited for
 
     def listen():
         try:
@@ -652,13 +654,18 @@ def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
         finally:
             backend.close()
 
+    def wait():
+        backend.display.enabled = is_shown
+        return future.result()
+
     try:
         with nn.session(backend=backend):
             answers = nnsight.save(_run_packs(nn, make, fixed, packs))  # noqa: F841, its name counts
         threading.Thread(target=listen, daemon=True).start()
     except Exception as error:
+        backend.close()
         future.set_exception(error)
-    return future.result
+    return wait
 
 
 def _run_packs(nn, make, fixed: tuple, packs: list[dict]) -> list:
