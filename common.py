@@ -16,6 +16,7 @@ settings as arguments, so all of this can be used from a notebook.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -1171,17 +1172,13 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
 def _asker(model: Model, make, fixed: tuple, pack):
     """ask(job) begins to compute a list of batches and returns a function that waits for the
     answers. A model that is here computes when it is waited for."""
-    nn, known = model.nn, []
+    nn = model.nn
     if model.cost:
         nn, make = model, COUNTERS[make]
+    start = functools.cache(lambda: make(nn, *fixed))  # what batches share is computed once
 
     def ask_here(job):
-        def compute():
-            if not known:  # what batches share is computed once
-                known.append(make(nn, *fixed))
-            return [known[0](**pack(batch)) for batch in job]
-
-        return compute
+        return lambda: [start()(**pack(batch)) for batch in job]
 
     def ask_there(job):
         packs, about = [pack(batch) for batch in job], [model.fingerprint, model.remote]

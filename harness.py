@@ -648,7 +648,7 @@ def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
         try:
             while (saved := backend.handle(backend.parse(backend.connection.recv()))) is None:
                 pass
-            future.set_result(saved["answers"])
+            future.set_result(saved["answers"])  # named as below
         except Exception as error:  # raised where the answers are waited for
             future.set_exception(error)
         finally:
@@ -660,7 +660,7 @@ def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
 
     try:
         with nn.session(backend=backend):
-            answers = nnsight.save(_run_packs(nn, make, fixed, packs))  # noqa: F841, its name counts
+            answers = nnsight.save(_run_packs(nn, make, fixed, packs))  # noqa: F841
         threading.Thread(target=listen, daemon=True).start()
     except Exception as error:
         backend.close()
