@@ -222,11 +222,13 @@ def test_a_function_returns_what_it_returns_locally(name, here, there, small, se
 
 def test_the_next_job_is_sent_while_one_runs(there, own):
     start = len(own.log())
-    own.fault("slow", count=3, seconds=0.5)
+    own.fault("slow", seconds=3)  # the first job: the second is ready long before it ends
     texts = [f"The dog of {number} old men is brown" for number in range(160)]
     hidden_states(there, texts, [1])
     waited = [job["unfinished"] for job in own.log()[start:]]
-    assert len(waited) > 2 and waited[0] == 0 and set(waited[1:]) == {1}
+    assert len(waited) > 2
+    assert waited[:2] == [0, 1]
+    assert max(waited) == 1  # never three at a time
 
 
 @pytest.mark.parametrize("family", MAIN)
