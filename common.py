@@ -718,12 +718,12 @@ def random_directions(v: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Random directions of the norm of v [d], isotropic: [count, d]."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(count, len(v), generator=generator)
-    return _rescale(directions, v)
+    return rescale(directions, v)
 
 
-def _rescale(direction: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`direction` [..., d] with the norm of v [d]."""
-    return direction / direction.norm(dim=-1, keepdim=True) * v.norm()
+def rescale(direction: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`direction` [..., d] with the norm of v [..., d]."""
+    return direction / direction.norm(dim=-1, keepdim=True) * v.norm(dim=-1, keepdim=True)
 
 
 def control_directions(
@@ -748,11 +748,11 @@ def control_directions(
         directions[f"map {number}"] = maps.vector(v, source_block, block, sample=number)
     few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
     if few < maps.fit(source_block, block).n:
-        directions["few sentences"] = _rescale(maps.vector(v, source_block, block, n=few), v_hat)
+        directions["few sentences"] = rescale(maps.vector(v, source_block, block, n=few), v_hat)
     shuffled = maps.vector(v, source_block, block, shuffled=True)
-    directions["shuffled map"] = _rescale(shuffled, v_hat)
+    directions["shuffled map"] = rescale(shuffled, v_hat)
     for name, other in others.items():
-        directions[f"other {name}"] = _rescale(maps.vector(other, source_block, block), v_hat)
+        directions[f"other {name}"] = rescale(maps.vector(other, source_block, block), v_hat)
     for number, direction in enumerate(random_directions(v_hat, n_random, seed)):
         directions[f"random {number}"] = direction
     return directions
@@ -789,6 +789,7 @@ class Vectors:
         self.near: dict[tuple, dict[int, torch.Tensor]] = {}
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
+        self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
         """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
@@ -801,26 +802,30 @@ class Vectors:
     def controls(
         self, vector, target, point, others: list, method="contrans", n_permuted=0, **counts
     ) -> dict[str, torch.Tensor]:
-        """control_directions of a vector, and "permuted k": v of permuted labels, mapped alike and
-        with the norm of v_hat. others: vectors to compare."""
-        maps = self.maps(vector, target, method)
+        """control_directions of a vector, and "permuted k". others: vectors to compare."""
         blocks = point.source_block, point.block
-        v = self.v(vector, point.source_block)
+        v, maps = self.v(vector, point.source_block), self.maps(vector, target, method)
         known = {other.concept: self.v(other, point.source_block) for other in others}
         directions = control_directions(maps, v, known, *blocks, **counts)
         if n_permuted:
-            null = self._permuted(vector, point.source_block, n_permuted, counts["seed"])
-            null = _rescale(maps.vector(null, *blocks), maps.vector(v, *blocks))
+            null = self.permuted(vector, target, point, method, n_permuted, counts["seed"])
             directions |= {f"permuted {k}": each for k, each in enumerate(null)}
         return directions
 
-    def _permuted(self, vector: Vector, block: int, count: int, seed: int) -> torch.Tensor:
-        """Vectors [count, d] of permuted labels in the model that a vector is refined in."""
-        model, blocks = self.models.load(vector.model), self.blocks(vector.model)
-        states = []
-        for texts in self.pairs(vector.concept, vector.model):
-            states.append(hidden_states(model, texts, blocks)[:, [blocks.index(block)]])
-        return permuted_vectors(*states, count, seed)[:, 0]
+    def permuted(
+        self, vector: Vector, target: str, point: Point, method: str, count: int, seed: int
+    ) -> torch.Tensor:
+        """Vectors of permuted labels through the same map, with the norm of v_hat: [count, d]."""
+        key = vector, target, point[:2], method, count, seed
+        if key not in self.known_permuted:
+            model, blocks = self.models.load(vector.model), self.blocks(vector.model)
+            column, states = blocks.index(point.source_block), []
+            for texts in self.pairs(vector.concept, vector.model):
+                states.append(hidden_states(model, texts, blocks)[:, [column]])
+            null = permuted_vectors(*states, count, seed)[:, 0]
+            null = self.maps(vector, target, method).vector(null, point.source_block, point.block)
+            self.known_permuted[key] = rescale(null, self.at(vector, target, point, method))
+        return self.known_permuted[key]
 
     def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
         """What the maps of a vector are worth, as fields of harness.record.
@@ -1134,7 +1139,7 @@ def generate(
 # use no class of ours.
 
 JOBS_SENT = 2  # to NDIF at once: one runs, the other waits there
-CACHED_PER_COMPUTED = 8  # a cached token costs memory, not time: this many count as a computed one
+CACHED_PER_COMPUTED = 8  # tokens that cost memory, not time: so many count as a computed one
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
 BRANCH_TOKENS = 512  # tokens of all tails of one tree
 UNEMBED_ROWS = 256  # of logits in memory at once: 125 MB for 128,256 tokens
@@ -1468,11 +1473,11 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
     def pack(batch):
         return {"trees": [(trees[i][0][past:], trees[i][1]) for i in batch]}
 
-    for members in _groups(model, transplants, max(costs)):
+    for members, weight in _groups(model, transplants, max(costs), sharing[0]):
         copies = len(members)
         shifts = _shifts(model, [transplants[i] for i in members])
         fixed = (prefix, shifts, copies, sharing, reduce)
-        all_costs = [cost * copies for cost in costs]
+        all_costs = [cost * max(1, weight * copies) for cost in costs]
         jobs = 8 if reduce else 1
         for batch, scores in _each_batch(model, _scorer, fixed, pack, all_costs, jobs):
             _require_finite(
@@ -1481,17 +1486,21 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
             yield torch.tensor(members)[:, None], batch, scores
 
 
-def _groups(model: Model, transplants, cost: float):
-    """Yield lists of transplants that are computed together, if a row costs so much; those with
-    the same first block are neighbours, since they share the blocks up to it."""
+def _groups(model: Model, transplants, cost: float, shared=False):
+    """Yield (transplants that are computed together, what a token costs under each of them), if a
+    row costs so much. Those with the same first block are neighbours, since they share the blocks
+    up to it; after the last block (shared) a token is copied, not computed."""
 
     def first_block(i: int) -> int:
         return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
 
     order = sorted(range(len(transplants)), key=first_block)
-    size = max(1, int(model.batch_tokens // cost))
-    for first in range(0, len(order), size):
-        yield order[first : first + size]
+    copied = [i for i in order if shared and first_block(i) >= model.n_layers - 1]
+    computed = order[: len(order) - len(copied)]
+    for some, weight in ((computed, 1), (copied, 1 / CACHED_PER_COMPUTED)):
+        size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
+        for first in range(0, len(some), size):
+            yield some[first : first + size], weight
 
 
 def _scorer(nn, prefix: list[int], shifts: dict, copies: int, sharing: tuple, reduce: bool):
@@ -1629,7 +1638,7 @@ def _written(model: Model, rows, transplants, eft, options: tuple, luck):
     """Yield (transplant, row, its new tokens)."""
     max_new_tokens = options[0]
     small = tuple((each if each.cost else each.nn, _sharing(each)) for each in eft)
-    for members in _groups(model, transplants, max(map(len, rows))):
+    for members, _ in _groups(model, transplants, max(map(len, rows))):
         copies = len(members)
 
         def pack(batch, copies=copies):

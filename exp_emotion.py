@@ -68,6 +68,7 @@ from report import (
     COLUMN,
     LOOK,
     METHODS,
+    OWN_CHOICES,
     PAGE,
     beside_controls,
     draw_curve,
@@ -289,7 +290,6 @@ class Lab:
             **map_options(args),
         )
         self.points: dict[str, Point] = {}  # of each method, chosen on the validation scenarios
-        self.drawn: dict[tuple, torch.Tensor] = {}  # see randoms
 
     def source(self, concept: str) -> Vector:
         return Vector(concept, self.args.src, self.args.src_base)
@@ -303,36 +303,33 @@ class Lab:
         return ["self-align", *map_methods(self.args)]
 
     def own_choices(self) -> list[str]:
-        """Random directions whose alpha and block are chosen by the same rule as v_hat's."""
-        return [f"own-α random {number}" for number in range(self.args.random)]
+        """Vectors of permuted labels whose alpha and block are chosen by the same rule as
+        v_hat's."""
+        count = min(OWN_CHOICES, self.args.permutations)
+        return [f"own-α permuted {number}" for number in range(count)]
 
     def alphas(self) -> dict[str, float]:
         return {method: self.points[method].alpha for method in self.methods()}
 
     def seed(self, emotion: str) -> int:
-        """Of the random directions of an emotion."""
+        """Of the random directions and permuted labels of an emotion."""
         return self.args.seed * len(EMOTIONS) + EMOTIONS.index(emotion)
 
     def direction(self, concept: str, method: str, point: Point | None = None) -> torch.Tensor:
-        """The vector [d] of an emotion that a method adds: v_hat (Eq. 2), the target's own, or a
-        random direction of v_hat's norm."""
+        """The vector [d] of an emotion that a method adds: v_hat (Eq. 2), the target's own, or one
+        of permuted labels."""
         point = point or self.points[method]
         if method == "self-align":
             return self.vectors.v(Vector(concept, self.target, self.target), point.block)
         if method in self.own_choices():
-            return self.randoms(concept, point)[self.own_choices().index(method)]
+            own = self.own_choices()
+            inputs = self.source(concept), self.target, point, self.methods()[-1]
+            null = self.vectors.permuted(*inputs, len(own), self.seed(concept))
+            return null[own.index(method)]
         if method == "gradient-descent":
             matrix, *_ = self.gradient_descent
             return self.vectors.v(self.source(concept), point.source_block) @ matrix
         return self.vectors.at(self.source(concept), self.target, point, method)
-
-    def randoms(self, concept: str, point: Point) -> torch.Tensor:
-        """Random directions [args.random, d] of v_hat's norm, drawn once for a pair of blocks."""
-        key = concept, point.source_block, point.block
-        if key not in self.drawn:
-            v_hat = self.direction(concept, self.methods()[-1], point)
-            self.drawn[key] = random_directions(v_hat, self.args.random, self.seed(concept))
-        return self.drawn[key]
 
     @cached_property
     def gradient_descent(self) -> tuple[torch.Tensor, float, float]:
@@ -417,7 +414,7 @@ class Lab:
         for (method, variant, alpha, _), hits in zip(arms, found):
             what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
             what["item"] = "Figure 5" if (variant or "").startswith("pairs") else item
-            is_null = (variant or "").startswith("permuted")
+            is_null = "permuted" in (variant or method)
             for metric in ["token_acc"] if is_null else hits:
                 records.append(self.record(hits[metric], metric=metric, part="test", **what))
         return records
@@ -597,7 +594,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)
     means = pool(tested, "concept", "mean")
-    tested = [each for each in tested if not (each["variant"] or "").startswith("permuted")]
+    tested = [each for each in tested if "permuted" not in (each["variant"] or "")]
     records = grid + tested + means
     costs = run.step(f"{target} perplexity", lab.measure_perplexity)
     records += costs + fluent(means, costs)

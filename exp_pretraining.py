@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ from common import (
     hidden_states,
     local_pool,
     near_states,
+    permuted_vectors,
     plain_texts,
+    rescale,
     score_labels,
 )
 from harness import (
@@ -63,6 +66,7 @@ from report import (
     LOOK,
     MAP_METRICS,
     METHODS,
+    OWN_CHOICES,
     PAGE,
     beside_controls,
     draw_curve,
@@ -92,6 +96,7 @@ def options(argv=None):
     add("--model", metavar="REPO", help="hub repository with one revision per checkpoint")
     add("--revisions", nargs="+", metavar="NAME", help="its checkpoints; the last is the source")
     add("--tokens", nargs="+", type=float, metavar="N", help="training tokens of each checkpoint")
+    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add("--keep-downloads", action="store_true", help="leave checkpoints in the hub's cache")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)
@@ -301,6 +306,9 @@ class Lab:
         """The block that is read and edited."""
         return self.models.block(name, self.args.layer, side=name != self.args.src)
 
+    def load(self, name: str):
+        return self.models.load(name)
+
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """v of each emotion [6, d] (Eq. 1) and states of the plain sentences [n, d] of a
         checkpoint."""
@@ -312,14 +320,24 @@ class Lab:
         return {"v": torch.stack(v), "plain": plain}
 
     def collect_source(self, name: str) -> dict[str, torch.Tensor]:
-        """The same of the source, and its states x [n, d] at those places of the pool that are
-        nearest to the states that v is made of."""
+        """The same of the source, its vectors of permuted labels [n, 6, d], and its states x [m, d]
+        at those places of the pool that are nearest to the states that v is made of."""
         model, block = self.models.load(name), self.block(name)
         asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        near = {block: hidden_states(model, asked, [block])[:, 0]}
-        found = near_states(model, self.pool, near, len(self.sentences))
-        rows = torch.tensor(found.rows[block])
-        return self.collect(name) | {"x": found.x[block], "rows": rows}
+        states = hidden_states(model, asked, [block])
+        found = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
+        state_of, null = dict(zip(asked, states)), []
+        for e, emotion in enumerate(EMOTIONS):
+            both = []
+            for texts in pairs(self.args, self.data, emotion):
+                both.append(torch.stack([state_of[text] for text in texts]))
+            null.append(permuted_vectors(*both, self.args.permutations, self.seed(e))[:, 0])
+        near = {"x": found.x[block], "rows": torch.tensor(found.rows[block])}
+        return self.collect(name) | near | {"permuted": torch.stack(null, 1)}
+
+    def seed(self, e: int) -> int:
+        """Of the random directions and permuted labels of emotion e."""
+        return self.args.seed * len(EMOTIONS) + e
 
     def maps(self, name: str, own: dict, method: str) -> AffineMaps | LocalMaps:
         """The maps of a method from the source to a checkpoint."""
@@ -342,7 +360,8 @@ class Lab:
         vectors = {"self-align": own["v"]}
         for method, each in maps.items():
             vectors[method] = each.vector(self.source["v"], *blocks)  # Eq. 2
-        best = {method: self.choose_alpha(name, v_hat) for method, v_hat in vectors.items()}
+        directions = self.directions(vectors, maps, blocks)
+        alphas = self.choose_alphas(name, directions)
         about = {"target": name, "source_block": blocks[0], "block": blocks[1]}
         about["group"] = f"{args.tokens[args.tgt.index(name)]:.4g} tokens"
         records = []
@@ -352,16 +371,17 @@ class Lab:
             quality = {"r2": fitted.r2, "cosine_to_own": cosine}
             if "contrans-local" in maps:
                 quality["r2_where_read"] = maps["contrans-local"].worth(fitted, *blocks)
-            what = about | {"source": args.src, "method": method, "alpha": best[method]}
+            what = about | {"source": args.src, "method": method, "alpha": alphas[method, None]}
             what |= {"concept": "map", "part": "held-out", "n": fitted.n}
             for metric, value in quality.items():
                 records.append(record(metric=metric, value=value, **what))
         for e, emotion in enumerate(EMOTIONS):
             arms = [("base", None, 0, BASE)]
-            for (method, variant), direction in self.directions(e, vectors, maps, blocks).items():
+            for (method, variant), direction in directions.items():
                 is_curve = method in maps and not variant
-                for alpha in args.alpha if is_curve else [best[method]]:
-                    move = Transplant.of(direction, blocks[1], alpha)
+                chosen = alphas.get((method, variant), alphas[method, None])
+                for alpha in args.alpha if is_curve else [chosen]:
+                    move = Transplant.of(direction[e], blocks[1], alpha)
                     arms.append((method, variant, alpha, move))
             moves = [move for *_, move in arms]
             model = self.models.load(name)
@@ -369,34 +389,50 @@ class Lab:
                 what = about | dict(zip(("method", "variant", "alpha"), arm))
                 what |= {"concept": emotion, "part": "test", "item": "Figure 3"}
                 what["source"] = None if arm[0] == "base" else args.src
-                for metric, each in hits.items():
-                    records.append(record(each, metric=metric, **what))
+                for metric in ["token_acc"] if is_permuted(what) else hits:
+                    records.append(record(hits[metric], metric=metric, **what))
         return records
 
-    def directions(self, e: int, vectors: dict, maps: dict, blocks) -> dict[tuple, torch.Tensor]:
-        """{(method, variant): direction [d]} of emotion e: vectors, and controls of each map."""
-        found = {(method, None): each[e] for method, each in vectors.items()}
-        counts = {
-            "n_maps": 1,
-            "n_random": self.args.random,
-            "seed": self.args.seed * len(EMOTIONS) + e,
-        }
+    def directions(self, vectors: dict, maps: dict, blocks) -> dict[tuple, torch.Tensor]:
+        """{(method, variant): a direction of each emotion [6, d]}: vectors, and the controls of
+        each map."""
+        args, found = self.args, {(method, None): each for method, each in vectors.items()}
         for method, each in maps.items():
-            controls = control_directions(each, self.source["v"][e], {}, *blocks, **counts)
-            found |= {(method, variant): control for variant, control in controls.items()}
+            controls: dict[str, list] = {}
+            for e, v in enumerate(self.source["v"]):
+                counts = {"n_maps": 1, "n_random": args.random, "seed": self.seed(e)}
+                for variant, one in control_directions(each, v, {}, *blocks, **counts).items():
+                    controls.setdefault(variant, []).append(one)
+            found |= {(method, variant): torch.stack(own) for variant, own in controls.items()}
+        null = rescale(each.vector(self.source["permuted"], *blocks), vectors[method])
+        for k, permuted in enumerate(null):
+            found[method, f"permuted {k}"] = permuted
+        for k, permuted in enumerate(null[:OWN_CHOICES]):
+            found[method, f"own-α permuted {k}"] = permuted
         return found
 
-    def choose_alpha(self, name: str, v_hat: torch.Tensor) -> float:
-        """The strength with the most hits on the validation scenarios; the smaller of equals."""
-        hits = dict.fromkeys(self.args.alpha, 0)
+    def choose_alphas(self, name: str, directions: dict[tuple, torch.Tensor]) -> dict[tuple, float]:
+        """Of each vector, and of permuted labels that choose: the strength with the most hits on
+        the validation scenarios; the smaller of equals."""
+        hits: dict[tuple, dict] = {}
+        for key in directions:
+            if key[-1] is None or key[-1].startswith("own-α"):
+                hits[key] = dict.fromkeys(self.args.alpha, 0)
+        tried = list(product(hits, self.args.alpha))
+        block, model = self.block(name), self.load(name)
         for e, emotion in enumerate(EMOTIONS):
-            moves = [Transplant.of(v_hat[e], self.block(name), alpha) for alpha in hits]
-            found = named(
-                self.models.load(name), self.args, self.data, "validation", emotion, moves
-            )
-            for alpha, each in zip(hits, found):
-                hits[alpha] += sum(each["token_acc"])
-        return max(hits, key=lambda alpha: (hits[alpha], -abs(alpha)))
+            moves = [Transplant.of(directions[key][e], block, alpha) for key, alpha in tried]
+            found = named(model, self.args, self.data, "validation", emotion, moves)
+            for (key, alpha), each in zip(tried, found):
+                hits[key][alpha] += sum(each["token_acc"])
+        chosen = {}
+        for key, own in hits.items():
+            chosen[key] = max(own, key=lambda alpha: (own[alpha], -abs(alpha)))
+        return chosen
+
+
+def is_permuted(each: dict) -> bool:
+    return "permuted" in (each["variant"] or "")
 
 
 def is_downloaded(name: str) -> bool:
@@ -433,7 +469,7 @@ def one_target(run: Run, lab: Lab, name: str) -> list[dict]:
     """Records of one checkpoint: each emotion, and the mean of all at the chosen alpha."""
     records = run.step(f"checkpoint {name}", lab.measure, name)
     means = pool(select(records, part="test"), "concept", "mean")
-    return records + means
+    return [each for each in records if not is_permuted(each)] + means
 
 
 # ---------------------------------------------------------------- tables
@@ -452,7 +488,7 @@ def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
 def chosen_alphas(records: list[dict], name: str) -> dict[str, float]:
     """The alpha chosen for each method in one checkpoint; of a curve, that of its controls."""
     tested = select(records, target=name, concept="mean")
-    fixed = [each for each in tested if each["variant"] or each["method"] == "self-align"]
+    fixed = select(tested, variant="random 0") + select(tested, method="self-align")
     return {each["method"]: each["alpha"] for each in fixed}
 
 

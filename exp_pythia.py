@@ -35,8 +35,10 @@ from common import (
     hidden_states,
     local_pool,
     near_states,
+    permuted_vectors,
     plain_texts,
     random_directions,
+    rescale,
     score_labels,
 )
 from harness import (
@@ -54,7 +56,18 @@ from harness import (
     run_script,
 )
 from models import Models
-from report import METHODS, PAGE, new_figure, pivot, record, select, shades, spread, verdict
+from report import (
+    METHODS,
+    OWN_CHOICES,
+    PAGE,
+    new_figure,
+    pivot,
+    record,
+    select,
+    shades,
+    spread,
+    verdict,
+)
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.
@@ -70,6 +83,7 @@ def options(argv=None):
     emotion_options(parser)
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="from small to large")
+    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add("--one-at-a-time", action="store_true", help="hold one model in memory")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)
@@ -256,8 +270,8 @@ class Lab:
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the
         plain sentences [n, d], its states x [m, d] at those places (rows) of the pool that are
-        nearest to the states that v is made of, and those of 20 scenarios of each emotion [120, d]
-        for Figure 8."""
+        nearest to the states that v is made of, vectors of permuted labels [k, 6, d], and its
+        states of 20 scenarios of each emotion [120, d] for Figure 8."""
         model, block, v = self.load(name), self.block(name), []
         for emotion in EMOTIONS:
             both = pairs(self.args, self.data, emotion)
@@ -265,15 +279,26 @@ class Lab:
         texts = [text for each in self.data.emotions.values() for text in each.positive[-20:]]
         shown = prompts(self.args, self.data, texts, shots=False)
         asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        near = {block: hidden_states(model, asked, [block])[:, 0]}
-        found = near_states(model, self.pool, near, len(self.sentences))
+        states = hidden_states(model, asked, [block])
+        found = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
+        state_of, null = dict(zip(asked, states)), []
+        for e, emotion in enumerate(EMOTIONS):
+            both = []
+            for texts in pairs(self.args, self.data, emotion):
+                both.append(torch.stack([state_of[text] for text in texts]))
+            null.append(permuted_vectors(*both, self.args.permutations, self.seed(e))[:, 0])
         return {
             "v": torch.stack(v),
             "plain": hidden_states(model, cut_ends(self.sentences), [block])[:, 0],
             "x": found.x[block],
             "rows": torch.tensor(found.rows[block]),
+            "permuted": torch.stack(null, 1),
             "shown": hidden_states(model, shown, [block])[:, 0],
         }
+
+    def seed(self, e: int) -> int:
+        """Of the random directions and permuted labels of emotion e."""
+        return self.args.seed * len(EMOTIONS) + e
 
     def maps(self, source: str, target: str, method: str) -> AffineMaps | LocalMaps:
         """The maps of a method from one model to another."""
@@ -292,52 +317,68 @@ class Lab:
         map, and with random directions as strong as the strongest of these: records."""
         args, block = self.args, self.block(target)
         about = {"item": "Figure 4", "target": target, "block": block, "concept": "mean"}
-        vectors, records = {("self-align", target): self.states[target]["v"]}, []
+        directions = {("self-align", target, None): self.states[target]["v"]}
+        records = []
         for method, source in product(map_methods(args), args.models):
-            if source != target:
-                maps, source_block = self.maps(source, target, method), self.block(source)
-                v = self.states[source]["v"]
-                vectors[method, source] = maps.vector(v, source_block, block)  # Eq. 2
-                fitted = maps.fit(source_block, block)
-                what = about | {"source": source, "method": method, "source_block": source_block}
-                what |= {"concept": "map", "part": "held-out", "n": fitted.n}
-                records.append(record(metric="r2", value=fitted.r2, **what))
-                records.append(record(metric="cosine", value=fitted.cosine, **what))
-        alpha = {key: self.choose_alpha(target, v_hat) for key, v_hat in vectors.items()}
-        strongest = max(alpha, key=lambda key: vectors[key].norm() * abs(alpha[key]))
+            if source == target:
+                continue
+            maps, source_block = self.maps(source, target, method), self.block(source)
+            v_hat = maps.vector(self.states[source]["v"], source_block, block)  # Eq. 2
+            directions[method, source, None] = v_hat
+            if method == map_methods(args)[-1]:
+                null = maps.vector(self.states[source]["permuted"], source_block, block)
+                for k, permuted in enumerate(rescale(null, v_hat)):
+                    directions[method, source, f"permuted {k}"] = permuted
+                    if k < OWN_CHOICES:
+                        directions[method, source, f"own-α permuted {k}"] = permuted
+            fitted = maps.fit(source_block, block)
+            what = about | {"source": source, "method": method, "source_block": source_block}
+            what |= {"concept": "map", "part": "held-out", "n": fitted.n}
+            records.append(record(metric="r2", value=fitted.r2, **what))
+            records.append(record(metric="cosine", value=fitted.cosine, **what))
+        alphas = self.choose_alphas(target, directions)
+        vectors = [key for key in directions if key[2] is None]
+        strongest = max(vectors, key=lambda key: directions[key].norm() * abs(alphas[key]))
         hits: dict[tuple, list] = {}
+        model = self.load(target)
         for e, emotion in enumerate(EMOTIONS):
             moves = {("base", None, None, 0): BASE}
-            for key, v_hat in vectors.items():
-                move = Transplant.of(v_hat[e], block, alpha[key])
-                moves[(*key, None, alpha[key])] = move
-            v_hat, seed = vectors[strongest][e], args.seed * len(EMOTIONS) + e
-            for r, direction in enumerate(random_directions(v_hat, args.random, seed)):
-                move = Transplant.of(direction, block, alpha[strongest])
-                moves[None, None, f"random {r}", alpha[strongest]] = move
-            for key, found in zip(moves, self.named(target, "test", emotion, moves.values())):
-                hits.setdefault(key, []).extend(found)
+            for key, direction in directions.items():
+                alpha = alphas.get(key) or alphas[(*key[:2], None)]
+                moves[(*key, alpha)] = Transplant.of(direction[e], block, alpha)
+            alpha, v_hat = alphas[strongest], directions[strongest][e]
+            for r, direction in enumerate(random_directions(v_hat, args.random, self.seed(e))):
+                moves[None, None, f"random {r}", alpha] = Transplant.of(direction, block, alpha)
+            found = named(model, args, self.data, "test", emotion, list(moves.values()))
+            for key, each in zip(moves, found):
+                hits.setdefault(key, []).extend(each["token_acc"])
         units = [emotion for emotion in EMOTIONS for _ in self.data.emotions[emotion].test]
-        for (method, source, variant, strength), found in hits.items():
-            what = about | {"source": source, "variant": variant, "alpha": strength}
+        for (method, source, variant, alpha), found in hits.items():
+            what = about | {"source": source, "variant": variant, "alpha": alpha}
             what["source_block"] = self.block(source) if source else None
             what |= {"metric": "token_acc", "part": "test"}
             for each in [method] if method else map_methods(args):  # a control of both maps
                 records.append(record(found, units=units, method=each, **what))
         return records
 
-    def choose_alpha(self, target: str, v_hat: torch.Tensor) -> float:
-        """The strength with the most hits on the validation scenarios; the smaller of equals."""
-        hits = dict.fromkeys(self.args.alpha, 0)
+    def choose_alphas(self, name: str, directions: dict[tuple, torch.Tensor]) -> dict[tuple, float]:
+        """Of each vector, and of permuted labels that choose: the strength with the most hits on
+        the validation scenarios; the smaller of equals."""
+        hits: dict[tuple, dict] = {}
+        for key in directions:
+            if key[-1] is None or key[-1].startswith("own-α"):
+                hits[key] = dict.fromkeys(self.args.alpha, 0)
+        tried = list(product(hits, self.args.alpha))
+        block, model = self.block(name), self.load(name)
         for e, emotion in enumerate(EMOTIONS):
-            moves = [Transplant.of(v_hat[e], self.block(target), alpha) for alpha in hits]
-            for alpha, found in zip(hits, self.named(target, "validation", emotion, moves)):
-                hits[alpha] += sum(found)
-        return max(hits, key=lambda alpha: (hits[alpha], -abs(alpha)))
-
-    def named(self, name: str, part: str, emotion: str, moves) -> list[list[bool]]:
-        found = named(self.load(name), self.args, self.data, part, emotion, list(moves))
-        return [hits["token_acc"] for hits in found]
+            moves = [Transplant.of(directions[key][e], block, alpha) for key, alpha in tried]
+            found = named(model, self.args, self.data, "validation", emotion, moves)
+            for (key, alpha), each in zip(tried, found):
+                hits[key][alpha] += sum(each["token_acc"])
+        chosen = {}
+        for key, own in hits.items():
+            chosen[key] = max(own, key=lambda alpha: (own[alpha], -abs(alpha)))
+        return chosen
 
     def tsne(self, name: str) -> list:
         """t-SNE of a model's states [120, 2]."""
@@ -390,7 +431,10 @@ def tables(args, records: list[dict], method: str) -> list[str]:
     order, shown = [None, *args.models], []
     for target in args.models:
         mine = select(records, target=target, metric="token_acc")
-        directions = [each for each in select(mine, method=method) if each["variant"]]
+        directions = []
+        for each in select(mine, method=method):
+            if (each["variant"] or "").startswith("random"):
+                directions.append(each)
         tested = by_method(select(mine, variant=None), method)
         tested.sort(key=lambda each: order.index(each["source"]))
         shown += [*tested, spread(directions, "random")]

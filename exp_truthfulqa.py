@@ -72,6 +72,7 @@ from harness import (
 from models import Models, context_length, fit_space, spaced
 from report import (
     METHODS,
+    OWN_CHOICES,
     beside_controls,
     draw_grid,
     draw_strength,
@@ -644,14 +645,16 @@ class Lab:
         return records
 
     def own_choices(self, row, grid: list[dict]) -> list[dict]:
-        """Records of random directions that choose block and alpha as v_hat does in the grid."""
+        """Records of vectors of permuted labels that choose block and alpha as v_hat does in the
+        grid."""
         mean = select(grid, variant="random")
         points = [Point(each["source_block"], each["block"], each["alpha"]) for each in mean]
-        moves: list[dict[Point, Transplant]] = [{} for _ in range(self.args.random)]
+        count = min(OWN_CHOICES, self.args.permutations)
+        moves: list[dict[Point, Transplant]] = [{} for _ in range(count)]
+        inputs = row.vector, row.base
         for point in points:
-            v_hat = self.v_hat(row, point)
-            others = random_directions(v_hat, self.args.random, self.args.seed)
-            for own, direction in zip(moves, others):
+            null = self.vectors.permuted(*inputs, point, row.method, count, self.args.seed)
+            for own, direction in zip(moves, null):
                 own[point] = Transplant.of(direction, point.block, point.alpha)
         tried = [move for own in moves for move in own.values()]
         found = iter(self.score(row, self.data.learn, tried))
@@ -662,8 +665,8 @@ class Lab:
         tested = [own[point] for own, point in zip(moves, chosen)]
         records = []
         for number, result in enumerate(self.score(row, self.data.test, tested)):
-            about = row.about(chosen[number]) | {"variant": f"own-α random {number}"}
-            records += answer_records(result, about)
+            about = row.about(chosen[number]) | {"variant": f"own-α permuted {number}"}
+            records += answer_records(result, about)[:1]
         return records
 
     def score(self, row, questions: list[Question], moves) -> list[dict]:
@@ -934,7 +937,7 @@ def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
         there = best_point(select(grid, source_block=source_block, block=block))
         about = row.about(there) | {"variant": "75 % depth"}
         records += answer_records(answered(run, lab, row, there), about)
-    if row.method == map_methods(args)[-1]:
+    if row.method == map_methods(args)[-1] and args.permutations:
         records += run.step(f"{row.step}, own choices", lab.own_choices, row, grid)
     return records + run.step(f"{row.step}, controls", lab.controls, row, point)
 

@@ -167,14 +167,15 @@ FLUENT = "perplexity at most ×1.1"
 VARIANTS = {
     FLUENT: FLUENT,
     "permuted": "permuted labels [range]",
+    "own-α permuted": "permuted labels, own α [range]",
     "map": "other samples of text [range]",
     "few sentences": "n / d = 0.39, as in the paper",
     "random": "random directions [range]",
-    "own-α random": "random directions, own α [range]",
     "other": "other concepts' vectors [range]",
     "shuffled map": "map of shuffled texts",
 }
-CONTROLS = ("random", "own-α random", "other", "shuffled map")  # what a vector must be above
+OWN_CHOICES = 20  # vectors of permuted labels that choose alpha (and block) as v_hat does
+CONTROLS = ("random", "own-α permuted", "other", "shuffled map")  # what a vector must be above
 
 
 def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
@@ -213,7 +214,7 @@ def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
     """The records at the alpha of their method, and controls that chose their own."""
     found = []
     for each in records:
-        chose = (each["variant"] or "").startswith("own-α random")
+        chose = (each["variant"] or "").startswith("own-α")
         if chose or each["alpha"] == alphas.get(each["method"], each["alpha"]):
             found.append(each)
     return found
@@ -234,7 +235,7 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
             found = [each for each in controls if each["variant"].startswith(kind)]
             if kind == "map" and found:
                 found += select(same, variant=None)
-            is_one = len(found) == 1 and kind not in ("random", "own-α random", "permuted")
+            is_one = len(found) == 1 and kind not in ("random", "own-α permuted", "permuted")
             if is_one:
                 shown += found
             elif found:
@@ -247,27 +248,29 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
 
     targets: {name: (records of one metric, alpha of each method)}. lower: is less better? A vector
     holds if it is better than no vector and than its strongest control, each with p < 0.05. That
-    control is the best of its random directions, other concepts' vectors and shuffled maps."""
-    lines, null = [], []
+    control is the best of its random directions, other concepts' vectors, shuffled maps and vectors
+    of permuted labels that chose their own alpha."""
+    lines, null, sign = [], [], -1 if lower else 1
     for target, (records, alphas) in targets.items():
         here = at_strength(records, alphas)
         [base] = select(here, method="base", variant=None)
         own = select(here, method="self-align", variant=None)
         parts = [f"{label(each)} {_percent(each)}" for each in own]
-        failed = []  # of several vectors by one method, those that do not hold
+        failed, above = [], []  # of several vectors, those that do not hold; their controls
         last = None  # the control that was spoken of last
         for ours in select(here, variant=None):
             same = select(here, method=ours["method"])
+            same = [e for e in same if e["source"] in (None, ours["source"])]
             controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
             null = [e["value"] for e in same if (e["variant"] or "").startswith("permuted ")]
             if controls and ours not in own:
-                sign = -1 if lower else 1
                 strongest = max(controls, key=lambda each: sign * each["value"])
                 name, judged = label(ours), _judge(ours, base, strongest, null, sign)
-                if len(select(same, variant=None)) > 1:
+                if len(select(here, method=ours["method"], variant=None)) > 1:
                     name += f" of {Path(ours['source']).name}"
                     if "**holds**" not in judged:
                         failed.append(f"{name} {_percent(ours)}")
+                        above.append(strongest)
                         continue
                 parts.append(f"{name} {judged}")
                 if strongest is not last:
@@ -275,6 +278,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
                     parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
                 last = strongest
         if failed:
+            strongest = max(above, key=lambda each: sign * each["value"])
             control = f"strongest control, {strongest['variant']}: {_percent(strongest)}"
             parts.append(f"{', '.join(failed)} **do not hold** ({control})")
         lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
@@ -328,7 +332,7 @@ def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str
     for each in beside_controls(records, alphas):
         if each["variant"] in (None, "shuffled map") and each is not base:
             p_values[label(each)] = mcnemar(base["hits"], each["hits"])
-        if each["variant"] in ("random", "own-α random", "permuted"):
+        if each["variant"] in ("random", "own-α permuted", "permuted"):
             same = at_strength(select(records, method=each["method"]), alphas)
             kind = each["variant"] + " "
             values = [e["value"] for e in same if (e["variant"] or "").startswith(kind)]

@@ -61,11 +61,11 @@ EMOTION_SCRIPTS = ["exp_emotion", "exp_pretraining", "exp_pythia"]
 SMALL = ["--sentences", "120", "--alpha", "2", "--random", "2", "--limit", "3"]
 OPTIONS = {
     "exp_emotion": "--maps 2 --shots 0 --pairs 10 --permutations 9",
-    "exp_pretraining": "--shots 0 --pairs 10",
-    "exp_pythia": "--shots 1 --pairs 10",
+    "exp_pretraining": "--shots 0 --pairs 10 --permutations 9",
+    "exp_pythia": "--shots 1 --pairs 10 --permutations 9",
     "exp_template": "--maps 2 --permutations 9",
     "exp_toxigen": "--maps 2 --pairs 5 --validation 1 --limit 1 --alpha 1 4"
-    " --max-new-tokens 8 --layer 0.75",
+    " --max-new-tokens 8 --layer 0.75 --permutations 3",
     "exp_truthfulqa": "--maps 2 --table all --generate 1 --layer 0.75 --permutations 9",
 }
 VECTORS = {"exp_emotion": 6, "exp_toxigen": 1, "exp_truthfulqa": 1}  # that a run writes
@@ -331,6 +331,7 @@ def test_the_same_command_computes_nothing_again(name, run):
     assert second.bytes() == before
 
 
+@pytest.mark.parametrize("name", [*QUICK, *HEAVY])
 def test_an_interrupted_run_is_continued(name, run):
     before = run.bytes()
     steps = sorted((run.folder / "steps").iterdir())
@@ -823,20 +824,21 @@ def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
     assert "p of ConTrans, local map among these 9" in (run.folder / "report.md").read_text()
 
 
-def test_a_random_direction_chooses_alpha_as_the_vector_does(finished, tmp_path, data):
+@pytest.mark.slow
+def test_permuted_labels_choose_alpha_as_the_vector_does(tmp_path, data):
     """Emotions: by the highest rate on the validation scenarios, the smaller alpha if two are."""
     argv = command("exp_emotion", "--data", data, "--alpha", "1", "4")
     run = Finished(exp_emotion.main, argv, tmp_path)
     tested = run.find(part="test", concept="mean", metric="token_acc", method="contrans-local")
-    own = [each for each in tested if (each["variant"] or "").startswith("own-α random")]
-    assert len(own) == 2
+    own = [each for each in tested if (each["variant"] or "").startswith("own-α permuted")]
+    assert len(own) == 9
     for each in own:
         grid = run.find(part="validation", method="contrans-local", variant=each["variant"])
         best = max(grid, key=lambda point: (point["value"], -point["alpha"]))
         assert {point["alpha"] for point in grid} == {1, 4}
         assert each["alpha"] == best["alpha"]
     report = (run.folder / "report.md").read_text()
-    assert "random directions, own α [range]" in report
+    assert "permuted labels, own α [range]" in report
 
 
 def test_answers_of_the_base_and_of_the_chat_model_are_shown(finished):
