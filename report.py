@@ -250,7 +250,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
     holds if it is better than no vector and than its strongest control, each with p < 0.05. That
     control is the best of its random directions, other concepts' vectors, shuffled maps and vectors
     of permuted labels that chose their own alpha."""
-    lines, null, sign = [], [], -1 if lower else 1
+    lines, has_null, sign = [], False, -1 if lower else 1
     for target, (records, alphas) in targets.items():
         here = at_strength(records, alphas)
         [base] = select(here, method="base", variant=None)
@@ -263,6 +263,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
             same = [e for e in same if e["source"] in (None, ours["source"])]
             controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
             null = [e["value"] for e in same if (e["variant"] or "").startswith("permuted ")]
+            has_null = has_null or bool(null)
             if controls and ours not in own:
                 strongest = max(controls, key=lambda each: sign * each["value"])
                 name, judged = label(ours), _judge(ours, base, strongest, null, sign)
@@ -283,7 +284,7 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
             parts.append(f"{', '.join(failed)} **do not hold** ({control})")
         lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
     rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
-    if null:
+    if has_null:
         rule += ", and among vectors of permuted labels at p < 0.05 (rank)"
     return "\n".join([*lines, f"\nA vector holds if it is {rule}; these p stand behind its rate."])
 

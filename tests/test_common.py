@@ -1065,6 +1065,15 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     fitted = local.fit(6, 6)
     assert local.worth(paper, 6, 6) < 0 < fitted.r2
     close(torch.tensor(local.worth(fitted, 6, 6)), torch.tensor(fitted.r2), 1e-4)
+    null = found.permuted(vector, names[1], point, LOCAL, 5, seed=1)
+    close(null.norm(dim=1), v_hat[LOCAL].norm().expand(5))
+    assert torch.equal(null[:2], found.permuted(vector, names[1], point, LOCAL, 2, seed=1))
+    states = [hidden_states(models.load(names[0]), each, [6]) for each in lists]
+    moved = local.vector(permuted_vectors(*states, 5, seed=1)[:, 0], 6, 6)
+    close(torch.cosine_similarity(null, moved), torch.ones(5))
+    counts = {"n_maps": 1, "n_random": 1, "seed": 1}
+    controls = found.controls(vector, names[1], point, [], LOCAL, n_permuted=5, **counts)
+    assert torch.equal(torch.stack([controls[f"permuted {k}"] for k in range(5)]), null)
 
 
 # ================================================================ 5  Transplant
@@ -1625,6 +1634,13 @@ def test_each_thing_is_computed_once(any_pair):
             sweep,
         )
     assert rows_through(seen) == [20, 20, 20, 20]
+    small = replace(model, batch_tokens=sum(len(reference.ids(text)[0]) for text in TEXTS))
+    last = [Transplant.of(A, 3, alpha) for alpha in range(8)]
+    with watched(small) as seen:
+        swept = next_token_logits(small, TEXTS, last)
+    assert rows_through(seen) == [4, 4, 4, 4]  # after the last block states are only copied
+    for transplant, logits in zip(last, swept):
+        close(logits, next_token_logits(model, TEXTS, [transplant])[0], 1e-4)
     if model.config.model_type in ("gpt_neo", "mistral"):
         return  # their windows are too short for the rest
     with watched(model) as seen:

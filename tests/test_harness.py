@@ -644,7 +644,24 @@ def test_a_vector_must_also_beat_permuted_labels():
     records, alphas = effects(base=0.0, contrans=0.9, random_1=0.1)
     for count, word in [(0, "**holds**"), (3, "**is not above the controls**")]:
         null = [records[1] | {"variant": f"permuted {k}", "value": 0.9} for k in range(count)]
-        assert word in verdict({"t": (records + null, alphas)})
+        said = verdict({"t": (records + null, alphas)})
+        assert word in said
+        assert ("permuted labels" in said) == bool(count)
+
+
+def test_each_source_is_judged_by_its_own_permuted_labels():
+    """And by random directions that all sources share."""
+    records, _ = effects(base=0.0, contrans=0.9, random_1=0.1)
+    base, ours, random = records
+    random["source"] = base["source"] = None
+    found = [base, random]
+    for source, value in (("small", 0.2), ("tiny", 0.95)):
+        found.append(ours | {"source": source})
+        null = {"source": source, "variant": "own-α permuted 0", "value": value}
+        found.append(ours | null | {"hits": (np.arange(70) < 70 * value).tolist()})
+    line = verdict({"t": (found, {})})
+    assert "ConTrans of small **holds**" in line
+    assert "ConTrans of tiny 90.0 % **do not hold** (strongest control, own-α permuted 0" in line
 
 
 def test_a_record_has_all_fields_and_no_others():

@@ -46,12 +46,14 @@ TRUTHFULQA_ROWS = {
 }
 
 
-def records_of(main, folder: Path) -> list[dict]:
+def run_of(main, folder: Path) -> tuple[list[dict], str]:
+    """(records, report) of a default command."""
     folder = Path(os.environ.get("CONTRANS_RESULTS", folder))
     main(["--out", str(folder), "--quiet"])
     paths = folder.glob(f"{main.__module__}/*/records.jsonl")
     newest = max(paths, key=lambda path: path.stat().st_mtime)  # each run writes its records
-    return [json.loads(line) for line in newest.read_text().splitlines()]
+    records = [json.loads(line) for line in newest.read_text().splitlines()]
+    return records, newest.with_name("report.md").read_text()
 
 
 def readme_row(name: str, after: str) -> list[str]:
@@ -86,7 +88,7 @@ def cell(records: list[dict], method: str, variant: str | None) -> str:
 
 
 def test_the_table_of_emotions(tmp_path):
-    records = records_of(exp_emotion.main, tmp_path)
+    records, _ = run_of(exp_emotion.main, tmp_path)
     mean = select(records, concept="mean", metric="token_acc", part="test", item="Figure 2a")
     mean += select(records, concept="mean", metric="token_acc", part="test", item="Figure 6")
     for name, (method, variant) in EMOTION_ROWS.items():
@@ -98,10 +100,13 @@ def test_the_table_of_emotions(tmp_path):
 
 
 def test_the_table_of_truthfulqa(tmp_path):
-    records = records_of(exp_truthfulqa.main, tmp_path)
+    records, report = run_of(exp_truthfulqa.main, tmp_path)
     tested = select(records, item="Table 1", metric="mc1", part="test", group=None)
     for name, (method, variant) in TRUTHFULQA_ROWS.items():
         for column, target in zip((0, 2), TARGETS):
             mine = [each for each in tested if each["target"].endswith(target)]
             written = readme_row(name, "**TruthfulQA**")[column]
             assert written.startswith(cell(mine, method, variant)), name
+    judged = re.findall(r"local map \*\*holds\*\*: .*? and (\S+), permuted (\S+) \(", report)
+    assert len(judged) == 2 and {rank for _, rank in judged} == {"0.005"}
+    assert "(p = {} and {})".format(*(p for p, _ in judged)) in README
