@@ -15,7 +15,7 @@ import pytest
 
 import exp_emotion
 import exp_truthfulqa
-from report import select
+from report import mcnemar, select
 
 pytestmark = pytest.mark.slow
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -46,14 +46,14 @@ TRUTHFULQA_ROWS = {
 }
 
 
-def run_of(main, folder: Path) -> tuple[list[dict], str]:
-    """(records, report) of a default command."""
+def run_of(main, folder: Path) -> tuple[list[dict], Path]:
+    """(records, folder) of a default command."""
     folder = Path(os.environ.get("CONTRANS_RESULTS", folder))
     main(["--out", str(folder), "--quiet"])
     paths = folder.glob(f"{main.__module__}/*/records.jsonl")
     newest = max(paths, key=lambda path: path.stat().st_mtime)  # each run writes its records
     records = [json.loads(line) for line in newest.read_text().splitlines()]
-    return records, newest.with_name("report.md").read_text()
+    return records, newest.parent
 
 
 def readme_row(name: str, after: str) -> list[str]:
@@ -100,13 +100,25 @@ def test_the_table_of_emotions(tmp_path):
 
 
 def test_the_table_of_truthfulqa(tmp_path):
-    records, report = run_of(exp_truthfulqa.main, tmp_path)
+    records, folder = run_of(exp_truthfulqa.main, tmp_path)
     tested = select(records, item="Table 1", metric="mc1", part="test", group=None)
     for name, (method, variant) in TRUTHFULQA_ROWS.items():
         for column, target in zip((0, 2), TARGETS):
             mine = [each for each in tested if each["target"].endswith(target)]
             written = readme_row(name, "**TruthfulQA**")[column]
             assert written.startswith(cell(mine, method, variant)), name
+    report = (folder / "report.md").read_text()
     judged = re.findall(r"local map \*\*holds\*\*: .*? and (\S+), permuted (\S+) \(", report)
     assert len(judged) == 2 and {rank for _, rank in judged} == {"0.005"}
     assert "(p = {} and {})".format(*(p for p, _ in judged)) in README
+    lines = (folder / "examples.jsonl").read_text().splitlines()
+    examples = [each for each in map(json.loads, lines) if each.get("item") == "Table 1"]
+    differences = []
+    for target in TARGETS:
+        mine = [each for each in examples if each["target"].endswith(target)]
+        eft, ours = [
+            [each["right"] for each in select(mine, method=method, variant=None)]
+            for method in ("eft", "contrans-local")
+        ]
+        differences.append(f"{mcnemar(eft, ours):.1g}")
+    assert "(difference: p = {} and {})".format(*differences) in README
