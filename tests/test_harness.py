@@ -664,6 +664,27 @@ def test_each_source_is_judged_by_its_own_permuted_labels():
     assert "ConTrans of tiny 90.0 % **do not hold** (strongest control, own-α permuted 0" in line
 
 
+MAP_WARNINGS = [
+    ({"r2_where_read": -0.1}, "R² where v is read is -0.10: the map extrapolates"),
+    ({"r2_where_read": 0.1}, None),
+    ({"r2_along_v": -0.1}, "R² along v̂ is -0.10: expect no effect"),
+    ({"r2_along_v": 0.1}, None),
+    ({"n_over_d": 0.6}, "0.60 sentences for each dimension"),
+    ({"n_over_d": 0.5}, None),
+    ({"n_over_d": 2.0}, None),
+    ({"r2": -0.1}, None),
+]
+
+
+@pytest.mark.parametrize("measured, warning", MAP_WARNINGS, ids=str)
+def test_the_table_of_maps_says_what_to_mistrust(measured, warning):
+    [(metric, value)] = measured.items()
+    table = report.map_table([record(method="contrans", metric=metric, value=value)])
+    assert f"{value:.2f}" in table
+    assert ("Warning" in table) == bool(warning)
+    assert (warning or "") in table
+
+
 def test_a_record_has_all_fields_and_no_others():
     assert list(record(value=0.5)) == report.RECORD
     with pytest.raises(ValueError, match="valeu"):
