@@ -312,7 +312,7 @@ class Lab:
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """v of each emotion [6, d] (Eq. 1) and states of the plain sentences [n, d] of a
         checkpoint."""
-        model, block, v = self.models.load(name), self.block(name), []
+        model, block, v = self.load(name), self.block(name), []
         for emotion in EMOTIONS:
             both = pairs(self.args, self.data, emotion)
             v.append(concept_vector(model, *both, [block], self.args.refine)[0])
@@ -322,7 +322,7 @@ class Lab:
     def collect_source(self, name: str) -> dict[str, torch.Tensor]:
         """The same of the source, its vectors of permuted labels [n, 6, d], and its states x [m, d]
         at those places of the pool that are nearest to the states that v is made of."""
-        model, block = self.models.load(name), self.block(name)
+        model, block = self.load(name), self.block(name)
         asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
         states = hidden_states(model, asked, [block])
         found = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
@@ -347,7 +347,7 @@ class Lab:
             return AffineMaps(x, y, **map_options(self.args))
         rows = {source_block: self.source["rows"].tolist()}
         near = NearStates(self.pool, rows, {source_block: self.source["x"]})
-        return LocalMaps([near], self.models.load(name), [block])
+        return LocalMaps([near], self.load(name), [block])
 
     # ------------------------------------------------------------ transplant, score: the steps
 
@@ -384,7 +384,7 @@ class Lab:
                     move = Transplant.of(direction[e], blocks[1], alpha)
                     arms.append((method, variant, alpha, move))
             moves = [move for *_, move in arms]
-            model = self.models.load(name)
+            model = self.load(name)
             for arm, hits in zip(arms, named(model, args, self.data, "test", emotion, moves)):
                 what = about | dict(zip(("method", "variant", "alpha"), arm))
                 what |= {"concept": emotion, "part": "test", "item": "Figure 3"}

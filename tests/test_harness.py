@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import close, json_rows, vectors
 from safetensors.torch import save_file
+from scipy.stats import fisher_exact
 
 import harness
 import report
@@ -522,6 +523,7 @@ VERDICTS = [
     ({"contrans": 0.92, "random_1": 0.55, "other_joy": 0.7}, "holds", "other joy"),
     ({"contrans": 0.52, "random_1": 0.1}, "does not move it", "52.9"),
     ({"contrans": 0.1, "random_1": 0.5}, "does not move it", "random 1"),
+    ({"contrans": 0.75, "random_1": 0.98}, "not above the controls", "random 1"),
 ]
 
 
@@ -532,6 +534,13 @@ def test_the_verdict_is_about_the_strongest_control(rates, outcome, word):
     assert f"**{outcome}**" in line or f"**is {outcome}**" in line
     assert word in line
     assert line.count("**") == 4
+
+
+def test_over_other_items_a_rate_is_compared_by_fishers_test():
+    records, alphas = effects(base=0.5, contrans=0.9, random_1=0.5)
+    records[2]["hits"] = records[2]["hits"] * 2  # 140 items
+    p = fisher_exact([[63, 7], [70, 70]]).pvalue
+    assert f"and {p:.1g} (" in verdict({"t": (records, alphas)})
 
 
 def test_the_verdict_of_what_should_fall():
