@@ -836,6 +836,14 @@ def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_permuted_labels_may_be_left_out(name, tmp_path):
+    run = Finished(SCRIPTS[name].main, command(name, "--permutations", "0"), tmp_path)
+    assert not any("permuted" in (each["variant"] or "") for each in run.records)
+    assert "permuted" not in run.said
+
+
+@pytest.mark.slow
 def test_permuted_labels_choose_alpha_as_the_vector_does(tmp_path, data):
     """Emotions: by the highest rate on the validation scenarios, the smaller alpha if two are."""
     argv = command("exp_emotion", "--data", data, "--alpha", "1", "4")
