@@ -1,8 +1,7 @@
 """Can a concept be moved from one model into another? Emotions, Sec. 4, App. A, B.2 and B.3.
 
-    python exp_emotion.py                                     toy zoo, three minutes on 2 CPU cores
-    python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B, as in the
-    paper
+    python exp_emotion.py                                     toy zoo, 3 to 5 minutes on 2 CPU cores
+    python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B
     python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper
 
 Emotion vectors of a small model are mapped into larger ones and added there. On scenarios of the
