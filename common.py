@@ -1478,8 +1478,10 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
         shifts = _shifts(model, [transplants[i] for i in members])
         fixed = (prefix, shifts, copies, sharing, reduce)
         all_costs = [cost * max(1, weight * copies) for cost in costs]
-        jobs = 8 if reduce else 1
-        for batch, scores in _each_batch(model, _scorer, fixed, pack, all_costs, jobs):
+        per_job = 1
+        if reduce:  # little comes back; every job reads the prefix anew
+            per_job = max(8, int(4 * past * copies / model.batch_tokens))
+        for batch, scores in _each_batch(model, _scorer, fixed, pack, all_costs, per_job):
             _require_finite(
                 scores[0] if reduce else scores, f"logits of {model.name} ({model.precision})"
             )

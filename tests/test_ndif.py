@@ -231,6 +231,18 @@ def test_the_next_job_is_sent_while_one_runs(there, own):
     assert max(waited) == 1  # never three at a time
 
 
+def test_a_long_prefix_makes_fewer_and_longer_jobs(there, own):
+    """Each job reads the prefix anew."""
+    moves = transplants(there.config.hidden_size)
+    tails = [f"the number {number}" for number in range(200, 240)]
+    jobs = []
+    for texts in (tails, [SHOTS + tail for tail in tails]):
+        start = len(own.log())
+        score_labels(there, texts, LABELS, moves)
+        jobs.append(len(own.log()) - start)
+    assert jobs[1] < jobs[0]
+
+
 @pytest.mark.parametrize("family", MAIN)
 def test_every_family_of_models(family, own, families):
     name = f"random/{family}"
