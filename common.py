@@ -1473,7 +1473,8 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
     def pack(batch):
         return {"trees": [(trees[i][0][past:], trees[i][1]) for i in batch]}
 
-    for members, weight in _groups(model, transplants, max(costs), sharing[0]):
+    copy = reduce and sharing[0] and sharing[3]  # else all logits of the copies are in memory
+    for members, weight in _groups(model, transplants, max(costs), copy):
         copies = len(members)
         shifts = _shifts(model, [transplants[i] for i in members])
         fixed = (prefix, shifts, copies, sharing, reduce)
@@ -1488,16 +1489,16 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
             yield torch.tensor(members)[:, None], batch, scores
 
 
-def _groups(model: Model, transplants, cost: float, shared=False):
+def _groups(model: Model, transplants, cost: float, copy=False):
     """Yield (transplants that are computed together, what a token costs under each of them), if a
     row costs so much. Those with the same first block are neighbours, since they share the blocks
-    up to it; after the last block (shared) a token is copied, not computed."""
+    up to it. copy: after the last block a token is copied, not computed."""
 
     def first_block(i: int) -> int:
         return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
 
     order = sorted(range(len(transplants)), key=first_block)
-    copied = [i for i in order if shared and first_block(i) >= model.n_layers - 1]
+    copied = [i for i in order if copy and first_block(i) >= model.n_layers - 1]
     computed = order[: len(order) - len(copied)]
     for some, weight in ((computed, 1), (copied, 1 / CACHED_PER_COMPUTED)):
         size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))

@@ -1634,18 +1634,19 @@ def test_each_thing_is_computed_once(any_pair):
             sweep,
         )
     assert rows_through(seen) == [20, 20, 20, 20]
-    small = replace(model, batch_tokens=sum(len(reference.ids(text)[0]) for text in TEXTS))
-    last = [Transplant.of(A, 3, alpha) for alpha in range(8)]
-    with watched(small) as seen:
-        swept = next_token_logits(small, TEXTS, last)
-    assert rows_through(seen) == [4, 4, 4, 4]  # after the last block states are only copied
-    for transplant, logits in zip(last, swept):
-        close(logits, next_token_logits(model, TEXTS, [transplant])[0], 1e-4)
     if model.config.model_type in ("gpt_neo", "mistral"):
         return  # their windows are too short for the rest
     with watched(model) as seen:
         choice_logprobs(model, pairs_of(TEXTS), sweep)
     assert rows_through(seen) == [4, 4, 4, 20]
+    texts = [text + choice for text, choice in pairs_of(TEXTS)]
+    small = replace(model, batch_tokens=sum(len(reference.ids(text)[0]) for text in texts))
+    last = [Transplant.of(A, 3, alpha) for alpha in range(8)]
+    with watched(small) as seen:
+        swept, _ = choice_logprobs(small, pairs_of(TEXTS), last)
+    assert rows_through(seen) == [4, 4, 4, 4]  # after the last block states are only copied
+    for transplant, scores in zip(last, swept):
+        close(scores, choice_logprobs(model, pairs_of(TEXTS), [transplant])[0][0], 1e-4)
     with watched(model) as seen:
         next_token_logits(model, LONG_TEXTS, sweep)
     [rows, prefix], [_, rest] = seen[0]
