@@ -1,6 +1,6 @@
 """Which sizes can give a concept, and which can take it? One family, Sec. 6.3, Figures 4 and 8.
 
-    python exp_pythia.py                                      toy zoo, 25 seconds on 2 CPU cores
+    python exp_pythia.py                                      toy zoo, two minutes on 2 CPU cores
     python exp_pythia.py --family pythia --data data/paper    Pythia 14m to 6.9b, as in the paper
     python exp_pythia.py --models Qwen/Qwen3-0.6B-Base Qwen/Qwen3-1.7B-Base --data data/paper
 

@@ -1,7 +1,7 @@
 """Does a weak aligned model make a strong base model truthful? TruthfulQA, Sec. 5.1, 6.1, 6.2, B.5.
 
     python exp_truthfulqa.py                                      Table 1 on the toy zoo, on a CPU
-    python exp_truthfulqa.py --table all                          all tables, in two minutes
+    python exp_truthfulqa.py --table all                          all tables
     python exp_truthfulqa.py --family llama2 --data data/paper    LLaMA-2-7B-chat -> 13B and 70B
     python exp_truthfulqa.py --src Qwen/Qwen3-0.6B --src-base Qwen/Qwen3-0.6B-Base \\
         --tgt Qwen/Qwen3-4B-Base --data data/paper
