@@ -840,7 +840,7 @@ def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
 def test_permuted_labels_may_be_left_out(name, tmp_path):
     run = Finished(SCRIPTS[name].main, command(name, "--permutations", "0"), tmp_path)
     assert not any("permuted" in (each["variant"] or "") for each in run.records)
-    assert "permuted" not in run.said
+    assert "permuted labels" not in run.said
 
 
 @pytest.mark.slow
