@@ -74,6 +74,7 @@ from report import (
     draw_grid,
     effect_notes,
     fluent,
+    is_permuted,
     label,
     map_table,
     markdown,
@@ -593,7 +594,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)
     means = pool(tested, "concept", "mean")
-    tested = [each for each in tested if "permuted" not in (each["variant"] or "")]
+    tested = [each for each in tested if not is_permuted(each)]
     records = grid + tested + means
     costs = run.step(f"{target} perplexity", lab.measure_perplexity)
     records += costs + fluent(means, costs)

@@ -70,6 +70,7 @@ from report import (
     PAGE,
     beside_controls,
     draw_curve,
+    is_permuted,
     label,
     new_figure,
     pivot,
@@ -429,10 +430,6 @@ class Lab:
         for key, own in hits.items():
             chosen[key] = max(own, key=lambda alpha: (own[alpha], -abs(alpha)))
         return chosen
-
-
-def is_permuted(each: dict) -> bool:
-    return "permuted" in (each["variant"] or "")
 
 
 def is_downloaded(name: str) -> bool:

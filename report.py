@@ -198,6 +198,11 @@ def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
     return found
 
 
+def is_permuted(each: dict) -> bool:
+    """Whether a record is of a vector of permuted labels."""
+    return "permuted" in (each["variant"] or "")
+
+
 def label(each: dict) -> str:
     """What a record is called in a table: its method, or which control of it."""
     name = METHODS[each["method"]]
