@@ -323,18 +323,17 @@ class Lab:
     def collect_source(self, name: str) -> dict[str, torch.Tensor]:
         """The same of the source, its vectors of permuted labels [n, 6, d], and its states x [m, d]
         at those places of the pool that are nearest to the states that v is made of."""
-        model, block = self.load(name), self.block(name)
-        asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        states = hidden_states(model, asked, [block])
-        found = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
-        state_of, null = dict(zip(asked, states)), []
+        model, block, null = self.load(name), self.block(name), []
         for e, emotion in enumerate(EMOTIONS):
-            both = []
-            for texts in pairs(self.args, self.data, emotion):
-                both.append(torch.stack([state_of[text] for text in texts]))
-            null.append(permuted_vectors(*both, self.args.permutations, self.seed(e))[:, 0])
-        near = {"x": found.x[block], "rows": torch.tensor(found.rows[block])}
-        return self.collect(name) | near | {"permuted": torch.stack(null, 1)}
+            both = pairs(self.args, self.data, emotion)
+            positive, negative = [hidden_states(model, texts, [block]) for texts in both]
+            permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
+            null.append(permuted[:, 0])
+        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
+        states = hidden_states(model, read, [block])[:, 0]
+        near = near_states(model, self.pool, {block: states}, len(self.sentences))
+        found = {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
+        return self.collect(name) | found | {"permuted": torch.stack(null, 1)}
 
     def seed(self, e: int) -> int:
         """Of the random directions and permuted labels of emotion e."""

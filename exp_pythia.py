@@ -30,7 +30,6 @@ from common import (
     LocalMaps,
     NearStates,
     Transplant,
-    concept_vector,
     cut_ends,
     hidden_states,
     local_pool,
@@ -38,6 +37,7 @@ from common import (
     permuted_vectors,
     plain_texts,
     random_directions,
+    refine,
     rescale,
     score_labels,
 )
@@ -272,26 +272,24 @@ class Lab:
         plain sentences [n, d], its states x [m, d] at those places (rows) of the pool that are
         nearest to the states that v is made of, vectors of permuted labels [k, 6, d], and its
         states of 20 scenarios of each emotion [120, d] for Figure 8."""
-        model, block, v = self.load(name), self.block(name), []
-        for emotion in EMOTIONS:
+        model, block = self.load(name), self.block(name)
+        v, null = [], []
+        for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
-            v.append(concept_vector(model, *both, [block], self.args.refine)[0])
+            positive, negative = [hidden_states(model, texts, [block]) for texts in both]
+            v.append(refine(positive, negative, self.args.refine)[0])  # Eq. 1
+            permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
+            null.append(permuted[:, 0])
+        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
+        states = hidden_states(model, read, [block])[:, 0]
+        near = near_states(model, self.pool, {block: states}, len(self.sentences))
         texts = [text for each in self.data.emotions.values() for text in each.positive[-20:]]
         shown = prompts(self.args, self.data, texts, shots=False)
-        asked = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        states = hidden_states(model, asked, [block])
-        found = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
-        state_of, null = dict(zip(asked, states)), []
-        for e, emotion in enumerate(EMOTIONS):
-            both = []
-            for texts in pairs(self.args, self.data, emotion):
-                both.append(torch.stack([state_of[text] for text in texts]))
-            null.append(permuted_vectors(*both, self.args.permutations, self.seed(e))[:, 0])
         return {
             "v": torch.stack(v),
             "plain": hidden_states(model, cut_ends(self.sentences), [block])[:, 0],
-            "x": found.x[block],
-            "rows": torch.tensor(found.rows[block]),
+            "x": near.x[block],
+            "rows": torch.tensor(near.rows[block]),
             "permuted": torch.stack(null, 1),
             "shown": hidden_states(model, shown, [block])[:, 0],
         }

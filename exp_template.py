@@ -83,7 +83,7 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
     for method in map_methods(args):
         directions[method, None] = vectors.at(v, target, point, method)
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
-        counts["n_permuted"] = args.permutations
+        counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
         for variant, control in vectors.controls(v, target, point, [], method, **counts).items():
             directions[method, variant] = control
     arms = [("base", None, 0, BASE)]

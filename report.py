@@ -155,12 +155,6 @@ def paired_gain(ours: dict, other: dict) -> dict[str, float]:
     return {"value": float(difference.mean()), "low": low, "high": high, "n": len(difference)}
 
 
-def percentile(value: float, among) -> float:
-    """Share [%] of `among` that is below `value`, ties counted half."""
-    among = np.asarray(list(among), float)
-    return float(100 * ((among < value).mean() + (among == value).mean() / 2))
-
-
 # ================================================================ 3  Controls
 
 FLUENT = "perplexity at most ×1.1"
@@ -329,21 +323,23 @@ def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]])
     return f"{title}\n\n{pivot(shown, label, 'target')}"
 
 
-def effect_notes(records: list[dict], alphas: dict[str, float]) -> dict[str, str]:
+def effect_notes(
+    records: list[dict], alphas: dict[str, float], lower: bool = False
+) -> dict[str, str]:
     """For pivot's notes, of records of one metric and target: p of every method against Base
     (McNemar, corrected for their number after Holm), and where each ConTrans stands among its
-    random directions and permuted labels."""
+    random directions and permuted labels. lower: is less better?"""
     [base] = select(records, method="base", variant=None)
-    notes, p_values = {}, {}
+    notes, p_values, sign = {}, {}, -1 if lower else 1
     for each in beside_controls(records, alphas):
         if each["variant"] in (None, "shuffled map") and each is not base:
             p_values[label(each)] = mcnemar(base["hits"], each["hits"])
         if each["variant"] in ("random", "own-α permuted", "permuted"):
             same = at_strength(select(records, method=each["method"]), alphas)
             kind = each["variant"] + " "
-            values = [e["value"] for e in same if (e["variant"] or "").startswith(kind)]
+            values = [sign * e["value"] for e in same if (e["variant"] or "").startswith(kind)]
             [ours] = select(same, variant=None)
-            p = rank_p(ours["value"], values)
+            p = rank_p(sign * ours["value"], values)
             name = METHODS[each["method"]]
             notes[label(each)] = f"p of {name} among these {len(values)}: {p:.2g}"
     for name, p in zip(p_values, holm(list(p_values.values()))):

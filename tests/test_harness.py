@@ -44,7 +44,6 @@ from report import (
     mcnemar,
     new_figure,
     paired_gain,
-    percentile,
     pivot,
     pool,
     rank_p,
@@ -710,13 +709,6 @@ def test_mcnemar_counts_the_outcomes_that_are_no_likelier():
         before = [False] * gained + [True] * lost + [True, False] * both
         after = [True] * gained + [False] * lost + [True, False] * both
         assert mcnemar(before, after) == pytest.approx(enumerated(gained, lost))
-
-
-def test_percentiles_count_ties_half():
-    assert percentile(3, [1, 2, 3, 4]) == 62.5
-    assert percentile(2.5, (1, 2, 3, 4)) == 50
-    assert percentile(0, [1, 2]) == 0
-    assert percentile(9, iter([1, 2])) == 100
 
 
 def make_records() -> list[dict]:

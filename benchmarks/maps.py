@@ -1,0 +1,240 @@
+"""Which map carries a concept, and does its R² along v_hat foretell that? The table of docs/map.md.
+
+    python benchmarks/maps.py                               toy zoo, emotions and MC1, 30 minutes
+    python benchmarks/maps.py --src MODEL --tgt MODEL …     your models; options of exp_emotion.py
+
+Each way of fitting a map is tried on disjoint samples of the plain text. alpha (of MC1 the block,
+too) is chosen on the validation part as in the experiment, and the effect is measured on its test
+part. No random directions, no permuted labels: the scripts have them.
+
+    paper                 last tokens of cut sentences, as in the paper
+    paper, ridge          the same with an intercept and a ridge of 0.01
+    stitching             every token of the sentences, with an intercept (Chen et al. 2025)
+    windows               only pieces of text in the refinement template
+    nearest               only the nearest positions of plain text
+    local                 both: the local map
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from scipy.stats import spearmanr
+
+import exp_emotion
+import exp_truthfulqa
+from common import (
+    BASE,
+    LAST,
+    LOCAL_RIDGE,
+    AffineMap,
+    Point,
+    Pool,
+    Transplant,
+    Vector,
+    Vectors,
+    fit_affine,
+    fit_local,
+    fit_quality,
+    near_states,
+    plain_texts,
+    pool_states,
+    random_directions,
+    shared_token_ends,
+)
+from exp_emotion import EMOTIONS
+from harness import model_options
+from models import Models
+from report import markdown
+
+
+class Column(NamedTuple):
+    """An experiment on one target."""
+
+    name: str
+    vectors: Vectors
+    concepts: list[Vector]  # in the source
+    own: list[Vector]  # the same in the target
+    target: str
+    blocks: list[tuple[int, int]]  # (source block, block) to choose from
+    alphas: list[float]
+    n_random: int  # directions that a validation score is compared with
+    hits: Any  # hits(part, concept, transplants) -> a list of booleans for each transplant
+
+
+def emotion_columns(argv: list[str]) -> list[Column]:
+    args = exp_emotion.options(argv)
+    models = Models(**model_options(args))
+    data = exp_emotion.load_data(args)
+    names = [args.src_base, *args.tgt]
+    sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
+    columns = []
+    for target in args.tgt:
+        lab = exp_emotion.Lab(args, data, sentences, models, target)
+
+        def hits(part, vector, moves, target=target):
+            model = models.load(target)
+            found = exp_emotion.named(model, args, data, part, vector.concept, moves)
+            return [each["token_acc"] for each in found]
+
+        ours = [lab.source(emotion) for emotion in EMOTIONS]
+        own = [Vector(emotion, target, target) for emotion in EMOTIONS]
+        name = f"emotions, {Path(args.src).name} → {Path(target).name}"
+        columns.append(Column(name, lab.vectors, ours, own, target, lab.grid, args.alpha, 0, hits))
+    return columns
+
+
+def mc1_columns() -> list[Column]:
+    args = exp_truthfulqa.options(["--prompt", "paper"])
+    models = Models(**model_options(args))
+    parts = exp_truthfulqa.plan(args, models)
+    rows = [row for part in parts for row in part.rows]
+    data = exp_truthfulqa.load_data(args, models, rows)
+    lab = exp_truthfulqa.Lab(args, data, models, rows)
+    columns = []
+    for part in parts:
+        [row] = [row for row in part.rows if row.method == "contrans"]
+        [own] = [row for row in part.rows if row.method == "self-align"]
+
+        def hits(part, _, moves, row=row):
+            questions = data.learn if part == "validation" else data.test
+            return [result["mc1"] for result in lab.score(row, questions, moves)]
+
+        pair = f"{Path(row.source).name} → {Path(row.host).name}"
+        blocks = list(dict.fromkeys(lab.block_pairs(row)))
+        columns.append(
+            Column(
+                f"MC1, {pair}",
+                lab.vectors,
+                [row.vector],
+                [own.vector],
+                row.base,
+                blocks,
+                args.alpha,
+                3,
+                hits,
+            )  # fmt: skip
+        )
+    return columns
+
+
+def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[str, AffineMap]:
+    """{way: map} between two blocks, all from one sample of the plain text."""
+    vectors, vector, target = column.vectors, column.concepts[0], column.target
+    source_block, block = blocks
+    paper = vectors.maps(vector, target)
+    local = vectors.maps(vector, target, "contrans-local")
+    x, y = paper.states(source_block, block, sample)
+    found = {
+        "paper": paper.fit(source_block, block, sample),
+        "paper, ridge": fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE),
+    }
+    source = vectors.models.load(vector.base)
+    model = vectors.models.load(target, keep=(vector.base,))
+    plain = [vectors.sentences[row] for row in paper.rows(sample)]
+    everywhere = Pool(plain, shared_token_ends([source.tokenizer, model.tokenizer], plain))
+    x = pool_states(source, everywhere, [source_block])[:, 0]
+    y = pool_states(model, everywhere, [block])[:, 0]
+    found["stitching"] = fit_affine(x, y, intercept=True)
+    pool = local.near[sample].pool
+    context = vectors.context(vector.concept, vector.model)
+    wanted = {source_block: vectors.near[vector.model, context][source_block]}
+    for way in ("windows", "nearest"):
+        own = [each for each in zip(*pool) if (each[1] == [LAST]) == (way == "windows")]
+        part = Pool(*map(list, zip(*own)))
+        near = near_states(source, part, wanted, len(plain), sample)
+        y = pool_states(model, part, [block], near.rows[source_block])[:, 0]
+        found[way] = fit_local(near.x[source_block], y)
+    found["local"] = local.fit(source_block, block, sample)
+    return found
+
+
+def r2_along(fitted: AffineMap, x, y, v_hat) -> float:
+    """R² of a map at states x [n, d1] and y [n, d2], only along v_hat [d2]."""
+    along = v_hat.double()[:, None]
+    predicted, y = fitted.states(x).double() @ along, y.double() @ along
+    return fit_quality(predicted, y, y.mean(0))[0]
+
+
+def choose(column: Column, directions: dict[tuple[int, int], list]) -> float:
+    """The test rate at the point with the best validation rate, as in the experiment.
+
+    directions: for each pair of blocks one direction [d] of each concept."""
+    points = [Point(*blocks, alpha) for blocks, alpha in product(directions, column.alphas)]
+
+    def rates(part, points, n_random=0):
+        found = []
+        for concept, vector in enumerate(column.concepts):
+            moves = []
+            for point in points:
+                direction = directions[point[:2]][concept]
+                for each in (direction, *random_directions(direction, n_random, seed=1000)):
+                    moves.append(Transplant.of(each, point.block, point.alpha))
+            found.append([np.mean(own) for own in column.hits(part, vector, moves)])
+        return np.mean(found, 0).reshape(len(points), 1 + n_random)
+
+    scores = rates("validation", points, column.n_random)
+    if column.n_random:
+        scores[:, 0] -= scores[:, 1:].mean(1)
+    gains = np.round(scores[:, 0], 6)
+    best = max(range(len(points)), key=lambda i: (gains[i], -abs(points[i].alpha)))
+    return rates("test", [points[best]]).item()
+
+
+def measure(column: Column, samples: int) -> tuple[list[list], list[tuple[float, float]]]:
+    """(rows of the table, (R² along v_hat, effect) of each map)."""
+    vectors = column.vectors
+    base = np.mean([np.mean(column.hits("test", each, [BASE])[0]) for each in column.concepts])
+    own = {}
+    for blocks in column.blocks:
+        own[blocks] = [vectors.v(each, blocks[1]) for each in column.own]
+    self_align = choose(column, own)
+    effects: dict[str, list] = {}
+    for sample in range(samples):
+        directions: dict[str, dict] = {}
+        along: dict[str, list] = {}
+        for blocks in column.blocks:
+            local = vectors.maps(column.concepts[0], column.target, "contrans-local")
+            for way, fitted in fitted_maps(column, sample, blocks).items():
+                v = [vectors.v(each, blocks[0]) for each in column.concepts]
+                v_hat = [fitted.vector(each) for each in v]
+                directions.setdefault(way, {})[blocks] = v_hat
+                other = local.states(*blocks, sample + 1)
+                for each in v_hat:
+                    along.setdefault(way, []).append(r2_along(fitted, *other, each))
+        for way, each in directions.items():
+            effects.setdefault(way, []).append((np.mean(along[way]), choose(column, each)))
+            print(column.name, sample, way, *effects[way][-1], file=sys.stderr, flush=True)
+    rows = [["base / Self-Align", f"{100 * base:.1f} / {100 * self_align:.1f}", ""]]
+    pairs = []
+    for way, found in effects.items():
+        r2, rates = np.array(found).T
+        text = f"{100 * rates.mean():.1f} ({100 * rates.min():.0f}–{100 * rates.max():.0f})"
+        rows.append([way, text, f"{r2.mean():.2f}"])
+        pairs += [(one, (rate - base) / (self_align - base)) for one, rate in found]
+    return rows, pairs
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    columns = emotion_columns(argv)
+    if not argv:
+        columns += mc1_columns()
+    pairs = []
+    for column in columns:
+        local = column.vectors.maps(column.concepts[0], column.target, "contrans-local")
+        samples = len(local.near)
+        rows, found = measure(column, samples)
+        table = markdown(["", "rate [%]", "R² along v̂"], rows)
+        print(f"\n{column.name}; samples of text: {samples}\n\n{table}")
+        pairs += found
+        print(f"Spearman of R² along v̂ with the effect: {spearmanr(*zip(*found)).statistic:.2f}")
+    print(f"\nall columns: {spearmanr(*zip(*pairs)).statistic:.2f} over {len(pairs)} maps")
+
+
+if __name__ == "__main__":
+    main()
