@@ -57,11 +57,11 @@ def hidden_states(
 ) -> torch.Tensor:
     """The residual stream after each block in `layers` (default: all), last token of each text.
 
-    positions: read these tokens of each text instead, text after text; -1 is the last token.
-    Returns [n, len(layers), d], float32 on the CPU. The forward pass stops after the last block
-    that is needed. Without a transplant the states are cached on disk. Raises ValueError for a
-    block that does not exist and for a prompt that does not fit the context, FloatingPointError for
-    NaN."""
+    positions: for each text the tokens to read instead; -1 is the last one. Returns
+    [n, len(layers), d] in float32 on the CPU, one row for each token read. The forward pass stops
+    after the last block needed. Without a transplant the states are cached on disk. Raises
+    ValueError for a block that does not exist or a prompt that does not fit the context,
+    FloatingPointError for NaN."""
     if isinstance(layers, (int, str)):
         raise TypeError("layers must be a list of block numbers")
     layers = list(range(model.n_layers)) if layers is None else list(layers)
@@ -97,8 +97,8 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
 
 def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = False):
     """Make a function that reads the states [n, layers, d] of one batch at the positions from_end
-    of each row, in the model's own dtype. lens: token probabilities [n, 1, vocabulary] read off the
-    last of these blocks."""
+    of each row, in the model's dtype. lens: return token probabilities [n, 1, vocabulary] instead,
+    read off the last of these blocks."""
 
     def read(rows, from_end):
         inputs = pad_left(rows, nn.tokenizer.pad_token_id)
@@ -131,10 +131,9 @@ def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = 
 def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean") -> torch.Tensor:
     """Concept vector of each layer [layers, d] from the states of pairs, [n, layers, d] each.
 
-    mean: the paper's mean difference (Eq. 1). pca: first principal direction of the differences,
-    uncentred, pointing to the positives. probe: direction of a logistic regression. The last two
-    are scaled to the norm of the mean difference, so that one alpha means the same for all
-    three."""
+    mean: the paper's mean difference (Eq. 1). pca: first principal component of the differences,
+    uncentred, pointing towards the positives. probe: weights of a logistic regression. The last two
+    are scaled to the norm of the mean difference, so that alpha means the same for all three."""
     if positive.shape != negative.shape or positive.dim() != 3 or not len(positive):
         shapes = f"{tuple(positive.shape)} and {tuple(negative.shape)}"
         raise ValueError(f"positive and negative must be pairs [n, layers, d]; got {shapes}")
@@ -158,11 +157,11 @@ def refine(positive: torch.Tensor, negative: torch.Tensor, method: str = "mean")
 def permuted_vectors(
     positive: torch.Tensor, negative: torch.Tensor, count: int, seed: int
 ) -> torch.Tensor:
-    """The null of Eq. 1: mean differences [count, layers, d] of pairs [n, layers, d] with the two
+    """The null of Eq. 1: mean differences [count, layers, d] of pairs [n, layers, d] with the
     labels swapped in a random half of the pairs.
 
-    In exactly half, because the concept cancels then. Swapping each at random leaves some of it,
-    and little else once the vectors are rescaled to the norm of v."""
+    Exactly half, so that the concept cancels. If each pair were swapped at random, some of the
+    concept would be left, and rescaling to the norm of v would amplify it."""
     difference = positive.double() - negative.double()
     half = len(difference) // 2
     signs = torch.zeros(count, len(difference), dtype=torch.float64)
@@ -189,7 +188,7 @@ def concept_vector(
 ) -> torch.Tensor:
     """Refine a concept vector from the texts of pairs: [len(layers), d].
 
-    On NDIF the mean difference is taken there, batch by batch, so that no states travel."""
+    On NDIF the mean difference is computed on the server, batch by batch: no states travel."""
     if len(positive) != len(negative) or not positive:
         raise ValueError(f"need pairs; got {len(positive)} positives, {len(negative)} negatives")
     if not model.remote or method != "mean":
@@ -242,7 +241,7 @@ class AffineMap:
     cosine: float = math.nan  # mean over held-out sentences, about the mean of y
     n: int = 0  # rows it was fitted on
     effective_rank: float = math.nan  # of these rows: (sum of s²)² / sum of s⁴
-    length: float | None = None  # |v_hat| / |v|; None: as F makes it
+    length: float | None = None  # |v_hat| / |v|; None: whatever F gives
 
     def vector(self, v: torch.Tensor) -> torch.Tensor:
         """v_hat [..., d2] of concept vectors v [..., d1], float32. A difference: no intercept."""
@@ -271,11 +270,10 @@ def fit_affine(
 ) -> AffineMap:
     """Least squares from source states x [n, d1] to target states y [n, d2] of the same sentences.
 
-    The defaults are the paper's (Eq. 2, App. A): no intercept, no ridge, no cut-off but for
-    singular values that float64 cannot tell from zero. ridge is in units of the mean squared
-    singular value. The last `held_out` share of the rows is kept for R² and cosine. All in float64.
-    Raises ValueError for shapes that do not match or fewer than 2 rows, FloatingPointError for
-    NaN."""
+    The defaults are the paper's (Eq. 2, App. A): no intercept, no ridge, and no cut-off except for
+    singular values that are zero in float64. ridge is in units of the mean squared singular value.
+    The last `held_out` share of the rows is kept for R² and cosine. Computed in float64. Raises
+    ValueError for shapes that do not match or fewer than 2 rows, FloatingPointError for NaN."""
     x, y = x.double(), y.double()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
@@ -324,7 +322,8 @@ def _pseudo_inverse(
 def _gram_inverse(x: torch.Tensor, gram: torch.Tensor, penalty: torch.Tensor) -> tuple | None:
     """The same as X^T (X X^T)^-1 or (X^T X)^-1 X^T: ten times faster than the SVD.
 
-    It squares X's condition number, so it is None unless what float64 loses is below float32's."""
+    This squares the condition number of X, so it returns None unless the error in float64 stays
+    below the precision of float32."""
     wide = x.shape[0] < x.shape[1]
     gram = gram.clone()
     gram.diagonal().add_(penalty)
@@ -350,8 +349,10 @@ def fit_quality(
 
 
 class _Maps:
-    """Maps between the blocks of two models, each fitted once. states(source_block, block, sample)
-    gives x [n, d1] and y [n, d2]; fitted(x, y) fits them."""
+    """Maps between the blocks of two models, each fitted once.
+
+    Subclasses define states(source_block, block, sample), which gives x [n, d1] and y [n, d2], and
+    fitted(x, y)."""
 
     def __init__(self):
         self.known: dict[tuple, AffineMap] = {}
@@ -364,8 +365,8 @@ class _Maps:
         shuffled: bool = False,
         n: int | None = None,
     ) -> AffineMap:
-        """The map between two blocks; shuffled: fitted on states that do not belong together; n:
-        fitted on so many of them only."""
+        """The map between two blocks. shuffled: fitted on mismatched rows, as a control; n: fitted
+        on the first n rows only."""
         key = source_block, block, sample, shuffled, n
         if key not in self.known:
             x, y = [states[:n] for states in self.states(source_block, block, sample)]
@@ -382,9 +383,10 @@ class _Maps:
 class AffineMaps(_Maps):
     """Affine maps from the blocks of one base model to those of another.
 
-    x, y: {block: states [n, d] of the same plain sentences} of source and target. Map `sample` is
-    fitted on its own random sample of `n_sentences` of them, so that the luck of one sample can be
-    seen. norm "match" rescales v_hat to the source's ratio of |v| to the norm of the stream."""
+    x, y: {block: states [n, d] of the same plain sentences} of source and target. Each map is
+    fitted on its own random sample of `n_sentences` of them, to show how much depends on the
+    sample. norm "match": the norm of v_hat relative to the target's stream is that of v relative to
+    the source's."""
 
     def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
         super().__init__()
@@ -392,7 +394,7 @@ class AffineMaps(_Maps):
         self.fitting = fitting  # intercept, rcond, ridge
 
     def rows(self, sample: int = 0) -> list[int]:
-        """The plain sentences that map `sample` is fitted on: disjoint samples, while they last."""
+        """Numbers of the plain sentences that a map is fitted on, see sample_rows."""
         n = len(next(iter(self.x.values())))
         return sample_rows(n, self.n_sentences, sample)
 
@@ -420,7 +422,7 @@ class AffineMaps(_Maps):
 
 
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
-    """Row numbers of sample 0, 1 … of n rows: disjoint while they last, then from the start."""
+    """Row numbers of sample 0, 1 … out of n rows: disjoint until all rows are used."""
     order = random.Random(0).sample(range(n), n)
     start = sample * size
     return [order[(start + i) % n] for i in range(min(size, n))]
@@ -458,9 +460,9 @@ def cut_ends(texts: list[str]) -> list[str]:
 
 # ---------------------------------------------------------------- fitted where v is read
 #
-# Between two models the linear relation differs from one kind of position to another, so a map is
-# worth most where it was fitted. Local maps are fitted near the states that v is made of; no label,
-# answer or test item is used (docs/map.md).
+# The linear relation between two models differs from one kind of position to another, so a map
+# works best where it was fitted. Local maps are fitted near the states that v is computed from. No
+# label, answer or test item is used (docs/map.md).
 
 WINDOWS = 2.0  # texts inside the refinement templates, for each plain text
 POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
@@ -471,8 +473,8 @@ LAST = -1  # the place of a text's last token
 class Context(NamedTuple):
     """Where a concept is read: refinement templates with {text}, and the texts in that slot.
 
-    others: unlabelled texts of the same kind that nothing else is made of; if there are none,
-    pieces of plain text stand in for them."""
+    others: unlabelled texts of the same kind that are used nowhere else. Without any, pieces of
+    plain text take their place."""
 
     templates: tuple[str, ...]
     texts: tuple[str, ...]
@@ -480,15 +482,15 @@ class Context(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Texts, and the places in each of them where states may be read: ends of tokens, as numbers
-    of characters, or LAST."""
+    """Texts, and the places in each of them where states may be read: character offsets at which
+    tokens end, or LAST."""
 
     texts: list[str]
     places: list[list[int]]
 
 
 class NearStates(NamedTuple):
-    """A source's states x at the places of a pool that are nearest to those that v is made of.
+    """A source's states x at the places of a pool nearest to the states that v is computed from.
 
     rows: {block: numbers of the places [n]}, x: {block: [n, d]}."""
 
@@ -498,9 +500,9 @@ class NearStates(NamedTuple):
 
 
 def local_pool(models: Models, names: list[str], context: Context, plain: list[str], seed=0):
-    """Where states may be near to those that v is made of: other texts of the concept's kind in its
-    refinement templates, read at their last token. If there are none: pieces of plain text in the
-    templates, and every place in the plain texts where a token of all models `names` ends."""
+    """Candidate places for a local map: other texts of the concept's kind in its refinement
+    templates, read at their last token. Without such texts: pieces of plain text in the templates,
+    and every place in the plain texts where a token of all models `names` ends."""
     count = int(WINDOWS * len(plain))
     texts = list(context.others)
     inside = random.Random(seed).sample(texts, min(count, len(texts)))
@@ -538,12 +540,12 @@ def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch
 
 
 def near_states(model: Model, pool: Pool, near: dict, n_sentences: int, seed=0) -> NearStates:
-    """The nearest places of a pool; near: {block: states [m, d] that v is made of}."""
+    """The nearest places of a pool. near: {block: states [m, d] that v is computed from}."""
     blocks, rows, nearest = list(near), {}, {}
     x = pool_states(model, pool, blocks)
     for number, block in enumerate(blocks):
         chosen = nearest_positions(x[:, number], near[block], int(POSITIONS * n_sentences))
-        chosen.sort()  # by place: which is nearer may hang on the last bit
+        chosen.sort()  # by place, since the order of distances can depend on rounding
         rows[block] = random.Random(seed).sample(chosen, len(chosen))  # the last fifth is held out
         nearest[block] = x[rows[block], number]
     return NearStates(pool, rows, nearest)
@@ -552,8 +554,8 @@ def near_states(model: Model, pool: Pool, near: dict, n_sentences: int, seed=0) 
 def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
     """A local map of states x [n, d1] and y [n, d2] at near places.
 
-    v_hat is as long in the target's spread as v is in the source's: ridge, and what the source
-    cannot foretell, shorten v F."""
+    v_hat is rescaled: relative to the spread of y it is as long as v relative to the spread of x.
+    Ridge, and what the source cannot predict, shorten v F."""
 
     def spread(states):
         return (states - states.mean(0)).double().norm().item()
@@ -563,10 +565,10 @@ def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
 
 
 class LocalMaps(_Maps):
-    """Affine maps fitted at the positions of plain text that are nearest to a concept's states.
+    """Affine maps fitted at the places of plain text that are nearest to a concept's states.
 
-    near: the source's near states, one for each sample of text; y: for each of them {row of the
-    pool: number}, and the target's states [n, len(blocks), d]."""
+    near: the source's near states, one for each sample of text. y: for each of them {row of the
+    pool: row of the states}, and the target's states [n, len(blocks), d]."""
 
     def __init__(self, near: list[NearStates], target: Model, blocks: list[int]):
         super().__init__()
@@ -587,10 +589,10 @@ class LocalMaps(_Maps):
     def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
         return fit_local(x, y)
 
-    def worth(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
-        """R² of a map between these blocks at positions where v is read, those held out here.
+    def r2_where_read(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
+        """R² of any map between these blocks where v is read, on the rows held out here.
 
-        along: only of this direction [d2]."""
+        along: only in this direction [d2]."""
         x, y = self.states(source_block, block)
         n = self.fit(source_block, block).n
         predicted, y = other.states(x[n:]).double(), y.double()
@@ -601,8 +603,8 @@ class LocalMaps(_Maps):
 
 
 def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
-    """`count` pieces of plain text, as long [words] as the concept's texts and ending as they
-    do."""
+    """`count` pieces of plain text with the lengths [words] and the final marks of the concept's
+    texts."""
     draw = random.Random(seed)
     lengths = [len(text.split()) for text in texts]
     marks = ["" if text[-1].isalnum() else text[-1] for text in texts]
@@ -618,7 +620,7 @@ def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]
 
 
 def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
-    """Of each text {number of characters before the end of a token: number of the token}."""
+    """For each text {character offset where a token ends: index of the token}."""
     encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     found = []
     for offsets in encoded.offset_mapping:  # special tokens are empty
@@ -627,15 +629,14 @@ def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
 
 
 def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
-    """Of each text the places (see token_ends) where a token of every tokenizer ends."""
+    """For each text the character offsets where a token of every tokenizer ends."""
     ends = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
     return [sorted(set(first).intersection(*others)) for first, *others in zip(*ends)]
 
 
 def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
-    """Rows of x [N, d] nearest to `states` [m, d]: the nearest of every state, then the second
-    nearest of every state, and so on. Near is a high cosine after each dimension is
-    standardized."""
+    """Rows of x [N, d] nearest to `states` [m, d]: the nearest to every state, then the second
+    nearest to every state, and so on, by cosine similarity of standardized dimensions."""
     mean, spread = x.mean(0), x.std(0)
     pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
     wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
@@ -705,8 +706,7 @@ def _shifts(model: Model, transplants: list[Transplant]) -> dict[int, torch.Tens
             shifts.setdefault(layer, torch.zeros(len(transplants), width))
             shifts[layer][row] += alpha * vector.float().cpu()
     for layer, shift in shifts.items():
-        # Norms square the stream. Where that overflows, RMSNorm returns zeros: wrong
-        # without any NaN.
+        # RMSNorm squares the stream. If that overflows, it returns zeros and no NaN.
         _require_finite((shift**2).sum(1), f"alpha * v_hat after block {layer}")
         if not model.remote:
             cast = shift.to(model.nn.dtype)
@@ -736,11 +736,11 @@ def control_directions(
     n_random: int,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """What the effect of v_hat is compared with: {variant: direction [d]}.
+    """Controls for the effect of v_hat: {variant: direction [d]}.
 
-    "map k": v through maps fitted on other samples of the plain text. All others have v_hat's norm:
-    "few sentences": through a map of as few sentences a dimension as the paper has; "shuffled
-    map": of sentences that do not belong together; "other NAME": another concept's vector through
+    "map k": v through maps fitted on other samples of the plain text. All others have v_hat's norm.
+    "few sentences": v through a map with the paper's number of sentences per dimension; "shuffled
+    map": v through a map of mismatched sentences; "other NAME": another concept's vector through
     the same map; "random r": isotropic directions."""
     v_hat = maps.vector(v, source_block, block)
     directions = {}
@@ -777,9 +777,9 @@ class Vector(NamedTuple):
 class Vectors:
     """Concept vectors of several models in the space of several targets; each model is read once.
 
-    pairs(concept, model): positive and negative prompts. blocks(model): where its states are
-    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: the plain
-    text that maps between base models are fitted on. maps: options of AffineMaps."""
+    pairs(concept, model): positive and negative prompts. blocks(model): the blocks whose states are
+    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: plain text
+    to fit maps between base models on. maps: options of AffineMaps."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
         self.models, self.wanted, self.targets = models, list(wanted), list(targets)
@@ -802,7 +802,7 @@ class Vectors:
     def controls(
         self, vector, target, point, others: list, method="contrans", n_permuted=0, **counts
     ) -> dict[str, torch.Tensor]:
-        """control_directions of a vector, and "permuted k". others: vectors to compare."""
+        """control_directions of a vector, and "permuted k". others: other concepts' vectors."""
         blocks = point.source_block, point.block
         v, maps = self.v(vector, point.source_block), self.maps(vector, target, method)
         known = {other.concept: self.v(other, point.source_block) for other in others}
@@ -815,7 +815,7 @@ class Vectors:
     def permuted(
         self, vector: Vector, target: str, point: Point, method: str, count: int, seed: int
     ) -> torch.Tensor:
-        """Vectors of permuted labels through the same map, with the norm of v_hat: [count, d]."""
+        """Vectors of permuted labels through the same map, rescaled to v_hat: [count, d]."""
         key = vector, target, point[:2], method, count, seed
         if key not in self.known_permuted:
             model, blocks = self.models.load(vector.model), self.blocks(vector.model)
@@ -828,9 +828,9 @@ class Vectors:
         return self.known_permuted[key]
 
     def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
-        """What the maps of a vector are worth, as fields of harness.record.
+        """Quality of the maps of a vector, as fields of report.record.
 
-        where_read: also R² where v is read, which takes a local map to know."""
+        where_read: also R² where v is read, for which a local map is fitted."""
         blocks = point.source_block, point.block
         maps = self.maps(vector, target, method)
         found = []
@@ -839,7 +839,7 @@ class Vectors:
             metrics = {"r2": fitted.r2, "cosine": fitted.cosine}
             if where_read:
                 local = self.maps(vector, target, "contrans-local")
-                metrics["r2_where_read"] = local.worth(fitted, *blocks)
+                metrics["r2_where_read"] = local.r2_where_read(fitted, *blocks)
             metrics["n_over_d"] = fitted.n / len(fitted.x_mean)
             metrics["effective_rank"] = fitted.effective_rank
             about = {"concept": "map", "variant": f"map {number}" if number else None}
@@ -848,8 +848,8 @@ class Vectors:
         return found
 
     def vector_quality(self, vector, target, point, method, own=None, where_read=True) -> dict:
-        """{metric: value}: norms of v, v_hat and both streams; R² of the map along v_hat where v is
-        read; and what v_hat has in common with the target's own vector."""
+        """{metric: value}: norms of v, v_hat and both streams; R² along v_hat where v is read; and
+        the cosine of v_hat with the target's own vector."""
         blocks = point.source_block, point.block
         v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
         streams = self.plain[vector.base][blocks[0]], self.plain[target][blocks[1]]
@@ -859,7 +859,7 @@ class Vectors:
         if where_read:
             fitted = self.maps(vector, target, method).fit(*blocks)
             local = self.maps(vector, target, "contrans-local")
-            found["r2_along_v"] = local.worth(fitted, *blocks, along=v_hat)
+            found["r2_along_v"] = local.r2_where_read(fitted, *blocks, along=v_hat)
         if own:
             theirs = self.v(own, point.block)
             found["norm_own"] = theirs.norm().item()
@@ -912,7 +912,7 @@ class Vectors:
         return self.known_maps[key]
 
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
-        """The near states of the source's base model, in as many samples of text as there are."""
+        """The near states of the source's base model, for each sample of text."""
         size = self.map_options["n_sentences"]
         names, others = [vector.base, target], context.others
         samples = max(1, len(self.sentences) // size)
@@ -969,7 +969,7 @@ def choice_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability [nats] of each continuation given its context, and whether it is greedy.
 
-    pairs: (context, continuation). Both are encoded together and split where the context's own
+    pairs: (context, continuation). Both are tokenized together and split where the context's
     tokens end. eft: (small chat, small base) whose difference in logits is added at every token
     (emulated fine-tuning, proxy-tuning); all three need one vocabulary. Returns float32 sums and
     booleans, [transplants, pairs] each. Raises ValueError if a continuation changes the tokens of
@@ -1024,7 +1024,7 @@ def perplexity(
     """Perplexity of the texts under each transplant [transplants], and the number of its tokens.
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
-    overlap by half; each token but a text's first is counted once."""
+    overlap by half. Every token except a text's first is counted once."""
     window = window or min(context_length(model.config), 1024)
     if window < 2:
         raise ValueError("a window of fewer than 2 tokens predicts nothing")
@@ -1050,10 +1050,9 @@ def perplexity(
 def logit_lens(
     model: Model, texts: list[str], layer: int, transplants: list[Transplant] = (BASE,)
 ) -> torch.Tensor:
-    """Token probabilities [transplants, texts, vocabulary] read off the stream after `layer`.
+    """Token probabilities [transplants, texts, vocabulary] read off the stream after `layer` (B.3).
 
-    Final norm and unembedding are applied to the last token there, the blocks above skipped
-    (B.3)."""
+    Final norm and unembedding are applied to the last token there; the blocks above are skipped."""
     _require_block(model, layer)
     last = [[-1]] * len(texts)
     lenses = [_read_states(model, texts, [layer], each, last, lens=True) for each in transplants]
@@ -1063,10 +1062,10 @@ def logit_lens(
 def token_changes(
     model: Model, texts: list[str], layer: int, transplant: Transplant
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """The tokens that gain, and that lose, most probability under a transplant (Table 8).
+    """The tokens that gain and that lose most probability under a transplant (Table 8).
 
-    Two lists of (token, in how many texts it is among the ten that change most), most first.
-    Probabilities are read off the stream after `layer`, as by logit_lens."""
+    Two lists of (token, number of texts in which it is among the ten that change most), most
+    frequent first. Probabilities are those of logit_lens."""
     gains, losses = Counter(), Counter()
     for first in range(0, len(texts), 100):  # a whole vocabulary for each text
         some = texts[first : first + 100]
@@ -1091,25 +1090,25 @@ def generate(
     seed: int = 0,
     eft: tuple[Model, ...] = (),
 ) -> list[list[str]]:
-    """The continuation of each text under each transplant, without the text; all tokens of both are
-    steered. [transplants][texts].
+    """The continuation of each text under each transplant, [transplants][texts]. Every token of
+    text and continuation is steered.
 
     Greedy, or sampled with `seed`: the k-th token of a text is drawn with the same random number
     under every transplant and in every batch. A text ends at the end-of-sequence token. eft:
-    (small chat, small base) as in choice_logprobs; if one of the three is on NDIF, it is asked for
-    its logits token by token."""
+    (small chat, small base) as in choice_logprobs; a model on NDIF is then asked for its logits
+    token by token."""
     transplants = list(transplants)
     rows = _encode(model, texts)
     _require_eft_fits(model, eft, rows, max_new_tokens)
     _require_room(model, rows, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
-    luck = torch.rand(len(texts), max_new_tokens, generator=generator)
+    uniform = torch.rand(len(texts), max_new_tokens, generator=generator)
     options = (max_new_tokens, temperature if sample else 0.0, top_p)
     several = eft and any(each.remote for each in (model, *eft))  # places, one of them NDIF
     cached = all(_sharing(each)[1] for each in (model, *eft))
     write = _written if cached and not several else _written_by_logits
     result = [[""] * len(texts) for _ in transplants]
-    for member, i, ids in write(model, rows, transplants, eft, options, luck):
+    for member, i, ids in write(model, rows, transplants, eft, options, uniform):
         result[member][i] = model.tokenizer.decode(ids, skip_special_tokens=True)
     return result
 
@@ -1117,29 +1116,29 @@ def generate(
 # ================================================================ 6  Engine
 #
 # Everything above asks for one of three things: hidden states, logits after given tokens, or text.
-# What makes it fast is computed once where it is the same:
+# It is fast because nothing that is shared is computed twice:
 #
-# blocks    Below the first steered block nothing depends on the transplant. Each prompt goes
-#           through those blocks once, and through the blocks above it once per transplant.
+# blocks    Nothing below the first steered block depends on the transplant. Each prompt goes
+#           through those blocks once, and through the blocks above once per transplant.
 # cache     Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
-#           Text goes on from a cache of its prompt; what has ended leaves the batch.
+#           Generation continues from a cache of the prompt; finished texts leave the batch.
 # branches  Continuations of one context (the choices of a question, the labels of a prompt) are
 #           one row: the context, then each continuation, with a mask that hides them from each
 #           other.
 # pieces    The unembedding is applied to a few states at a time, in float32: all logits of a
 #           batch would take more memory than the model.
 #
-# All of it is exact. Architectures differ in what they can do, so _sharing compares each of the
-# four with the plain way on a few tokens of every model, and what differs is not used.
+# All of it is exact. Architectures differ in what they support, so _sharing tests each of the four
+# against a plain forward pass on a few tokens of every model, and does without those that fail.
 #
 # A prompt with its continuations is a tree: (head, tails), token ids of the context and of each
-# continuation. Its logits are read at its nodes: the last token of the head, then the tokens of
-# each tail but its last. Functions that run on NDIF (_state_reader, _scorer, _writer …) travel
+# continuation. Its logits are read at its nodes: the last token of the head, then all tokens of
+# each tail but its last. Functions that run on NDIF (_state_reader, _scorer, _writer …) are sent
 # there as source text: they take the nnsight model `nn`, tensors, numbers, lists and tuples, and
-# use no class of ours.
+# use no class of this repo.
 
 JOBS_SENT = 2  # to NDIF at once: one runs, the other waits there
-CACHED_PER_COMPUTED = 8  # tokens that cost memory, not time: so many count as a computed one
+CACHED_PER_COMPUTED = 8  # tokens that only take memory; so many count as one that is computed
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
 BRANCH_TOKENS = 512  # tokens of all tails of one tree
 UNEMBED_ROWS = 256  # of logits in memory at once: 125 MB for 128,256 tokens
@@ -1149,7 +1148,7 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
     """Yield (indices, answer) for each batch, where answer is make(nn, *fixed)(**pack(indices)).
 
     costs: computed tokens of each row; a batch costs at most model.batch_tokens. On NDIF several
-    batches are one job, and the next job is sent while one runs. What does not fit the memory, or
+    batches are one job, and the next job is sent while one runs. A job that runs out of memory, or
     takes the server too long, is halved."""
     ask = _asker(model, make, fixed, pack)
     batches = _batches(model, costs)
@@ -1175,8 +1174,8 @@ def _each_batch(model: Model, make, fixed: tuple, pack, costs: list[float], batc
 
 
 def _asker(model: Model, make, fixed: tuple, pack):
-    """ask(job) begins to compute a list of batches and returns a function that waits for the
-    answers. A model that is here computes when it is waited for."""
+    """ask(job) starts a job, which is a list of batches, and returns a function that waits for its
+    answers. A local model computes when it is waited for."""
     nn = model.nn
     if model.cost:
         nn, make = model, COUNTERS[make]
@@ -1193,9 +1192,9 @@ def _asker(model: Model, make, fixed: tuple, pack):
 
 
 def _batches(model: Model, costs: list[float]):
-    """Yield lists of row indices, the largest rows first, so that rows of like length are together.
+    """Yield lists of row indices, longest rows first, so that rows of similar length are together.
 
-    A batch ends before a much shorter row, once it is a quarter full: padding would cost more."""
+    Once a batch is a quarter full, it ends before a much shorter row: padding would cost more."""
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     while order:
         largest = costs[order[0]]
@@ -1263,10 +1262,9 @@ def _forward(nn, trees, shifts: dict, copies: int, sharing: tuple, prefix=(), ke
 def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
     """One forward pass that adds shifts, {block: [rows of the result, d]}.
 
-    Where the result has more rows than the inputs, the blocks up to the first steered one run once
-    for all copies of a row. Returns what goes into the unembedding at the nodes (rows, columns),
-    [nodes, d], or logits [nodes, vocabulary] of a model whose unembedding cannot be done in
-    pieces."""
+    If the result has more rows than the inputs, the blocks up to the first steered one run once for
+    all copies of a row. Returns the inputs of the unembedding at the nodes (rows, columns),
+    [nodes, d], or the logits [nodes, vocabulary] if a model cannot unembed in pieces."""
     copies = max(map(len, shifts.values()), default=0) // len(inputs["input_ids"])
     parting = min(shifts) if copies > 1 else None
     options = {"use_cache": False} if cache is None else {"past_key_values": cache}
@@ -1298,7 +1296,7 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
 def _unembed(nn, states, sharing: tuple):
     """Logits [..., vocabulary], float32, of what _run returns.
 
-    Logits in bfloat16 are multiples of 0.125 from 16 on: many would be equal."""
+    In bfloat16, logits above 16 would be multiples of 0.125, and many of them equal."""
     if not sharing[3]:
         return states.float()
     weight, bias = nn.unembed.weight, nn.unembed.bias
@@ -1358,7 +1356,7 @@ def _tree_mask(branches: torch.Tensor, past: int, dtype) -> torch.Tensor:
 
 
 def _repeat(value, copies: int):
-    """What a block is given beside the stream (mask, positions …), its rows repeated."""
+    """An argument of a block (mask, positions …) with its rows repeated."""
     if isinstance(value, torch.Tensor):
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 else value
     if isinstance(value, dict):
@@ -1370,8 +1368,8 @@ def _repeat(value, copies: int):
 
 def _kv_cache(blocks, filled: int):
     """A KV cache that begins with `filled` tokens of keys and values [rows, H, room, d] of each
-    block. New tokens are written where there is room; else all is copied, and each row stands for
-    several."""
+    block. New tokens are written in place while there is room. Otherwise everything is copied, each
+    row as often as there are new rows for it."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     def extended(whole, new):
@@ -1400,7 +1398,7 @@ def _kv_cache(blocks, filled: int):
 
 
 def _sharing(model: Model) -> tuple[bool, bool, bool, bool]:
-    """Which of blocks, cache, branches and pieces work; tried once, on a few tokens."""
+    """Which of blocks, cache, branches and pieces work with this model; tested once."""
     if model.sharing is None:
         fixed = (model.config.hidden_size, model.precision == "torch.float32")
         [(_, model.sharing)] = _each_batch(model, _try_sharing, fixed, lambda batch: {}, [1])
@@ -1438,7 +1436,7 @@ def _try_sharing(nn, width: int, exact: bool):
         def agrees(compute, *sharing) -> bool:
             try:
                 logits = compute(sharing)
-            except Exception:  # whatever it is: the model's own forward decides what it can do
+            except Exception:  # whatever this architecture raises
                 return False
             return bool((logits - plain).abs().max() <= (1e-3 if exact else 0.1) * plain.std())
 
@@ -1459,8 +1457,8 @@ def _try_sharing(nn, width: int, exact: bool):
 def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bool):
     """Yield (indices of transplants [t, 1], indices of trees, scores).
 
-    scores are the logits [t, nodes, vocabulary] of these trees, or with `reduce` what _reduce makes
-    of them on the spot: full logits of a real vocabulary are 100 MB a batch."""
+    scores are the logits [t, nodes, vocabulary] of these trees, or with `reduce` the result of
+    _reduce, computed where the model is: full logits of a real vocabulary are 100 MB a batch."""
     sharing = _sharing(model)
     heads = [head for head, _ in trees]
     past = _common_prefix(heads) if sharing[1] and _fits_window(model, trees) else 0
@@ -1490,9 +1488,10 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
 
 
 def _groups(model: Model, transplants, cost: float, copy=False):
-    """Yield (transplants that are computed together, what a token costs under each of them), if a
-    row costs so much. Those with the same first block are neighbours, since they share the blocks
-    up to it. copy: after the last block a token is copied, not computed."""
+    """Yield (indices of transplants that are computed together, cost of a token under each).
+
+    cost: that of the most expensive row. Transplants with the same first block are neighbours,
+    since they share the blocks up to it. copy: after the last block, tokens are only copied."""
 
     def first_block(i: int) -> int:
         return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
@@ -1618,7 +1617,7 @@ def _add_logits(logits: torch.Tensor, sign: int, others: torch.Tensor) -> torch.
 
 
 def _common_prefix(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with; 0 if a cache of them would not pay."""
+    """Number of tokens that all rows begin with; 0 if too few to be worth a cache."""
     if len(rows) < 2:
         return 0
     shared = os.path.commonprefix(rows)
@@ -1627,7 +1626,7 @@ def _common_prefix(rows: list[list[int]]) -> int:
 
 
 def _fits_window(model: Model, trees: list) -> bool:
-    """Whether no block looks back on fewer tokens than these trees have."""
+    """Whether these trees fit the sliding window of the model, if it has one."""
     names = ("sliding_window", "window_size", "attention_chunk_size")
     sizes = [getattr(model.config, name, None) for name in names]
     window = min([size for size in sizes if size], default=sys.maxsize)
@@ -1637,7 +1636,7 @@ def _fits_window(model: Model, trees: list) -> bool:
 # ---------------------------------------------------------------- text
 
 
-def _written(model: Model, rows, transplants, eft, options: tuple, luck):
+def _written(model: Model, rows, transplants, eft, options: tuple, uniform):
     """Yield (transplant, row, its new tokens)."""
     max_new_tokens = options[0]
     small = tuple((each if each.cost else each.nn, _sharing(each)) for each in eft)
@@ -1650,7 +1649,7 @@ def _written(model: Model, rows, transplants, eft, options: tuple, luck):
             pieces = [batch[first : first + size] for first in range(0, len(batch), size)]
             return {
                 "pieces": [[rows[i] for i in piece] for piece in pieces],
-                "luck": luck[batch],
+                "uniform": uniform[batch],
             }
 
         shifts = _shifts(model, [transplants[i] for i in members])
@@ -1670,7 +1669,7 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
     models = [(1, nn, shifts, sharing)]
     models += [(sign, each, {}, its) for sign, (each, its) in zip((1, -1), small)]
 
-    def write(pieces, luck):
+    def write(pieces, uniform):
         lengths = torch.tensor([len(row) for piece in pieces for row in piece])
         n, width = len(lengths), max(lengths)
         alive = torch.arange(copies * n)  # rows that have not ended, copy after copy
@@ -1686,7 +1685,7 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
             for (sign, *_), others in zip(models[1:], scores[1:]):
                 logits = _add_logits(logits, sign, others)
             _require_finite(logits.amax(-1), "logits")
-            token = _choose(logits, luck[alive % n, step], *sampling)
+            token = _choose(logits, uniform[alive % n, step], *sampling)
             new_tokens[alive, step] = token
             going = ~torch.isin(token, ends)
             if step + 1 == max_new_tokens or not going.any():
@@ -1750,9 +1749,9 @@ def _read_tokens(nn, tokens, mask, shifts: dict, sharing: tuple, blocks):
     return _unembed(nn, states, sharing)
 
 
-def _choose(logits, luck, temperature: float, top_p: float):
-    """A token for each row: where the cumulative probability reaches luck [rows], from 0 to 1; the
-    likeliest at temperature 0."""
+def _choose(logits, uniform, temperature: float, top_p: float):
+    """A token for each row: where the cumulative probability reaches `uniform` [rows], random
+    numbers from 0 to 1. At temperature 0 the most likely one."""
     if not temperature:
         return logits.argmax(-1).cpu()
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
@@ -1760,13 +1759,13 @@ def _choose(logits, luck, temperature: float, top_p: float):
     logits = TemperatureLogitsWarper(temperature)(None, logits)
     logits = TopPLogitsWarper(top_p)(None, logits)
     mass = logits.softmax(-1).cumsum(-1)
-    wanted = luck[:, None].to(mass) * mass[:, -1:]
+    wanted = uniform[:, None].to(mass) * mass[:, -1:]
     return torch.searchsorted(mass, wanted, right=True)[:, 0].clamp(max=mass.shape[1] - 1).cpu()
 
 
-def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luck):
-    """As _written, from the logits after the whole text: where one of the models is on NDIF, all
-    are asked once per new token; and where a model has no KV cache to go on from."""
+def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, uniform):
+    """As _written, but every new token takes the logits after the whole text: for models on NDIF
+    (with EFT), and for models without a KV cache."""
     max_new_tokens, *sampling = options
     ends = _end_tokens(model.nn)
     for member, transplant in enumerate(transplants):
@@ -1778,7 +1777,7 @@ def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, luc
             [logits] = _logits(model, trees, [transplant])
             for sign, small in zip((1, -1), eft):
                 logits = _add_logits(logits, sign, _logits(small, trees)[0])
-            token = _choose(logits, luck[alive, step], *sampling)
+            token = _choose(logits, uniform[alive, step], *sampling)
             new_tokens[alive, step] = token
             alive = alive[~torch.isin(token, ends)]
             if not len(alive):
@@ -1831,8 +1830,8 @@ def _require_finite(values: torch.Tensor, what: str) -> None:
 
 # ================================================================ 7  Dry run
 #
-# A script runs as it is, on models without weights: instead of computing a batch, _each_batch
-# counts what _state_reader, _scorer, _writer … would do with it, and answers with made-up numbers.
+# A script runs unchanged on models without weights: instead of computing a batch, _each_batch
+# counts what _state_reader, _scorer, _writer … would do, and answers with made-up numbers.
 
 
 def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
@@ -1841,8 +1840,8 @@ def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
         width = max(map(len, rows))
         blocks = slice(max(layers) + 1 if stop else None)
         model.cost.add(len(rows) * width, width, blocks)
-        states = torch.randn(len(places), len(layers), NARROW, generator=model.cost.luck)
-        states[places == -1] += 2  # ends of texts are alike, which near_states goes by
+        states = torch.randn(len(places), len(layers), NARROW, generator=model.cost.generator)
+        states[places == -1] += 2  # near_states finds that ends of texts are alike
         return states
 
     return read
@@ -1864,8 +1863,8 @@ def _count_scores(model: Model, prefix, shifts, copies: int, sharing, reduce: bo
         model.cost.add_pass(sizes, len(prefix), shifts, copies, nodes)
         if not reduce:
             return torch.arange(float(NARROW)).expand(copies, nodes, -1)
-        luck = torch.randn(copies, len(lengths), generator=model.cost.luck)
-        return luck / 100 - lengths, luck > 0  # no transplant changes the perplexity
+        noise = torch.randn(copies, len(lengths), generator=model.cost.generator)
+        return noise / 100 - lengths, noise > 0  # no transplant changes the perplexity
 
     return score
 
@@ -1873,7 +1872,7 @@ def _count_scores(model: Model, prefix, shifts, copies: int, sharing, reduce: bo
 def _count_texts(model: Model, shifts, copies: int, sharing, options: tuple, small: tuple):
     count = options[0]  # of new tokens
 
-    def write(pieces, luck):
+    def write(pieces, uniform):
         rows = [row for piece in pieces for row in piece]
         sizes = list(map(len, rows))
         for each, own in [(model, shifts), *((each, {}) for each, _ in small)]:

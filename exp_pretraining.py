@@ -370,7 +370,7 @@ class Lab:
             cosine = torch.cosine_similarity(vectors[method], own["v"]).mean().item()
             quality = {"r2": fitted.r2, "cosine_to_own": cosine}
             if "contrans-local" in maps:
-                quality["r2_where_read"] = maps["contrans-local"].worth(fitted, *blocks)
+                quality["r2_where_read"] = maps["contrans-local"].r2_where_read(fitted, *blocks)
             what = about | {"source": args.src, "method": method, "alpha": alphas[method, None]}
             what |= {"concept": "map", "part": "held-out", "n": fitted.n}
             for metric, value in quality.items():

@@ -617,7 +617,7 @@ class Cost:
     tokens: float = 0.0  # through all blocks
     flops: float = 0.0
     requests: int = 0  # to NDIF
-    luck: torch.Generator = field(default_factory=torch.Generator)
+    generator: torch.Generator = field(default_factory=torch.Generator)
 
     def add(self, tokens: int, context: float, blocks: slice, logits: int = 0) -> None:
         """Count tokens that go through these blocks, each beside `context` tokens, and states that

@@ -153,11 +153,18 @@ def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[st
     return found
 
 
-def r2_along(fitted: AffineMap, x, y, v_hat) -> float:
-    """R² of a map at states x [n, d1] and y [n, d2], only along v_hat [d2]."""
+MEASURES = ["R² where v is read", "R² along v̂", "correlation along v̂"]
+
+
+def quality(fitted: AffineMap, x, y, v_hat) -> list[float]:
+    """MEASURES of a map, on states x [n, d1] and y [n, d2] that it was not fitted on."""
+    predicted, y = fitted.states(x).double(), y.double()
+    r2, _ = fit_quality(predicted, y, y.mean(0))
     along = v_hat.double()[:, None]
-    predicted, y = fitted.states(x).double() @ along, y.double() @ along
-    return fit_quality(predicted, y, y.mean(0))[0]
+    predicted, y = predicted @ along, y @ along
+    r2_along, _ = fit_quality(predicted, y, y.mean(0))
+    correlation = np.corrcoef(predicted[:, 0], y[:, 0])[0, 1]
+    return [r2, r2_along, correlation]
 
 
 def choose(column: Column, directions: dict[tuple[int, int], list]) -> float:
@@ -185,8 +192,8 @@ def choose(column: Column, directions: dict[tuple[int, int], list]) -> float:
     return rates("test", [points[best]]).item()
 
 
-def measure(column: Column, samples: int) -> tuple[list[list], list[tuple[float, float]]]:
-    """(rows of the table, (R² along v_hat, effect) of each map)."""
+def measure(column: Column, samples: int) -> tuple[list[list], list[list[float]]]:
+    """(rows of the table, MEASURES and effect relative to Self-Align of each map)."""
     vectors = column.vectors
     base = np.mean([np.mean(column.hits("test", each, [BASE])[0]) for each in column.concepts])
     own = {}
@@ -196,7 +203,7 @@ def measure(column: Column, samples: int) -> tuple[list[list], list[tuple[float,
     effects: dict[str, list] = {}
     for sample in range(samples):
         directions: dict[str, dict] = {}
-        along: dict[str, list] = {}
+        measured: dict[str, list] = {}
         for blocks in column.blocks:
             local = vectors.maps(column.concepts[0], column.target, "contrans-local")
             for way, fitted in fitted_maps(column, sample, blocks).items():
@@ -205,18 +212,27 @@ def measure(column: Column, samples: int) -> tuple[list[list], list[tuple[float,
                 directions.setdefault(way, {})[blocks] = v_hat
                 other = local.states(*blocks, sample + 1)
                 for each in v_hat:
-                    along.setdefault(way, []).append(r2_along(fitted, *other, each))
+                    measured.setdefault(way, []).append(quality(fitted, *other, each))
         for way, each in directions.items():
-            effects.setdefault(way, []).append((np.mean(along[way]), choose(column, each)))
+            effects.setdefault(way, []).append([*np.mean(measured[way], 0), choose(column, each)])
             print(column.name, sample, way, *effects[way][-1], file=sys.stderr, flush=True)
-    rows = [["base / Self-Align", f"{100 * base:.1f} / {100 * self_align:.1f}", ""]]
-    pairs = []
-    for way, found in effects.items():
-        r2, rates = np.array(found).T
+    rows = [["base / Self-Align", f"{100 * base:.1f} / {100 * self_align:.1f}", "", "", ""]]
+    found = []
+    for way, each in effects.items():
+        *measures, rates = np.array(each).T
         text = f"{100 * rates.mean():.1f} ({100 * rates.min():.0f}–{100 * rates.max():.0f})"
-        rows.append([way, text, f"{r2.mean():.2f}"])
-        pairs += [(one, (rate - base) / (self_align - base)) for one, rate in found]
-    return rows, pairs
+        rows.append([way, text, *(f"{values.mean():.2f}" for values in measures)])
+        found += [[*one, (rate - base) / (self_align - base)] for *one, rate in each]
+    return rows, found
+
+
+def spearman(found: list[list[float]]) -> str:
+    """Rank correlation of each measure with the effect, over maps."""
+    *measures, effects = zip(*found)
+    texts = [
+        f"{name} {spearmanr(each, effects).statistic:.2f}" for name, each in zip(MEASURES, measures)
+    ]
+    return f"Spearman with the effect, over {len(found)} maps: {', '.join(texts)}"
 
 
 def main(argv=None):
@@ -224,16 +240,15 @@ def main(argv=None):
     columns = emotion_columns(argv)
     if not argv:
         columns += mc1_columns()
-    pairs = []
+    everything = []
     for column in columns:
         local = column.vectors.maps(column.concepts[0], column.target, "contrans-local")
         samples = len(local.near)
         rows, found = measure(column, samples)
-        table = markdown(["", "rate [%]", "R² along v̂"], rows)
-        print(f"\n{column.name}; samples of text: {samples}\n\n{table}")
-        pairs += found
-        print(f"Spearman of R² along v̂ with the effect: {spearmanr(*zip(*found)).statistic:.2f}")
-    print(f"\nall columns: {spearmanr(*zip(*pairs)).statistic:.2f} over {len(pairs)} maps")
+        table = markdown(["", "rate [%]", *MEASURES], rows)
+        print(f"\n{column.name}; samples of text: {samples}\n\n{table}\n\n{spearman(found)}")
+        everything += found
+    print(f"\nAll columns. {spearman(everything)}")
 
 
 if __name__ == "__main__":

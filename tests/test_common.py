@@ -1063,8 +1063,8 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     paper = found.maps(vector, names[1]).fit(6, 6)
     assert paper.r2 > 0.8
     fitted = local.fit(6, 6)
-    assert local.worth(paper, 6, 6) < 0 < fitted.r2
-    close(torch.tensor(local.worth(fitted, 6, 6)), torch.tensor(fitted.r2), 1e-4)
+    assert local.r2_where_read(paper, 6, 6) < 0 < fitted.r2
+    close(torch.tensor(local.r2_where_read(fitted, 6, 6)), torch.tensor(fitted.r2), 1e-4)
     null = found.permuted(vector, names[1], point, LOCAL, 5, seed=1)
     close(null.norm(dim=1), v_hat[LOCAL].norm().expand(5))
     assert torch.equal(null[:2], found.permuted(vector, names[1], point, LOCAL, 2, seed=1))
