@@ -265,7 +265,9 @@ class Lab:
         return self.models.block(name, self.args.layer)
 
     def load(self, name: str):
-        return self.models.load(name, keep=() if self.args.one_at_a_time else self.args.models)
+        if self.args.one_at_a_time:
+            self.models.release(keep=[name])
+        return self.models.load(name, keep=self.args.models)
 
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the

@@ -2,8 +2,8 @@
 
 1  Options     of all scripts; bad input ends with one line and exit code 2
 2  Files       read with errors that name file and line; written whole or not at all
-3  NDIF        what is checked before any work, and how a job is sent and retried
-4  Runs        a folder for each run, whose steps are computed once, and what it leaves there
+3  NDIF        checks before any work; how a job is sent and retried
+4  Runs        a folder for each run: steps that are computed once, and the report
 5  Vectors     concept vectors on disk, and in the formats of other programs
 6  Side by side
 
@@ -123,9 +123,9 @@ def read_families(kind: str, settings: dict, **own: dict) -> dict[str, dict]:
     """{family: settings} of the families in data/models.csv that a script can use.
 
     kind: which models a script takes. "base": the smallest base model is the source, the others are
-    targets. "chat": the same, the source is the smallest chat model, and the targets have chat
+    targets. "chat": likewise, but the source is the smallest chat model, and the targets have chat
     models, too. "sizes": all base models are --models. "checkpoints": the rows with training
-    tokens. settings: of every family, and of one's own models ("custom"); own: of one family."""
+    tokens. settings: of every family, and of the user's models ("custom"). own: of one family."""
     rows = read_table(MODELS, "family", "base", "chat", "tags", "tokens")
     families = {"toy": {}}
     for name in dict.fromkeys(row["family"] for row in rows):
@@ -270,11 +270,11 @@ def parse_options(
     complete=lambda args: None,
     paper: dict = {},
 ):
-    """Parse the command line, fill in the family's settings, refuse what cannot work.
+    """Parse the command line, fill in the family's settings, and refuse what cannot work.
 
-    Loads no model. Models of one's own (--src, --tgt, --models …) take the settings of "custom".
+    Loads no model. The user's models (--src, --tgt, --models …) take the settings of "custom".
     complete(args): sets src and tgt in a script that has other options for its models.
-    paper: settings of --protocol paper, which take the place of the family's."""
+    paper: settings of --protocol paper, which override the family's."""
     args = parser.parse_args(argv)
     is_mapped = hasattr(args, "src_base")  # a script with one source and its targets
     args.command = [Path(parser.prog).name, *(sys.argv[1:] if argv is None else argv)]
@@ -332,7 +332,7 @@ def _require_models(args) -> None:
 
 
 def model_options(args) -> dict:
-    """What the command line says about loading models, for common.Models; checks NDIF."""
+    """The options about loading models, as arguments of models.Models; checks NDIF."""
     remote = []
     if args.remote:
         remote = [*args.tgt, *args.tgt_chat]
@@ -355,14 +355,14 @@ def model_options(args) -> dict:
 
 
 def map_methods(args) -> list[str]:
-    """The methods that --map asks for: "contrans" is the paper's map, "contrans-local" ours."""
+    """The methods of --map: "contrans" is the paper's map, "contrans-local" ours."""
     if args.map == "paper" or getattr(args, "protocol", None) == "paper":
         return ["contrans"]
     return ["contrans-local"] if args.map == "local" else ["contrans", "contrans-local"]
 
 
 def map_options(args) -> dict:
-    """What the command line says about affine maps, for common.AffineMaps."""
+    """The options about affine maps, as arguments of common.AffineMaps."""
     fitting = {"intercept": args.intercept, "rcond": args.rcond, "ridge": args.ridge}
     return {"n_sentences": args.sentences, "norm": args.norm, **fitting}
 
@@ -588,8 +588,8 @@ def ask_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list):
     """Send [make(nn, *fixed)(**pack) for pack in packs] to the server as one job.
 
     Returns a function that waits for the answers, so that the next job can be sent while this one
-    runs. make travels as source text with all that it calls. A failed job is sent again; an answer
-    is cached and never asked for twice. The function raises TimeoutError or torch.OutOfMemoryError
+    runs. make is sent as source text with everything it calls. A failed job is sent again; answers
+    are cached and never asked for twice. The function raises TimeoutError or torch.OutOfMemoryError
     if the job is too large."""
     key = [*about, make.__name__, fixed, packs]
     send = functools.partial(_send, nn, host, make, fixed, packs)
@@ -599,7 +599,7 @@ def ask_ndif(nn, host: str, make, fixed: tuple, packs: list[dict], about: list):
 
 
 def _await_answers(host: str, wait, send) -> list:
-    """What wait() gives, or that of the job that send() sends in its place if it fails."""
+    """The answers that wait() gives; if its job fails, those of a new one from send()."""
     import httpx
     import torch
     from nnsight.intervention.backends.remote import RemoteError
@@ -631,8 +631,7 @@ def _await_answers(host: str, wait, send) -> list:
 def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
     """Send one job; returns a function that waits for its answers, or raises what went wrong.
 
-    A thread listens from the start: a server takes a client for gone that does not answer its
-    pings."""
+    A thread listens from the start, since a server drops clients that do not answer its pings."""
     import nnsight
     from nnsight.intervention.backends.remote import AsyncRemoteBackend
 
@@ -642,7 +641,7 @@ def _send(nn, host: str, make, fixed: tuple, packs: list[dict]):
     NDIF_STATS["requests"] += 1
     backend, future = AsyncRemoteBackend(nn.to_model_key(), host=host), Future()
     is_shown = backend.display.enabled
-    backend.display.enabled = False  # of two jobs, only the one that is waited for
+    backend.display.enabled = False  # show only the job that is waited for
 
     def listen():
         try:
@@ -689,7 +688,7 @@ class Run:
 
         run = Run(__file__, args, models, data, first_prompts, steps=20)
         result = run.step("llama-m eft", function, argument, …)     computed once; any JSON value
-        image = run.figure(figure, "figure_2a")                     to stand in the report
+        image = run.figure(figure, "figure_2a")                     a line of the report
         run.save(records, examples, [verdict(…), image, table], [more, …])
 
     The hash covers arguments, models, data and the source of the script and of the four files that
@@ -697,7 +696,7 @@ class Run:
     its own."""
 
     def __init__(self, script, args, models, data=None, first_prompts=(), ignore=(), steps=0):
-        # ignore: options that change no result of a step; steps: about how many there will be
+        # ignore: options that change no step's result; steps: their approximate number
         names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
         names = [name for name in dict.fromkeys(names) if name]
         inputs = {
@@ -742,8 +741,7 @@ class Run:
         self.bar = progress_bar(steps, "", bar_format=form, leave=False)
 
     def step(self, name: str, function, *args, **kwargs):
-        """function(*args, **kwargs), which must be JSON, from the folder if it was computed
-        before."""
+        """function(*args, **kwargs), a JSON value; read from the folder if computed before."""
 
         def compute():
             return json.dumps(function(*args, **kwargs))
@@ -773,7 +771,7 @@ class Run:
                 total = max(self.bar.total, number)
                 print(f"[{time.strftime('%H:%M:%S')}] {number}/{total} {name}", file=sys.stderr)
             _write_file(path, compute())
-        self.bar.initial = len(self.reused)  # of which the time left knows nothing
+        self.bar.initial = len(self.reused)  # not part of the estimated time left
         self.bar.n = len(self.reused | self.computed)
         self.bar.refresh()
         try:
@@ -880,7 +878,7 @@ REQUIRED = {
 
 
 def save_concept(path: Path, vector, **about) -> None:
-    """Write a concept vector [d] as safetensors that says what it is (REQUIRED and more)."""
+    """Write a concept vector [d] as safetensors with a description (at least REQUIRED)."""
     from safetensors.torch import save
 
     if vector.dim() != 1:
@@ -896,7 +894,7 @@ def save_concept(path: Path, vector, **about) -> None:
 
 
 def load_concept(path: Path, model=None) -> tuple:
-    """(vector [d], what it says of itself). With a model, refuses a vector made for another one."""
+    """(vector [d], its description). With a model, refuses a vector made for another one."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -972,7 +970,7 @@ def _export_gguf(path: Path, model_type: str, layer: int, shift) -> None:
 
 
 def list_runs(folder: Path) -> str:
-    """The runs below a folder, the newest last: when, whole or not, and the verdict of each."""
+    """The runs below a folder, newest last: date, complete or not, and verdict."""
     lines = []
     for path in sorted(folder.rglob("args.json"), key=lambda path: path.stat().st_mtime):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
@@ -988,10 +986,10 @@ def list_runs(folder: Path) -> str:
 
 
 def compare_runs(one: Path, other: Path) -> str:
-    """The settings of two runs that differ, and the rates of both with their difference.
+    """The settings in which two runs differ, and the rates of both with their difference.
 
-    Targets are matched in their order, rates by all else that a record says but for the blocks. The
-    95 % interval of a difference is Newcombe's, as for two samples that share no item."""
+    Targets are matched by their order, rates by all fields of a record except the blocks. The 95 %
+    interval of a difference is Newcombe's for independent samples."""
     for folder in (one, other):
         if not (folder / "records.jsonl").exists():
             fail(f"{folder} is not the folder of a finished run")
@@ -1020,7 +1018,7 @@ def compare_runs(one: Path, other: Path) -> str:
 
 
 def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
-    """The tested rates of a run, of no single control, map, group or emotion, by what they say."""
+    """Test rates of a run, without single controls, maps, groups and emotions, by their fields."""
     names = [about["args"]["src"], *about["args"]["tgt"]]
     roles = {name: number for number, name in enumerate(names)}
     records = [json.loads(line) for line in read_text(folder / "records.jsonl").splitlines()]

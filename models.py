@@ -1,6 +1,6 @@
-"""The models of a run: how they are loaded, what is asked of them before that, and what they cost.
+"""The models of a run: loading, what is known of them before that, and what they cost.
 
-1  Loading         any causal LM of the hub or of a folder, with one path to its blocks
+1  Loading         any causal LM from the hub or a folder, with one path to its blocks
 2  Models          of a run, by name: config, tokenizer and chat template first, weights later
 3  Tokens          contexts, the space before a word, labels, padding
 4  Cost            what a dry run counts, without weights
@@ -80,7 +80,7 @@ GPU_BATCH_TOKENS = 4096
 
 @dataclass
 class Model:
-    """A causal LM: the nnsight model, and what the functions below need to know about it."""
+    """A causal LM: the nnsight model, and what common.py needs to know about it."""
 
     name: str
     nn: Any  # nnsight's TransformersModel, with .layers, .final_norm and .unembed
@@ -119,14 +119,14 @@ def load_model(
     trust_remote_code: bool = False,
     dry_run: bool = False,
 ) -> Model:
-    """Load a causal LM, or a model that also sees or hears, of which only the text part is used.
+    """Load a causal LM, or the text part of a multimodal model.
 
     name: hub id or folder; `REPO@REVISION` picks a revision. dtype: "auto" is float32 on a CPU and
     bfloat16 on a GPU; "nf4" and "int8" quantize the weights. device: "auto" spreads the model over
-    all GPUs. remote: address of an NDIF server that runs the model; no weights are loaded here
-    then. batch_tokens: tokens of one forward pass; lower it when memory runs out. dry_run: load no
-    weights, but count in `cost` what is asked of them. Raises ValueError for an unknown dtype or
-    device, incomplete weights, and blocks that are not found (it names the module lists)."""
+    all GPUs. remote: address of an NDIF server that runs the model, so that no weights are loaded
+    here. batch_tokens: tokens of one forward pass; lower it when memory runs out. dry_run: load no
+    weights, only count the work in `cost`. Raises ValueError for an unknown dtype or device,
+    incomplete weights, and blocks that are not found (it names the module lists)."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers.utils import logging
 
@@ -184,7 +184,7 @@ def _require_device(device: str) -> None:
 
 
 def _read_tokenizer(repo: str, hub: dict):
-    """The tokenizer, told to put no EOS after a text: the last token is read, and continued."""
+    """The tokenizer, without EOS after a text: the last token is read, or continued."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -204,7 +204,7 @@ def _read_tokenizer(repo: str, hub: dict):
 
 
 def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, allow_pickle: bool):
-    """The transformers model; raises ValueError if its files do not hold all of its tensors."""
+    """The transformers model; raises ValueError if tensors are missing from its files."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # one for every file hides the table
@@ -229,9 +229,9 @@ def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, al
 
 
 def _takes_padding(name: str, nn) -> bool:
-    """Whether padding on the left changes nothing; some recurrent models read it as text.
+    """Whether left padding is ignored, tested on a few tokens: some recurrent models read it.
 
-    Raises ValueError for what is no causal LM with one residual stream, tried on a few tokens."""
+    Raises ValueError for a model that is not causal or has no single residual stream."""
     row, found = [5, 6, 7], []
     for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
         inputs = pad_left(rows, nn.tokenizer.pad_token_id)
@@ -256,6 +256,17 @@ def _takes_padding(name: str, nn) -> bool:
     if (longer - alone).abs().max() > tolerance:
         raise ValueError(f"{name} is no causal LM: a token sees those that follow it")
     return bool((padded - alone).abs().max() <= tolerance)
+
+
+def _bytes_on_disk(name: str) -> float:
+    """An upper bound of what the weights in a folder take in memory; infinite for a hub id."""
+    files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
+    return 2 * sum(path.stat().st_size for path in files) or math.inf  # twice: float32 of float16
+
+
+def _bytes_in_memory(model: Model) -> float:
+    is_here = not (model.remote or model.cost)
+    return model.nn._module.get_memory_footprint() if is_here else 0
 
 
 def _require_known_paths(name: str, nn) -> None:
@@ -295,18 +306,42 @@ class Models:
         self.remote, self.host = set(remote), host  # names of the models that NDIF runs
         self.allow_pickle, self.trust_remote_code = allow_pickle, trust_remote_code
         self.loading = loading  # dtype, device, batch_tokens, dry_run
-        self.loaded: dict[str, Model] = {}
+        self.loaded: dict[str, Model] = {}  # the one used last comes last
+        self.sizes: dict[str, float] = {}  # of weights that were ever in memory [bytes]
         self.known: dict[str, tuple] = {}
 
     def load(self, name: str, keep: tuple[str, ...] = ()) -> Model:
-        """Load a model, letting go of all others but those in `keep`."""
-        self.release(keep=(name, *keep))
+        """The model, from memory if it is still there.
+
+        Others stay in memory while all weights take less than half of it; those in `keep` always
+        do. What is new from the hub has no known size, and shares the memory with `keep` alone."""
         if name not in self.loaded:
-            gc.freeze()  # what is there already need not be searched when models are released
+            size = self.sizes.get(name) or _bytes_on_disk(name)
+            total = size + sum(map(self.sizes.get, self.loaded))
+            for other in [other for other in self.loaded if other not in keep]:
+                if total > self.room:
+                    total -= self.sizes[other]
+                    self.release(keep=[each for each in self.loaded if each != other])
+            gc.freeze()  # older objects need not be searched when models are released
             self.loaded[name] = self._load(name)
+            self.sizes[name] = _bytes_in_memory(self.loaded[name])
+        self.loaded[name] = self.loaded.pop(name)
         return self.loaded[name]
 
-    def release(self, keep: tuple[str, ...] = ()) -> None:
+    @functools.cached_property
+    def room(self) -> float:
+        """Half of the memory of the GPUs, or of this machine or container [bytes]."""
+        import psutil
+
+        if self.loading.get("device") != "cpu" and torch.cuda.is_available():
+            gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+            return sum(gpu.total_memory for gpu in gpus) / 2
+        container = Path("/sys/fs/cgroup/memory.max")
+        limit = container.read_text().strip() if container.exists() else "max"
+        total = psutil.virtual_memory().total
+        return (total if limit == "max" else min(total, int(limit))) / 2
+
+    def release(self, keep=()) -> None:
         """Let go of the loaded models."""
         if self.loading.get("dry_run"):  # they take no memory, and know what they cost
             return
@@ -314,7 +349,7 @@ class Models:
         for name in done:
             del self.loaded[name]
         if done:
-            gc.collect()  # models contain reference cycles; free them before loading the next
+            gc.collect()  # models contain reference cycles: free them before loading the next
 
     def _load(self, name: str) -> Model:
         from safetensors import SafetensorError
@@ -403,11 +438,11 @@ class Models:
             fail(f"{name}: {error}; give others with --labels")
 
     def chat_prompt(self, name: str, text: str) -> str:
-        """What a user says, in the chat template of a model, up to where its answer begins.
+        """A user's message in the chat template of a model, up to where the answer begins.
 
-        Reasoning models are told not to think, and where the template itself begins a thought, it
-        is closed. Templates that print the date get a fixed one, so that a run can be repeated. BOS
-        is left out if the tokenizer puts it first anyway."""
+        Thinking is switched off, and a thought that the template itself opens is closed. Templates
+        that print the date get a fixed one, so that a run can be repeated. BOS is left out if the
+        tokenizer adds it anyway."""
         import jinja2
 
         tokenizer = self.tokenizer(name)
@@ -515,7 +550,7 @@ def _require_hub_or_cache() -> None:
 
 
 def _fingerprint(name: str) -> str:
-    """What identifies a model: hub id and commit, or a hash of the folder's files."""
+    """The identity of a model: hub id and commit, or a hash of the folder's files."""
     repo, revision = _split_revision(name)
     if not Path(repo).is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -549,14 +584,14 @@ def context_length(config) -> int:
 
 
 def spaced(text: str, after: str) -> str:
-    """A continuation with the blank before it, which a prompt that ends in white space has."""
+    """A continuation with a blank before it, unless the prompt ends in white space."""
     return text if after[-1:].isspace() else f" {text}"
 
 
 def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
     """(prompt, continuation) with the space between them where the tokenizer has it.
 
-    Most have it before a word. Where it ends the word before ("Tom▁"), it ends the prompt, too."""
+    Most put it before a word. Where it ends the previous word ("Tom▁"), it ends the prompt, too."""
     if text.startswith(" "):
         ids, whole, spaced = tokenizer([prompt, prompt + text, f"{prompt} "]).input_ids
         if whole[: len(ids)] != ids and whole[: len(spaced)] == spaced:
@@ -565,7 +600,7 @@ def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
 
 
 def label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
-    """The tokens of each label after the prompt, as many as tell all labels apart (usually one)."""
+    """The first tokens of each label after the prompt: as many as tell them apart, usually one."""
     start, _ = fit_space(tokenizer, prompt, spaced(labels[0], prompt))
     texts = [start, *(prompt + spaced(label, prompt) for label in labels)]
     start, *rows = tokenizer(texts, verbose=False).input_ids
@@ -600,10 +635,10 @@ H100_FLOPS = 0.4 * 990e12  # a second
 H100_MEMORY = 72e9  # bytes for weights
 WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
 ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes
-through half of the blocks is half a token. GPU hours: of as many H100 (or of NDIF's) as hold the
-weights, at 40 % of 990 TFLOP/s, one after the other. Texts are as long as they may become, no
-strength is ruled out by its perplexity, and all that can be shared is (docs/models.md says where it
-is not). Left out: loading, fits on the CPU, classifiers."""
+through half of the blocks counts as half. GPU hours: of as many H100 (or NDIF's) as hold the
+weights, at 40 % of 990 TFLOP/s, one after the other. Assumed: generated texts have their maximal
+length, no strength is ruled out by its perplexity, and all sharing works (docs/models.md lists
+exceptions). Left out: loading, fits on the CPU, classifiers."""
 
 
 @dataclass
@@ -636,7 +671,7 @@ class Cost:
 
 
 def _cost(nn, dtype: str) -> Cost:
-    """Nothing yet, for a model without weights. Its states are made narrow."""
+    """The empty cost of a model without weights, whose states are made narrow."""
     config = nn.config.get_text_config(decoder=True)
     experts = getattr(config, "num_experts_per_tok", None)
     blocks = []

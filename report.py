@@ -1,9 +1,9 @@
-"""From numbers to a report: everything that is said about records, without files and models.
+"""From numbers to a report. It knows records only, no models and no run folders.
 
 1  Records         one number each, with what it is about and its interval
 2  Statistics      intervals, paired tests, ranks
-3  Controls        what is shown beside an effect, and what the verdict says of it
-4  Tables          Markdown, made from records
+3  Controls        what is shown beside an effect, and the verdict
+4  Tables          records as Markdown
 5  Figures         of all scripts, and the report as one HTML file
 """
 
@@ -38,13 +38,14 @@ METHODS = {
 
 
 def record(hits=None, values=None, units=None, **fields) -> dict:
-    """One number with what it is about (RECORD). Rates are fractions; alpha = 0 is method base.
+    """One number and what it is about (RECORD). Rates are fractions; alpha = 0 is method base.
 
-    hits: booleans of the items that a rate is over; sets value, its 95 % interval (Wilson) and n,
-    and stays with the record for pool and mcnemar.
-    values: numbers of the items that a mean is over; likewise, with a bootstrap interval.
-    units: what the claim is about (the concept, the group) of each item: low and high are then from
-    resampling the units, but not within the interval over the items (item_low, item_high)."""
+    hits: one boolean per item of a rate. Sets value, its 95 % interval (Wilson) and n, and is kept
+    in the record for pool and mcnemar.
+    values: one number per item of a mean. Likewise, with a bootstrap interval.
+    units: the unit of the claim (the concept, the group) that each item belongs to. low and high
+    are then from resampling units, and never inside the interval over items (item_low,
+    item_high)."""
     items = {}
     if hits is not None:
         items["hits"] = [bool(hit) for hit in hits]
@@ -70,8 +71,8 @@ def select(records: list[dict], **match) -> list[dict]:
 
 
 def pool(records: list[dict], field: str, name: str) -> list[dict]:
-    """Records that differ in one field only as one record, over all their items; each of the values
-    of that field is a unit."""
+    """Merge records that differ only in `field` into one over all their items. Each value of that
+    field is a unit."""
     groups: dict[tuple, tuple] = {}
     for each in records:
         same = [(key, each[key]) for key in RECORD if key not in (*NUMBERS, field)]
@@ -85,7 +86,7 @@ def pool(records: list[dict], field: str, name: str) -> list[dict]:
 
 
 def spread(records: list[dict], variant: str) -> dict:
-    """Several records (random directions, maps) as one: mean, lowest, highest, their number."""
+    """Merge several records (random directions, maps) into one: mean, lowest, highest, number."""
     values = [each["value"] for each in records]
     about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
     about |= dict.fromkeys(("units", "item_low", "item_high", "paper"))
@@ -123,8 +124,7 @@ def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
 
 
 def mcnemar(before, after) -> float:
-    """Exact two-sided p of a paired difference between two lists of booleans about the same
-    items."""
+    """Exact two-sided p of a paired difference between booleans of the same items."""
     from scipy.stats import binomtest
 
     before, after = np.asarray(before, bool), np.asarray(after, bool)
@@ -133,7 +133,7 @@ def mcnemar(before, after) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p values corrected for their number (Holm's step-down procedure)."""
+    """p values corrected for multiple testing (Holm's step-down procedure)."""
     order = np.argsort(p_values)
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -168,13 +168,13 @@ VARIANTS = {
     "other": "other concepts' vectors [range]",
     "shuffled map": "map of shuffled texts",
 }
-OWN_CHOICES = 20  # vectors of permuted labels that choose alpha (and block) as v_hat does
+OWN_CHOICES = 20  # vectors of permuted labels with their own alpha (and block), chosen as v_hat's
 CONTROLS = ("random", "own-α permuted", "other", "shuffled map")  # what a vector must be above
 
 
 def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
-    """Of each method, the records at its strongest alpha that raises perplexity by at most a tenth,
-    as variant FLUENT; of none, if every alpha costs more.
+    """For each method its records at the strongest alpha that raises perplexity by at most 10 %, as
+    variant FLUENT; none if every alpha raises it further.
 
     curve: records of one target over alpha; costs: its perplexities."""
     base = np.mean([each["value"] for each in select(costs, method="base")])
@@ -198,7 +198,7 @@ def is_permuted(each: dict) -> bool:
 
 
 def label(each: dict) -> str:
-    """What a record is called in a table: its method, or which control of it."""
+    """The name of a record in a table: its method, and which control of it."""
     name = METHODS[each["method"]]
     variant = each["variant"]
     return f"{name}: {VARIANTS.get(variant, variant)}" if variant else name
@@ -210,7 +210,7 @@ def strength(each: dict) -> str:
 
 
 def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
-    """The records at the alpha of their method, and controls that chose their own."""
+    """The records at the alpha of their method, and the controls that chose their own alpha."""
     found = []
     for each in records:
         chose = (each["variant"] or "").startswith("own-α")
@@ -220,8 +220,8 @@ def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
 
 
 def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]:
-    """The records of one metric and target to show together: every method at its alpha, and after
-    each ConTrans its controls, those of one kind as a spread."""
+    """The rows of a table, from records of one metric and target: every method at its alpha, each
+    ConTrans followed by its controls, merged by kind."""
     shown = []
     for method in METHODS:
         same = at_strength(select(records, method=method), alphas)
@@ -243,20 +243,20 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
 
 
 def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False) -> str:
-    """One line for each target: which vector moves it further than every control does.
+    """One line for each target: which vectors move it further than every control.
 
-    targets: {name: (records of one metric, alpha of each method)}. lower: is less better? A vector
-    holds if it is better than no vector and than its strongest control, each with p < 0.05. That
-    control is the best of its random directions, other concepts' vectors, shuffled maps and vectors
-    of permuted labels that chose their own alpha."""
+    targets: {name: (records of one metric, alpha of each method)}. lower: lower values are better.
+    A vector holds if it beats both no vector and its strongest control with p < 0.05. That control
+    is the best of its random directions, other concepts' vectors, shuffled maps and vectors of
+    permuted labels that chose their own alpha."""
     lines, has_null, sign = [], False, -1 if lower else 1
     for target, (records, alphas) in targets.items():
         here = at_strength(records, alphas)
         [base] = select(here, method="base", variant=None)
         own = select(here, method="self-align", variant=None)
         parts = [f"{label(each)} {_percent(each)}" for each in own]
-        failed, above = [], []  # of several vectors, those that do not hold; their controls
-        last = None  # the control that was spoken of last
+        failed, above = [], []  # vectors of several sources that do not hold; their controls
+        last = None  # the control that was mentioned last
         for ours in select(here, variant=None):
             same = select(here, method=ours["method"])
             same = [e for e in same if e["source"] in (None, ours["source"])]
@@ -282,14 +282,14 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
             control = f"strongest control, {strongest['variant']}: {_percent(strongest)}"
             parts.append(f"{', '.join(failed)} **do not hold** ({control})")
         lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
-    rule = "better than no vector and than its strongest control, both p < 0.05 (McNemar)"
+    rule = "better than no vector and than its strongest control, both at p < 0.05 (McNemar)"
     if has_null:
-        rule += ", and among vectors of permuted labels at p < 0.05 (rank)"
-    return "\n".join([*lines, f"\nA vector holds if it is {rule}; these p stand behind its rate."])
+        rule += ", and than vectors of permuted labels at p < 0.05 (rank)"
+    return "\n".join([*lines, f"\nA vector holds if it is {rule}. These p follow its rate."])
 
 
 def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int) -> str:
-    """What the verdict says about one vector and its strongest control; sign -1: less is better."""
+    """The verdict on one vector and its strongest control; sign -1: lower is better."""
     p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
     p_null = rank_p(ours["value"], null) if null else 0.0
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
@@ -302,7 +302,7 @@ def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int
 
 
 def _p_value(before, after) -> float:
-    """p of a difference of two rates: McNemar's, or Fisher's if the items are not the same."""
+    """p of a difference of two rates: McNemar's test, or Fisher's for different items."""
     from scipy.stats import fisher_exact
 
     if len(before) == len(after):
@@ -316,7 +316,7 @@ def _percent(each: dict) -> str:
 
 
 def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]]) -> str:
-    """The records of the verdict as a table, one column a target: methods and their controls."""
+    """The records of the verdict as a table: methods and controls, one column per target."""
     shown = []
     for target, (records, alphas) in targets.items():
         shown += [each | {"target": target} for each in beside_controls(records, alphas)]
@@ -326,9 +326,9 @@ def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]])
 def effect_notes(
     records: list[dict], alphas: dict[str, float], lower: bool = False
 ) -> dict[str, str]:
-    """For pivot's notes, of records of one metric and target: p of every method against Base
-    (McNemar, corrected for their number after Holm), and where each ConTrans stands among its
-    random directions and permuted labels. lower: is less better?"""
+    """Notes for pivot, from records of one metric and target: p of every method against Base
+    (McNemar, Holm-corrected), and the rank p of each ConTrans among its random directions and
+    permuted labels. lower: lower values are better."""
     [base] = select(records, method="base", variant=None)
     notes, p_values, sign = {}, {}, -1 if lower else 1
     for each in beside_controls(records, alphas):
@@ -371,7 +371,7 @@ def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, note
 
 
 def cell(each: dict | None) -> str:
-    """A record in a table: rates in %, with interval, and the paper's number in brackets."""
+    """A record as text: rates in %, the interval, and the paper's number in brackets."""
     if each is None:
         return ""
     is_rate = each["metric"] in RATES
@@ -386,7 +386,7 @@ def cell(each: dict | None) -> str:
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; what stands in a cell is text, not Markdown."""
+    """A Markdown table. Cells are plain text: Markdown in them is escaped."""
     rows = [[re.sub(r"([|*`<\\])", r"\\\1", str(cell)) for cell in row] for row in rows]
     rows = [[re.sub(r"\s*\n\s*", " ", cell) for cell in row] for row in rows]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
@@ -410,7 +410,7 @@ MAP_METRICS = {
 
 
 def map_table(records: list[dict]) -> str:
-    """What the maps to one target are worth before any steering, and what to mistrust."""
+    """Quality of the maps to one target, known before any steering, with warnings."""
     shown, warnings = [], []
     for method, metric in itertools.product(METHODS, MAP_METRICS):
         same = select(records, method=method, metric=metric)
@@ -565,7 +565,7 @@ pre { background: #8882; overflow-x: auto; padding: 0.5rem; white-space: pre-wra
 
 
 def html(title: str, report: str, folder: Path) -> str:
-    """A report as one file, its figures inside; what a model wrote is never taken for HTML."""
+    """A report as one file with its figures; model output is never rendered as HTML."""
     from markdown_it import MarkdownIt
 
     def inside(match) -> str:

@@ -519,6 +519,7 @@ def test_pickled_weights_load_when_they_are_allowed(tmp_path):
 def test_models_are_kept_while_needed_and_freed_before_the_next(zoo):
     a, b, c = [zoo(family)[0].name for family in ("llama", "gpt2", "opt")]
     models = Models(device="cpu", batch_tokens=7)
+    models.room = 0  # as if they were large
     model = models.load(a)
     assert models.load(a) is model
     assert model.batch_tokens == 7
@@ -531,6 +532,20 @@ def test_models_are_kept_while_needed_and_freed_before_the_next(zoo):
     assert alive() is None
     models.release()
     assert not models.loaded
+
+
+def test_a_second_load_is_free_while_the_weights_take_less_than_half_of_the_memory(zoo):
+    names = [zoo(family)[0].name for family in ("llama", "gpt2", "opt")]
+    models = Models(device="cpu")
+    first, second, third = [models.load(name) for name in names]
+    assert list(models.loaded.values()) == [first, second, third]
+    assert models.load(names[0]) is first
+    models.load(names[1])
+    models.load(names[2])
+    models.release(keep=names[1:])
+    models.room = sum(models.sizes[name] for name in names) - 1
+    models.load(names[0])
+    assert list(models.loaded) == [names[2], names[0]]  # the one used longest ago has gone
 
 
 @pytest.mark.parametrize(
