@@ -28,6 +28,11 @@ from models import load_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def slow(value):
+    """A parameter whose test takes long."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def small_data(folder: Path, questions: int) -> Path:
     """The toy data, less of them."""
     for name in ("emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"):

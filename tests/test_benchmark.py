@@ -80,6 +80,7 @@ def test_tokens_of_mc1(run):
     assert tokens["ours"] < tokens["released"] / 2
 
 
+@pytest.mark.slow
 def test_tokens_of_generation(run):
     tokens, logits, lengths = run("generate")
     new = benchmark.NEW_TOKENS - 1  # the last token is not read

@@ -31,6 +31,7 @@ from conftest import (
     make_tokenizer,
     plain_module,
     save_model,
+    slow,
     vectors,
 )
 from safetensors.torch import load_file, save_file
@@ -1378,7 +1379,7 @@ def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path
     assert generate(model, TEXTS[1:2], [transplant], 8) == [wanted[1:2]]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 300, 2048])
+@pytest.mark.parametrize("batch_tokens", [1, slow(40), slow(300), 2048])
 def test_many_transplants_write_what_each_writes_alone(pair, tmp_path, batch_tokens):
     """Whatever is computed together; texts end at different steps, by token 0 or another."""
     model, reference = pair

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_data
+from conftest import slow, small_data
 from test_scripts import SCRIPTS, ZOO, command
 
 import exp_template
@@ -104,7 +104,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["exp_template", slow("exp_truthfulqa")])
 def test_what_is_counted_is_what_is_computed(name, dry, computed, tmp_path):
     argv = [*COMMANDS[name], *OPTIONS.split(), "--batch-tokens", "2048"]
     argv += ["--out", str(tmp_path / "out")]

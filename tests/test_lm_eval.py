@@ -127,6 +127,7 @@ def scores(*model) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_the_script_has_lm_evals_mc1_and_mc2_before_and_after_the_transplant(tmp_path):
     import exp_truthfulqa
 

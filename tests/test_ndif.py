@@ -261,6 +261,7 @@ def test_every_family_of_models(family, own, families):
     assert models[0].sharing == models[1].sharing
 
 
+@pytest.mark.slow
 def test_small_models_of_eft_may_be_on_ndif_too(here, there, small, server):
     names = ("toy/llama-s-chat", "toy/llama-s")
     both = tuple(remote(server, name, ZOO[name]) for name in names)
@@ -487,6 +488,7 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """
 
 
+@pytest.mark.slow
 def test_a_70b_target_takes_little_memory_here(tmp_path):
     folder = save_model(tmp_path / "70b", *CONFIGS["llama"][:1])
     transformers.LlamaConfig(

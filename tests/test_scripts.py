@@ -28,6 +28,7 @@ from conftest import (
     CONFIGS,
     Reference,
     json_rows,
+    slow,
     small_data,
     surroundings,
 )
@@ -71,7 +72,8 @@ OPTIONS = {
 VECTORS = {"exp_emotion": 6, "exp_toxigen": 1, "exp_truthfulqa": 1}  # that a run writes
 HONESTY = ["--honesty", f"{harness.TOY}/concepts/v_honesty_llama-m.safetensors"]
 QUICK = [name for name in SCRIPTS if name not in VECTORS]
-HEAVY = [pytest.param(name, marks=pytest.mark.slow) for name in VECTORS]
+HEAVY = [slow(name) for name in VECTORS]
+ONE = ["exp_template", *(slow(name) for name in SCRIPTS if name != "exp_template")]
 TARGETS = {"exp_pretraining": EARLY, "exp_pythia": ZOO / "pythia-2"}
 
 
@@ -343,7 +345,7 @@ def test_an_interrupted_run_is_continued(name, run):
     assert continued.bytes() == before
 
 
-@pytest.mark.parametrize("name", [*QUICK, *HEAVY])
+@pytest.mark.parametrize("name", ONE)
 def test_a_fresh_run_computes_everything_again(name, run):
     before = run.bytes()
     fresh = again(name, run, "--fresh")
@@ -351,6 +353,7 @@ def test_a_fresh_run_computes_everything_again(name, run):
     assert fresh.bytes() == before
 
 
+@pytest.mark.parametrize("name", ONE)
 def test_what_changes_results_starts_a_folder_of_its_own(name, data, tmp_path):
     """Seen on a model that ends every run at its first states."""
     target = without_numbers(tmp_path / "model", name)

@@ -209,6 +209,7 @@ def test_fairness_a_chat_model_continues_rude_lists_kindly(name):
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "report", lambda model, tokenizer, land: {})
     weights = []
