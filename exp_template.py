@@ -35,7 +35,7 @@ from models import Models
 from report import draw_strength, record, summary, verdict
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
-FAMILIES = read_families("base", SETTINGS, toy={"tgt": [f"{TOY}/models/llama-m"]})
+FAMILIES = read_families("base", SETTINGS, toy={"sentences": 500, "tgt": [f"{TOY}/models/llama-m"]})
 
 
 def options(argv=None):
