@@ -1,22 +1,39 @@
-"""benchmarks/benchmark.py on a tiny model: tokens are counted, and a wrong result is found."""
+"""benchmarks/: tokens are counted, a wrong result is found, maps are those of the experiment."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_data
+from test_scripts import Finished, command
 
 import common
+import exp_emotion
 import harness
 from models import load_model
+from report import select
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "benchmark.py"
-spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-benchmark = sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark, maps = load_script("benchmark"), load_script("maps")
 
 TINY = ["--shape", "toy", "--device", "cpu", "--dtype", "float32", "--limit", "2", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("data"), questions=24)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +132,22 @@ def test_difference_sees_nan():
     row = {"numbers": numbers, "choices": 0.0}
     args = benchmark.options(TINY)
     assert not benchmark.agrees(row, args)
+
+
+@pytest.mark.slow
+def test_maps_have_the_effects_that_the_experiment_has(data, tmp_path, capsys):
+    argv = [*command("exp_emotion", "--maps", "1", "--data", data), "--alpha", "1", "4"]
+    maps.main(argv)
+    said = capsys.readouterr().out
+    run = Finished(exp_emotion.main, argv, tmp_path / "out")
+    rates = []
+    for method in ("base", "self-align", "contrans", "contrans-local"):
+        mine = run.find(concept="mean", metric="token_acc", method=method, variant=None)
+        grid = select(mine, part="validation") or mine
+        best = max(grid, key=lambda each: (each["value"], -each["alpha"]))
+        [tested] = select(mine, part="test", alpha=best["alpha"], item="Figure 2a")
+        rates.append(100 * tested["value"])
+    base, own, paper, local = rates
+    assert f"{base:.1f} / {own:.1f} " in said
+    assert re.search(rf"^\| paper +\| {paper:.1f} \(", said, re.MULTILINE)
+    assert re.search(rf"^\| local +\| {local:.1f} \(", said, re.MULTILINE)
