@@ -29,9 +29,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from harness import ask_ndif, cached, fail, progress_bar, read_text
 from models import (
     NARROW,
@@ -44,6 +41,9 @@ from models import (
     residual_stream,
     spaced,
 )
+
+import numpy as np
+import torch
 
 # ================================================================ 1  Hidden states
 

@@ -25,9 +25,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from common import (
     BASE,
     HELD_OUT,
@@ -89,6 +86,9 @@ from report import (
     summary,
     verdict,
 )
+
+import numpy as np
+import torch
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 5], "sentences": 2000, "limit": 200}
 TOY_SETTINGS = {"alpha": [0.5, 1, 2, 3, 5], "sentences": 1000, "limit": 50}

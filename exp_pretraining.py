@@ -24,9 +24,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from common import (
     BASE,
     AffineMaps,
@@ -79,6 +76,9 @@ from report import (
     select,
     verdict,
 )
+
+import numpy as np
+import torch
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.

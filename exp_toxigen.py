@@ -43,9 +43,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from common import (
     BASE,
     Context,
@@ -95,6 +92,9 @@ from report import (
     select,
     verdict,
 )
+
+import numpy as np
+import torch
 
 ZOO = f"{TOY}/models"
 SETTINGS = {

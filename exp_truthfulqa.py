@@ -30,8 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from common import (
     BASE,
     Context,
@@ -91,6 +89,8 @@ from report import (
     summary,
     verdict,
 )
+
+import numpy as np
 
 ZOO = f"{TOY}/models"
 SETTINGS = {"layer": "auto", "alpha": [1, 2, 3, 4, 6], "sentences": 2000, "limit": -1}

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from harness import fail
 from report import markdown
+
+import numpy as np
+import torch
 
 # ================================================================ 1  Loading
 

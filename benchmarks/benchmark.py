@@ -36,16 +36,16 @@ from types import SimpleNamespace
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
 import common
 import harness
 import report
 from common import Transplant
 from harness import at_least, read_json, read_text, read_texts
 from models import load_model
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 EMOTIONS = [
     "happiness",

@@ -22,9 +22,6 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from scipy.stats import spearmanr
-
 import exp_emotion
 import exp_truthfulqa
 from common import (
@@ -50,6 +47,9 @@ from exp_emotion import EMOTIONS
 from harness import model_options
 from models import Models
 from report import markdown
+
+import numpy as np
+from scipy.stats import spearmanr
 
 
 class Column(NamedTuple):

@@ -17,13 +17,13 @@ sys.path.insert(
     str(Path(__file__).resolve().parents[1]),
 )
 
+import harness
+from models import load_model
+
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-import harness
-from models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

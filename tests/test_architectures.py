@@ -8,13 +8,13 @@ import os
 import re
 from pathlib import Path
 
+from common import BASE, Transplant, choice_logprobs, generate, hidden_states, next_token_logits
+from models import Models, load_model
+
 import pytest
 import torch
 import transformers
 from conftest import close, make_tokenizer, vectors
-
-from common import BASE, Transplant, choice_logprobs, generate, hidden_states, next_token_logits
-from models import Models, load_model
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 SAMPLE = ["gemma3", "mistral3", "qwen3_vl", "lfm2", "mamba", "rwkv", "gpt_oss", "olmo2"]

@@ -5,16 +5,16 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import small_data
-from test_scripts import Finished, command
-
 import common
 import exp_emotion
 import harness
 from models import load_model
 from report import select
+
+import pytest
+import torch
+from conftest import small_data
+from test_scripts import Finished, command
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -16,27 +16,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tokenizers
-import torch
-import transformers
-from conftest import (
-    CONFIGS,
-    GROUPED,
-    LLAMA_PATHS,
-    SENTENCES,
-    Reference,
-    close,
-    make_tokenizer,
-    plain_module,
-    save_model,
-    slow,
-    vectors,
-)
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
-
 import common
 import harness
 from common import (
@@ -70,6 +49,27 @@ from common import (
     token_changes,
 )
 from models import Models, load_model
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import (
+    CONFIGS,
+    GROUPED,
+    LLAMA_PATHS,
+    SENTENCES,
+    Reference,
+    close,
+    make_tokenizer,
+    plain_module,
+    save_model,
+    slow,
+    vectors,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "data" / "toy"

@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import exp_template
+import harness
+
 import pytest
 import torch
 from conftest import slow, small_data
 from test_scripts import SCRIPTS, ZOO, command
-
-import exp_template
-import harness
 
 LLAMA_2_70B = {
     "model_type": "llama",

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import MODELS, TOY, read_families, read_table
+
 import pytest
 import transformers
 from conftest import same_records, small_data
@@ -26,8 +28,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-
-from harness import MODELS, TOY, read_families, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = read_table(MODELS, "family", "base", "chat", "tokens")

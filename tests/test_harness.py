@@ -9,14 +9,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
-import numpy as np
-import pytest
-import torch
-from conftest import close, json_rows, vectors
-from safetensors.torch import save_file
-from scipy.stats import fisher_exact
-
 import harness
 import report
 from common import Transplant, next_token_logits
@@ -53,6 +45,14 @@ from report import (
     summary,
     verdict,
 )
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import close, json_rows, vectors
+from safetensors.torch import save_file
+from scipy.stats import fisher_exact
 
 # ================================================================ 1  Options
 

@@ -5,6 +5,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from common import Transplant, choice_logprobs, fit_affine, next_token_logits, perplexity
+from harness import option_parser, parse_options, read_table, read_text, read_texts
+from models import Models
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +16,6 @@ from conftest import close, vectors
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-
-from common import Transplant, choice_logprobs, fit_affine, next_token_logits, perplexity
-from harness import option_parser, parse_options, read_table, read_text, read_texts
-from models import Models
 
 settings.register_profile(
     "ours",

@@ -8,14 +8,14 @@ Skipped where lm_eval is not installed.
 import json
 from pathlib import Path
 
+from common import BASE, Transplant, choice_logprobs
+from harness import TOY, export_concept
+from report import select
+
 import numpy as np
 import pytest
 import torch
 from conftest import json_rows, vectors
-
-from common import BASE, Transplant, choice_logprobs
-from harness import TOY, export_concept
-from report import select
 
 lm_eval = pytest.importorskip("lm_eval", reason="requirements-dev.txt installs lm_eval")
 

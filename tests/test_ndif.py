@@ -18,15 +18,6 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
-import nnsight
-import pytest
-import torch
-import transformers
-from conftest import CONFIGS, MAIN, close, same_records, save_model, vectors
-from hub import Hub
-from ndif_server import serve
-
 import harness
 from common import (
     BASE,
@@ -42,6 +33,15 @@ from common import (
 )
 from harness import NDIF_STATS, TOY
 from models import load_model
+
+import huggingface_hub
+import nnsight
+import pytest
+import torch
+import transformers
+from conftest import CONFIGS, MAIN, close, same_records, save_model, vectors
+from hub import Hub
+from ndif_server import serve
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = os.environ.get("NDIF_TEST_HOST")

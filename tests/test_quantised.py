@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
+from common import BASE, Transplant, hidden_states, next_token_logits
+from harness import option_parser, parse_options
+from models import load_model
+
 import pytest
 import torch
 import transformers
 from conftest import GROUPED, close, plain_module, save_model, vectors
-
-from common import BASE, Transplant, hidden_states, next_token_logits
-from harness import option_parser, parse_options
-from models import load_model
 
 TEXTS = ["Tom felt very", "Lily lost her old cat in the park. Lily felt very"]
 

@@ -10,12 +10,12 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import exp_emotion
 import exp_truthfulqa
 from report import mcnemar, select
+
+import numpy as np
+import pytest
 
 pytestmark = pytest.mark.slow
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

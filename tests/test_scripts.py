@@ -20,6 +20,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import common
+import exp_emotion
+import exp_pretraining
+import exp_pythia
+import exp_template
+import exp_toxigen
+import exp_truthfulqa
+import harness
+import report
+from models import Models, load_model
+
 import numpy as np
 import pytest
 import torch
@@ -34,17 +45,6 @@ from conftest import (
 )
 from hub import Hub
 from safetensors.torch import load_file, save_file
-
-import common
-import exp_emotion
-import exp_pretraining
-import exp_pythia
-import exp_template
-import exp_toxigen
-import exp_truthfulqa
-import harness
-import report
-from models import Models, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = harness.TOY / "models"

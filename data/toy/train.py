@@ -25,6 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from harness import at_least, fail
+
 import torch
 import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -42,8 +44,6 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
-
-from harness import at_least, fail
 
 FOLDER = Path(__file__).parent / "models"
 FAMILIES = {  # architecture, vocabulary of the tokenizer, whether it puts BOS first
