@@ -316,7 +316,7 @@ class Models:
         Others stay in memory while all weights take less than half of it; those in `keep` always
         do. What is new from the hub has no known size, and shares the memory with `keep` alone."""
         if name not in self.loaded:
-            size = self.sizes.get(name) or _bytes_on_disk(name)
+            size = 0 if name in self.remote else self.sizes.get(name) or _bytes_on_disk(name)
             total = size + sum(map(self.sizes.get, self.loaded))
             for other in [other for other in self.loaded if other not in keep]:
                 if total > self.room:
