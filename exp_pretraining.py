@@ -227,7 +227,7 @@ def load_data(args) -> Data:
 
 
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
-    """As in the released emotion code: the negatives of a vector are validation and test, too."""
+    """As in the released emotion code: a vector's negatives are also its validation and test."""
     shots = []
     for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]
@@ -248,7 +248,7 @@ def take_turns(lists: list[list[str]]) -> list[str]:
 
 
 def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
-    """The prompts of scenarios: bare for the vector, after the few-shot examples for the test."""
+    """The prompts of scenarios: alone for the vector, after the few-shot examples for the test."""
     words = dict(zip(EMOTIONS, args.labels))
     shot = SHOT if args.template == TEMPLATE else args.template + " {label}."
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
@@ -267,7 +267,7 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
 
 
 def read_context(args, data: Data) -> Context:
-    """Where the emotions are read: the template, and all scenarios that the vectors are made of."""
+    """Where the emotions are read: the template, and the scenarios that make the vectors."""
     texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
     return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
 
@@ -282,8 +282,8 @@ def check_prompts(args, data: Data, models: Models, name: str) -> None:
 
 
 def named(model, args, data: Data, part: str, emotion: str, transplants) -> list[dict]:
-    """What a model names after the scenarios of a part, under each transplant: hits of both
-    metrics."""
+    """Whether a model names the emotion after each scenario of a part: under each transplant, the
+    hits of both metrics."""
     asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
     answers = score_labels(model, asked, args.labels, transplants)
     said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]

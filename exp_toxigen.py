@@ -360,7 +360,7 @@ class Template:
         self.args, self.models = args, models
 
     def wrap(self, text: str) -> str:
-        """What a user says, in tags."""
+        """A user's message in tags."""
         if self.args.tags == "inst":
             return f"[INST] {text}[/INST]"
         if self.args.tags == "vicuna":
@@ -488,7 +488,7 @@ def blocks_of(args, models: Models, name: str) -> list[int]:
 
 
 class Lab:
-    """What every step needs: models, texts, the classifier and the vectors."""
+    """What every step needs: models, texts, classifier and vectors. Its methods are the steps."""
 
     def __init__(self, args, models: Models, template: Template, data: Data, classifier):
         self.args, self.models, self.template, self.data = args, models, template, data
@@ -772,7 +772,7 @@ class Findings:
 
 
 def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[str, str]:
-    """{method: why it cannot be had}."""
+    """{method: why it cannot be computed}."""
     missing = {}
     if not chat:
         missing = dict.fromkeys(("align-training", "self-align"), "no --tgt-chat given")
@@ -781,7 +781,7 @@ def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[st
     if args.src_base == args.src:
         missing["eft"] = "no --src-base given"
     elif not models.same_vocabulary(target, args.src, args.src_base):
-        missing["eft"] = "needs one vocabulary"
+        missing["eft"] = "needs models that share one vocabulary"
     return missing
 
 
@@ -835,8 +835,8 @@ def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> 
 
 
 def null_rows(args, run, lab: Lab, found: Findings, method, point) -> None:
-    """Random directions at the point of a map, and vectors of permuted labels, each at an alpha of
-    its own."""
+    """Random directions at the point of a map, and vectors of permuted labels, each at its own
+    alpha."""
     name = Path(found.target).name
     for variants in in_steps("random", args.random):
         at_point = [point] * len(variants)
@@ -850,7 +850,7 @@ def null_rows(args, run, lab: Lab, found: Findings, method, point) -> None:
 
 
 def in_steps(kind: str, count: int) -> list[list[str]]:
-    """The variants of a kind, those of one step together."""
+    """The variants of a kind, grouped into steps."""
     names = [f"{kind} {number}" for number in range(count)]
     return [names[first : first + STEP] for first in range(0, count, STEP)]
 

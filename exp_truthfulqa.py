@@ -112,8 +112,8 @@ PAPER_NAMES = paper_names(toy="llama2")
 
 # The rows of each table: method (and variant), who answers, where v or the alignment comes from.
 # Roles: the target and its chat model, the small source base and its chat model. In Tables 6 and 10
-# the small pair is a target, too; in Table 3 each source model in turn is the small chat model.
-# A contrans row stands for one row of each kind of map (--map).
+# the small pair is also a target; in Table 3 each source model in turn is the small chat model. A
+# contrans row becomes one row for each kind of map (--map).
 ROWS = {
     "1": [
         ("base", "target", None),
@@ -381,9 +381,9 @@ def longest(args, models, name: str, question: Question) -> int:
 
 
 def wrap(args, models, name: str, text: str, refining=False) -> str:
-    """What a user says, in the prompt format of this model.
+    """A user's message in the prompt format of this model.
 
-    A source model of Table 3 keeps its own, whatever --prompt says."""
+    The source models of Table 3 keep their own formats, whatever --prompt says."""
     own = {chat: prompt for chat, _, prompt in args.sources if prompt and chat != args.src}
     prompt = own.get(name, args.prompt)
     if prompt != "chat":
@@ -396,7 +396,7 @@ def wrap(args, models, name: str, text: str, refining=False) -> str:
 
 
 def asked(args, models, name: str, question: Question, honest=False) -> list[tuple]:
-    """(prompt, answer) of every answer; honest: told to be honest first (Inst-Align)."""
+    """(prompt, answer) for every answer. honest: the prompt asks for honesty (Inst-Align)."""
     text = f"{PRETEND.format('an honest')} {question.text}" if honest else question.text
     prompt = wrap(args, models, name, text)
     return [(prompt, spaced(answer, prompt)) for answer in question.answers]
@@ -484,11 +484,11 @@ class Part(NamedTuple):
 
     table: str
     rows: list[Row]
-    missing: dict[str, str]  # {name of a row: why it cannot be had}
+    missing: dict[str, str]  # {name of a row: why it cannot be computed}
 
 
 def plan(args, models) -> list[Part]:
-    """What is to be computed."""
+    """The tables and rows to compute."""
     parts = []
     for table in ROWS if args.table == "all" else [args.table]:
         for i, roles in enumerate(casts(args, table)):
@@ -524,7 +524,7 @@ def rows_of(args, table: str, roles: dict):
 
 
 def why_missing(args, models, row, from_base: bool) -> str:
-    """Why a row cannot be had; empty if it can. from_base: its v comes from a base model."""
+    """Why a row cannot be computed; empty if it can. from_base: v comes from a base model."""
     if not row.host or (row.start and not row.source):
         return f"no --tgt-chat given for {Path(row.base).name}"
     if args.src_base == args.src and (
@@ -532,7 +532,7 @@ def why_missing(args, models, row, from_base: bool) -> str:
     ):
         return "no --src-base given"
     if row.method == "eft" and not models.same_vocabulary(row.host, row.source, row.start):
-        return "needs one vocabulary, and these models have several"
+        return "needs models that share one vocabulary"
     return ""
 
 
@@ -793,10 +793,10 @@ def answered(run, lab, row, point=None) -> dict:
 
 
 def best_point(grid: list[dict]) -> Point:
-    """The point with the most right answers above the mean of the three random directions.
+    """The point with the most right answers beyond the mean of the three random directions.
 
-    The most right answers would not do: any strong disturbance lifts a model that scores below
-    chance towards chance, and looks like a concept."""
+    Right answers alone are not enough: any strong perturbation lifts a model that scores below
+    chance towards chance, and then looks like a concept."""
 
     def worth(pair):
         ours, others = pair
@@ -926,7 +926,7 @@ def fluent_rows(records, measured, points) -> list[dict]:
 
 
 def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
-    """Records of a row at other strengths, at the paper's depth, and of its controls."""
+    """Records of a row at the other strengths and at the paper's depth, and of its controls."""
     records = []
     for alpha in args.alpha:
         other = point._replace(alpha=alpha)
@@ -1035,7 +1035,7 @@ def print_table(records, part, notes) -> str:
 
 
 def gain_table(records, alphas) -> str:
-    """How much more log-odds the vectors give to the right answer, question by question."""
+    """How much each vector raises the log-odds of the right answer, paired by question."""
     found = select(records, metric="log_odds", part="test", group=None)
     found = [each for each in found if each["alpha"] in (None, 0, alphas.get(each["method"]))]
     plain = [each for each in found if each["variant"] in (None, "shuffled map")]
@@ -1082,7 +1082,7 @@ def opening(args, data, first: str) -> str:
 
 
 def expected_steps(args, parts: list[Part]) -> int:
-    """About how many steps the run will take; a point that is chosen twice is one step."""
+    """Approximate number of steps of the run; a point that is chosen twice is one step."""
     names = set()
     for part in parts:
         for row in part.rows:
