@@ -1,18 +1,19 @@
-"""Which map carries a concept, and does its R² along v_hat foretell that? The table of docs/map.md.
+"""Which map carries a concept, and can that be known beforehand? The table of docs/map.md.
 
     python benchmarks/maps.py                               toy zoo, emotions and MC1, 30 minutes
     python benchmarks/maps.py --src MODEL --tgt MODEL …     your models; options of exp_emotion.py
 
-Each way of fitting a map is tried on disjoint samples of the plain text. alpha (of MC1 the block,
-too) is chosen on the validation part as in the experiment, and the effect is measured on its test
-part. No random directions, no permuted labels: the scripts have them.
+Each way of fitting a map is tried on disjoint samples of the plain text. alpha (for MC1 also the
+block) is chosen on the validation part as in the experiment, and the effect is measured on the test
+part. MEASURES need no steering: they are taken at the positions of another sample (of the same, if
+there is only one). For random directions and permuted labels, see the scripts.
 
     paper                 last tokens of cut sentences, as in the paper
     paper, ridge          the same with an intercept and a ridge of 0.01
     stitching             every token of the sentences, with an intercept (Chen et al. 2025)
-    windows               only pieces of text in the refinement template
-    nearest               only the nearest positions of plain text
-    local                 both: the local map
+    windows               the local map without plain text: pieces of text in the template only
+    nearest               the local map without them: the nearest positions of plain text only
+    local                 the local map
 """
 
 import sys
@@ -108,16 +109,16 @@ def mc1_columns() -> list[Column]:
         blocks = list(dict.fromkeys(lab.block_pairs(row)))
         columns.append(
             Column(
-                f"MC1, {pair}",
-                lab.vectors,
-                [row.vector],
-                [own.vector],
-                row.base,
-                blocks,
-                args.alpha,
-                3,
-                hits,
-            )  # fmt: skip
+                name=f"MC1, {pair}",
+                vectors=lab.vectors,
+                concepts=[row.vector],
+                own=[own.vector],
+                target=row.base,
+                blocks=blocks,
+                alphas=args.alpha,
+                n_random=3,
+                hits=hits,
+            )
         )
     return columns
 
@@ -226,13 +227,18 @@ def measure(column: Column, samples: int) -> tuple[list[list], list[list[float]]
     return rows, found
 
 
-def spearman(found: list[list[float]]) -> str:
-    """Rank correlation of each measure with the effect, over maps."""
-    *measures, effects = zip(*found)
-    texts = [
-        f"{name} {spearmanr(each, effects).statistic:.2f}" for name, each in zip(MEASURES, measures)
-    ]
-    return f"Spearman with the effect, over {len(found)} maps: {', '.join(texts)}"
+def prediction(found: list[list[float]]) -> str:
+    """How well MEASURES predict the effect relative to Self-Align, over maps."""
+    *measures, effects = np.array(found).T
+    ranks = []
+    for name, values in zip(MEASURES, measures):
+        ranks.append(f"{name} {spearmanr(values, effects).statistic:.2f}")
+    works, positive = effects >= 0.5, measures[0] > 0
+    return (
+        f"Spearman with the effect, over {len(found)} maps: {', '.join(ranks)}. At least half of "
+        f"Self-Align's effect: {works[positive].sum()} of {positive.sum()} maps with a positive "
+        f"{MEASURES[0]}, {works[~positive].sum()} of {(~positive).sum()} others"
+    )
 
 
 def main(argv=None):
@@ -246,9 +252,9 @@ def main(argv=None):
         samples = len(local.near)
         rows, found = measure(column, samples)
         table = markdown(["", "rate [%]", *MEASURES], rows)
-        print(f"\n{column.name}; samples of text: {samples}\n\n{table}\n\n{spearman(found)}")
+        print(f"\n{column.name}; samples of text: {samples}\n\n{table}\n\n{prediction(found)}")
         everything += found
-    print(f"\nAll columns. {spearman(everything)}")
+    print(f"\nAll columns. {prediction(everything)}")
 
 
 if __name__ == "__main__":
