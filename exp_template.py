@@ -1,6 +1,6 @@
 """Your own concept in your own models: copy this file, change what you like.
 
-    python exp_template.py                                    toy zoo, under 20 seconds
+    python exp_template.py                                    toy zoo, some 20 seconds
     python exp_template.py --pairs my.jsonl --labels polite rude --template "{text} This was" \\
         --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --texts my_plain_text.txt
 
