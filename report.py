@@ -430,7 +430,8 @@ def map_table(records: list[dict]) -> str:
 def _map_warning(each: dict) -> list[str]:
     name, metric, value = label(each), each["metric"], each["value"]
     if metric == "r2_where_read" and value < 0:
-        return [f"Warning: {name}: R² where v is read is {value:.2f}: the map extrapolates there"]
+        advice = "the map extrapolates there, and rarely works (docs/map.md)"
+        return [f"Warning: {name}: R² where v is read is {value:.2f}: {advice}"]
     if metric == "r2_along_v" and value < 0:
         return [f"Warning: {name}: R² along v̂ is {value:.2f}: expect no effect, or a chance one"]
     if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
