@@ -322,7 +322,7 @@ class Lab:
 
     def collect_source(self, name: str) -> dict[str, torch.Tensor]:
         """The same of the source, its vectors of permuted labels [n, 6, d], and its states x [m, d]
-        at those places of the pool that are nearest to the states that v is made of."""
+        at those places of the pool that are nearest to the states that v is computed from."""
         model, block, null = self.load(name), self.block(name), []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)

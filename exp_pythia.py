@@ -272,7 +272,7 @@ class Lab:
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the
         plain sentences [n, d], its states x [m, d] at those places (rows) of the pool that are
-        nearest to the states that v is made of, vectors of permuted labels [k, 6, d], and its
+        nearest to the states that v is computed from, vectors of permuted labels [k, 6, d], and its
         states of 20 scenarios of each emotion [120, d] for Figure 8."""
         model, block = self.load(name), self.block(name)
         v, null = [], []

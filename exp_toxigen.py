@@ -344,7 +344,7 @@ def sentences_of(prompt: str) -> list[str]:
 
 
 def read_context(template: Template, split: Split, concept: str) -> Context:
-    """Where a concept is read, and for fairness the lists that nothing else is made of."""
+    """Where a concept is read, and for fairness the lists that are used nowhere else."""
     if concept != "fairness":
         return Context(("Scenario: {text}",), ("",))
     refined = (*split.neutral, *split.hate)

@@ -99,7 +99,7 @@ OPTIONS = "--layer 0.75 --maps 2 --permutations 9 --sentences 150 --random 2 --l
 TARGET = ["--family", "toy", "--tgt", str(ZOO / "llama-m")]
 COMMANDS = {
     "exp_template": TARGET,
-    # How many texts a local map reads in the target hangs on the states.
+    # How many texts a local map reads in the target depends on the states.
     "exp_truthfulqa": [*TARGET, "--tgt-chat", str(ZOO / "llama-m-chat"), "--map", "paper"],
 }
 
