@@ -243,6 +243,8 @@ def prediction(found: list[list[float]]) -> str:
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(f"{__doc__}\nThe options of exp_emotion.py:\n")
     columns = emotion_columns(argv)
     if not argv:
         columns += mc1_columns()
