@@ -12,7 +12,7 @@ positives) and with them? A vector cannot move a concept that has not formed yet
     Token Acc    the most likely next token is the emotion's word
     Logit Acc    the emotion's word has the highest logit of all emotions' words
 
-alpha is chosen for each checkpoint on a validation part. Checkpoints are loaded one after the other;
+alpha is chosen for each checkpoint on a validation part. Checkpoints are loaded one after another;
 one that this run has downloaded is removed from the hub's cache after its use.
 """
 

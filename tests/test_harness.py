@@ -4,7 +4,10 @@ import csv
 import errno
 import json
 import math
+import os
 import resource
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +200,16 @@ def test_few_sentences_for_a_map_are_remarked(tmp_path, capsys):
     assert "note: 4 sentences fit each affine map" in capsys.readouterr().out
     parse(tmp_path, "--sentences 500")
     assert "note: " not in capsys.readouterr().out
+
+
+def test_the_harness_sets_how_long_threads_spin_before_torch_is_imported():
+    code = "import harness, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    environment = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(
+        command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "5000 False\n"
 
 
 # ================================================================ 2  Files
@@ -646,6 +659,15 @@ def test_the_fluent_record_is_at_the_strongest_alpha_within_a_tenth():
     assert (found["alpha"], found["value"]) == (2, 0.2)
     assert found["variant"] == report.FLUENT
     assert fluent(curve, [costs[0], costs[3]]) == []
+
+
+@pytest.mark.parametrize("lower, p", [(False, 0.75), (True, 0.5)])
+def test_the_rank_of_an_effect_counts_what_is_as_good(lower, p):
+    records, alphas = effects(base=1.0, contrans=0.2, random_1=0.1, random_2=0.5, random_3=0.9)
+    notes = report.effect_notes(records, alphas, lower)
+    [rank] = [note for name, note in notes.items() if "random" in name]
+    assert rank.endswith(f"among these 3: {p:.2g}")
+    assert notes["ConTrans"] == f"p = {mcnemar(records[0]['hits'], records[1]['hits']):.1g}"
 
 
 def test_a_vector_must_also_beat_permuted_labels():
