@@ -47,7 +47,7 @@ from common import (
 from exp_emotion import EMOTIONS
 from harness import model_options
 from models import Models
-from report import markdown
+from report import markdown, record, spread
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -63,8 +63,9 @@ class Column(NamedTuple):
     target: str
     blocks: list[tuple[int, int]]  # (source block, block) to choose from
     alphas: list[float]
-    n_random: int  # directions that a validation score is compared with
     hits: Any  # hits(part, concept, transplants) -> a list of booleans for each transplant
+    best_point: Any  # best_point(records of a validation grid) -> Point, the experiment's own
+    n_random: int = 0  # random directions that the grid has beside each vector
 
 
 def emotion_columns(argv: list[str]) -> list[Column]:
@@ -85,7 +86,19 @@ def emotion_columns(argv: list[str]) -> list[Column]:
         ours = [lab.source(emotion) for emotion in EMOTIONS]
         own = [Vector(emotion, target, target) for emotion in EMOTIONS]
         name = f"emotions, {Path(args.src).name} → {Path(target).name}"
-        columns.append(Column(name, lab.vectors, ours, own, target, lab.grid, args.alpha, 0, hits))
+        columns.append(
+            Column(
+                name=name,
+                vectors=lab.vectors,
+                concepts=ours,
+                own=own,
+                target=target,
+                blocks=lab.grid,
+                alphas=args.alpha,
+                hits=hits,
+                best_point=exp_emotion.best_point,
+            )
+        )
     return columns
 
 
@@ -116,8 +129,9 @@ def mc1_columns() -> list[Column]:
                 target=row.base,
                 blocks=blocks,
                 alphas=args.alpha,
-                n_random=3,
                 hits=hits,
+                best_point=exp_truthfulqa.best_point,
+                n_random=3,
             )
         )
     return columns
@@ -174,39 +188,43 @@ def choose(column: Column, directions: dict[tuple[int, int], list]) -> float:
     directions: for each pair of blocks one direction [d] of each concept."""
     points = [Point(*blocks, alpha) for blocks, alpha in product(directions, column.alphas)]
 
-    def rates(part, points, n_random=0):
-        found = []
+    def tried(part, points, n_random=0):
+        """Records of each point, over the items of all concepts: v_hat, and random directions."""
+        hits: dict[tuple, list] = {}
         for concept, vector in enumerate(column.concepts):
-            moves = []
+            moves = {}
             for point in points:
                 direction = directions[point[:2]][concept]
-                for each in (direction, *random_directions(direction, n_random, seed=1000)):
-                    moves.append(Transplant.of(each, point.block, point.alpha))
-            found.append([np.mean(own) for own in column.hits(part, vector, moves)])
-        return np.mean(found, 0).reshape(len(points), 1 + n_random)
+                others = random_directions(direction, n_random, seed=1000)
+                for number, each in enumerate([direction, *others]):
+                    moves[point, number] = Transplant.of(each, point.block, point.alpha)
+            for key, found in zip(moves, column.hits(part, vector, list(moves.values()))):
+                hits.setdefault(key, []).extend(found)
+        return {key: record(found, **key[0]._asdict()) for key, found in hits.items()}
 
-    scores = rates("validation", points, column.n_random)
-    if column.n_random:
-        scores[:, 0] -= scores[:, 1:].mean(1)
-    gains = np.round(scores[:, 0], 6)
-    best = max(range(len(points)), key=lambda i: (gains[i], -abs(points[i].alpha)))
-    return rates("test", [points[best]]).item()
+    found = tried("validation", points, column.n_random)
+    grid = []
+    for point in points:
+        ours, *others = [found[point, number] for number in range(1 + column.n_random)]
+        grid += [ours, spread(others, "random")] if others else [ours]
+    [tested] = tried("test", [column.best_point(grid)]).values()
+    return tested["value"]
 
 
-def measure(column: Column, samples: int) -> tuple[list[list], list[list[float]]]:
+def measure(column: Column) -> tuple[list[list], list[list[float]]]:
     """(rows of the table, MEASURES and effect relative to Self-Align of each map)."""
     vectors = column.vectors
+    local = vectors.maps(column.concepts[0], column.target, "contrans-local")
     base = np.mean([np.mean(column.hits("test", each, [BASE])[0]) for each in column.concepts])
     own = {}
     for blocks in column.blocks:
         own[blocks] = [vectors.v(each, blocks[1]) for each in column.own]
     self_align = choose(column, own)
     effects: dict[str, list] = {}
-    for sample in range(samples):
+    for sample in range(len(local.near)):
         directions: dict[str, dict] = {}
         measured: dict[str, list] = {}
         for blocks in column.blocks:
-            local = vectors.maps(column.concepts[0], column.target, "contrans-local")
             for way, fitted in fitted_maps(column, sample, blocks).items():
                 v = [vectors.v(each, blocks[0]) for each in column.concepts]
                 v_hat = [fitted.vector(each) for each in v]
@@ -250,11 +268,9 @@ def main(argv=None):
         columns += mc1_columns()
     everything = []
     for column in columns:
-        local = column.vectors.maps(column.concepts[0], column.target, "contrans-local")
-        samples = len(local.near)
-        rows, found = measure(column, samples)
+        rows, found = measure(column)
         table = markdown(["", "rate [%]", *MEASURES], rows)
-        print(f"\n{column.name}; samples of text: {samples}\n\n{table}\n\n{prediction(found)}")
+        print(f"\n{column.name}\n\n{table}\n\n{prediction(found)}")
         everything += found
     print(f"\nAll columns. {prediction(everything)}")
 
