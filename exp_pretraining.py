@@ -323,15 +323,16 @@ class Lab:
     def collect_source(self, name: str) -> dict[str, torch.Tensor]:
         """The same of the source, its vectors of permuted labels [n, 6, d], and its states x [m, d]
         at those places of the pool that are nearest to the states that v is computed from."""
-        model, block, null = self.load(name), self.block(name), []
+        model, block = self.load(name), self.block(name)
+        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
+        states = hidden_states(model, read, [block])
+        near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
+        state_of, null = dict(zip(read, states)), []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
-            positive, negative = [hidden_states(model, texts, [block]) for texts in both]
+            positive, negative = [torch.stack([state_of[text] for text in texts]) for texts in both]
             permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
             null.append(permuted[:, 0])
-        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        states = hidden_states(model, read, [block])[:, 0]
-        near = near_states(model, self.pool, {block: states}, len(self.sentences))
         found = {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
         return self.collect(name) | found | {"permuted": torch.stack(null, 1)}
 

@@ -275,16 +275,16 @@ class Lab:
         nearest to the states that v is computed from, vectors of permuted labels [k, 6, d], and its
         states of 20 scenarios of each emotion [120, d] for Figure 8."""
         model, block = self.load(name), self.block(name)
-        v, null = [], []
+        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
+        states = hidden_states(model, read, [block])
+        near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
+        state_of, v, null = dict(zip(read, states)), [], []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
-            positive, negative = [hidden_states(model, texts, [block]) for texts in both]
+            positive, negative = [torch.stack([state_of[text] for text in texts]) for texts in both]
             v.append(refine(positive, negative, self.args.refine)[0])  # Eq. 1
             permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
             null.append(permuted[:, 0])
-        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        states = hidden_states(model, read, [block])[:, 0]
-        near = near_states(model, self.pool, {block: states}, len(self.sentences))
         texts = [text for each in self.data.emotions.values() for text in each.positive[-20:]]
         shown = prompts(self.args, self.data, texts, shots=False)
         return {
