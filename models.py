@@ -318,10 +318,12 @@ class Models:
         if name not in self.loaded:
             size = 0 if name in self.remote else self.sizes.get(name) or _bytes_on_disk(name)
             total = size + sum(map(self.sizes.get, self.loaded))
-            for other in [other for other in self.loaded if other not in keep]:
-                if total > self.room:
+            kept = list(self.loaded)
+            for other in self.loaded:  # the one used longest ago goes first
+                if total > self.room and other not in keep:
                     total -= self.sizes[other]
-                    self.release(keep=[each for each in self.loaded if each != other])
+                    kept.remove(other)
+            self.release(kept)
             gc.freeze()  # older objects need not be searched when models are released
             self.loaded[name] = self._load(name)
             self.sizes[name] = _bytes_in_memory(self.loaded[name])
