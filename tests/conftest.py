@@ -46,6 +46,11 @@ def small_data(folder: Path, questions: int) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("data"), questions=24)
+
+
 MAIN = ["llama", "gpt_neox", "gpt2", "gpt_neo"]
 OTHERS = ["mistral", "gemma", "qwen2", "opt"]
 SENTENCES = [

@@ -13,7 +13,6 @@ from report import select
 
 import pytest
 import torch
-from conftest import small_data
 from test_scripts import Finished, command
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -29,11 +28,6 @@ def load_script(name: str):
 benchmark, maps = load_script("benchmark"), load_script("maps")
 
 TINY = ["--shape", "toy", "--device", "cpu", "--dtype", "float32", "--limit", "2", "--repeats", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"), questions=24)
 
 
 @pytest.fixture(scope="module")

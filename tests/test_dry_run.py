@@ -9,7 +9,7 @@ import harness
 
 import pytest
 import torch
-from conftest import slow, small_data
+from conftest import slow
 from test_scripts import SCRIPTS, ZOO, command
 
 LLAMA_2_70B = {
@@ -23,11 +23,6 @@ LLAMA_2_70B = {
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"), questions=24)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,6 @@ from conftest import (
     Reference,
     json_rows,
     slow,
-    small_data,
     surroundings,
 )
 from hub import Hub
@@ -178,11 +177,6 @@ def quick_collection():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"), questions=24)
 
 
 @pytest.fixture(scope="module")
