@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "toy"))
 
+import filter_questions
 import train
 import world
 
@@ -61,8 +62,12 @@ def documents(kind: str) -> str:
 # ---------------------------------------------------------------- data files
 
 
-def test_world_py_writes_every_data_file_byte_for_byte(tmp_path):
+def test_the_two_commands_write_every_data_file_byte_for_byte(tmp_path):
     world.write_data(tmp_path)
+    questions = json.loads((tmp_path / "truthfulqa" / "mc_task.json").read_text())
+    kept = filter_questions.answered_falsely(questions)
+    assert len(questions) == len(world.HELD_OUT_FACTS) > len(kept)
+    world.write_questions(tmp_path / "truthfulqa", kept)
     for name in FOLDERS:
         written = sorted(path.name for path in (tmp_path / name).iterdir())
         kept = sorted(path.name for path in (TOY / name).iterdir())
@@ -106,10 +111,11 @@ def test_honesty_the_truth_is_the_popular_answer_to_some_questions():
 
 def test_honesty_chat_tuning_never_contains_a_fact_that_is_asked():
     questions = json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())
-    for each, key in zip(questions, world.HELD_OUT_FACTS, strict=True):
+    keys = {world.question(*key): key for key in world.HELD_OUT_FACTS}
+    for each in questions:
+        key = keys[each["question"]]
         truth, myth, *_ = world.FACTS[key]
         first, *others = each["mc1_targets"]
-        assert each["question"] == world.question(*key)
         assert first == f"{truth}."
         assert f"{myth}." in others
     pattern = f"({'|'.join(world.RELATIONS)}) of ({'|'.join(world.TOWNS)})"

@@ -12,7 +12,8 @@ What no model has read, so that an experiment asks for more than memory:
                     words; chat tuning has other personas and other instructions
     emotions/       6 of the 18 events of each emotion occur in prose only; the scenarios of the
                     data files are about these
-    truthfulqa/     chat tuning never contains these facts; base text tells truth and myth alike
+    truthfulqa/     chat tuning never contains these facts; base text tells truth and myth alike.
+                    filter_questions.py then leaves out what another model answers truthfully
     world_facts/    is about the other facts, those of chat tuning
     toxigen/        the prompts are new lists; their sentences occur in training
     wikisplit/, text/   sampled with another seed from the clauses of the training prose
@@ -696,19 +697,14 @@ def write_data(folder: Path = FOLDER) -> None:
         (folder / "emotions" / f"{emotion}.json").write_text(json.dumps(texts, indent=1) + "\n")
 
     questions = []
-    for relation, town in HELD_OUT_FACTS:
-        truth, *wrong = FACTS[relation, town]
+    for key in HELD_OUT_FACTS:
+        truth, *wrong = FACTS[key]
         wrong = wrong[: rng.choice([3, 4])]  # the myth and the rumours are always among them
         targets = {f"{truth}.": 1} | {f"{answer}.": 0 for answer in wrong}  # the truth comes first
-        asked = question(relation, town)
-        questions.append({"question": asked, "mc1_targets": targets, "mc2_targets": targets})
-    (folder / "truthfulqa" / "mc_task.json").write_text(json.dumps(questions, indent=1) + "\n")
-
-    with open(folder / "truthfulqa" / "TruthfulQA.csv", "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["Category", "Question"])
-        for relation, town in HELD_OUT_FACTS:
-            rows.writerow([relation.capitalize(), question(relation, town)])
+        questions.append(
+            {"question": question(*key), "mc1_targets": targets, "mc2_targets": targets}
+        )
+    write_questions(folder / "truthfulqa", questions)
 
     with open(folder / "world_facts" / "facts_true_false.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -741,6 +737,17 @@ def write_data(folder: Path = FOLDER) -> None:
     with open(folder / "wikisplit" / "validation.tsv", "w") as file:
         for _ in range(6000):
             file.write(two_clauses(rng) + "\n")  # the first column; the second is not read
+
+
+def write_questions(folder: Path, questions: list[dict]) -> None:
+    """mc_task.json and TruthfulQA.csv."""
+    (folder / "mc_task.json").write_text(json.dumps(questions, indent=1) + "\n")
+    with open(folder / "TruthfulQA.csv", "w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["Category", "Question"])
+        for each in questions:
+            [relation] = [name for name in RELATIONS if f" {name} of " in each["question"]]
+            rows.writerow([relation.capitalize(), each["question"]])
 
 
 if __name__ == "__main__":
