@@ -782,11 +782,11 @@ class Vectors:
     to fit maps between base models on. maps: options of AffineMaps."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
-        self.models, self.wanted, self.targets = models, list(wanted), list(targets)
+        self.models, self.wanted, self.targets = models, sorted(wanted), list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
-        self.near: dict[tuple, dict[int, torch.Tensor]] = {}
+        self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
         self.known_permuted: dict[tuple, torch.Tensor] = {}
@@ -818,11 +818,9 @@ class Vectors:
         """Vectors of permuted labels through the same map, rescaled to v_hat: [count, d]."""
         key = vector, target, point[:2], method, count, seed
         if key not in self.known_permuted:
-            model, blocks = self.models.load(vector.model), self.blocks(vector.model)
-            column, states = blocks.index(point.source_block), []
-            for texts in self.pairs(vector.concept, vector.model):
-                states.append(hidden_states(model, texts, blocks)[:, [column]])
-            null = permuted_vectors(*states, count, seed)[:, 0]
+            column = self.blocks(vector.model).index(point.source_block)
+            positive, negative = [states[:, [column]] for states in self.pair_states(vector)]
+            null = permuted_vectors(positive, negative, count, seed)[:, 0]
             null = self.maps(vector, target, method).vector(null, point.source_block, point.block)
             self.known_permuted[key] = rescale(null, self.at(vector, target, point, method))
         return self.known_permuted[key]
@@ -887,6 +885,34 @@ class Vectors:
             "cosine": fitted.cosine,
         }
 
+    def pair_states(self, vector: Vector) -> list[torch.Tensor]:
+        """States [n, blocks, d] of a vector's positive and of its negative prompts."""
+        states, pairs = self.prompt_states(vector.model), self.pairs(vector.concept, vector.model)
+        return [torch.stack([states[text] for text in side]) for side in pairs]
+
+    def states_of_context(self, name: str, context: Context) -> dict[int, torch.Tensor]:
+        """{block: states [m, d] of all prompts of a model that are read in this context}."""
+        states = self.prompt_states(name)
+        states = torch.stack([states[text] for text in self.prompts(name, context)])
+        return dict(zip(self.blocks(name), states.unbind(1)))
+
+    def prompt_states(self, name: str) -> dict[str, torch.Tensor]:
+        """{prompt: states [blocks, d]} of all vectors of a model, which share many prompts."""
+        if name not in self.known_states:
+            texts = self.prompts(name)
+            states = hidden_states(self.models.load(name), texts, self.blocks(name))
+            self.known_states[name] = dict(zip(texts, states))
+        return self.known_states[name]
+
+    def prompts(self, name: str, context: Context | None = None) -> list[str]:
+        """The prompts of all vectors of a model, or of those that are read in one context."""
+        texts: dict[str, None] = {}
+        for vector in self.wanted:
+            if vector.model == name and context in (None, self.context(vector.concept, name)):
+                for side in self.pairs(vector.concept, name):
+                    texts |= dict.fromkeys(side)
+        return list(texts)
+
     def v(self, vector: Vector, block: int) -> torch.Tensor:
         """v [d] after a block of the model that it was refined in (Eq. 1)."""
         self._read_models()
@@ -916,6 +942,7 @@ class Vectors:
         size = self.map_options["n_sentences"]
         names, others = [vector.base, target], context.others
         samples = max(1, len(self.sentences) // size)
+        near = self.states_of_context(vector.model, context)
         found = []
         for sample in range(samples):
             rows = sample_rows(len(self.sentences), size, sample)
@@ -923,7 +950,6 @@ class Vectors:
             rows = sample_rows(len(others), len(others) // samples, sample)
             own = context._replace(others=tuple(others[row] for row in rows))
             pool = local_pool(self.models, names, own, plain, seed=sample)
-            near = self.near[vector.model, context]
             model = self.models.load(vector.base)
             found.append(near_states(model, pool, near, len(plain), seed=sample))
         return found
@@ -934,18 +960,14 @@ class Vectors:
         mapped = {vector.base for vector in self.wanted} | set(self.targets)
         for name in sorted(mapped | {vector.model for vector in self.wanted}):
             model, blocks = self.models.load(name), self.blocks(name)
-            prompts: dict[Context, list[str]] = {}
             for vector in self.wanted:
                 if vector.model == name:
-                    pairs = self.pairs(vector.concept, name)
-                    v = concept_vector(model, *pairs, blocks, self.refine)
+                    if model.remote:  # no states travel
+                        pairs = self.pairs(vector.concept, name)
+                        v = concept_vector(model, *pairs, blocks, self.refine)
+                    else:
+                        v = refine(*self.pair_states(vector), self.refine)
                     self.refined[vector] = dict(zip(blocks, v))
-                    if any(target != vector.base for target in self.targets):
-                        context = self.context(vector.concept, name)
-                        prompts.setdefault(context, []).extend([*pairs[0], *pairs[1]])
-            for context, texts in prompts.items():
-                states = hidden_states(model, list(dict.fromkeys(texts)), blocks)
-                self.near[name, context] = dict(zip(blocks, states.unbind(1)))
             if name in mapped:
                 states = hidden_states(model, cut_ends(self.sentences), blocks)
                 self.plain[name] = dict(zip(blocks, states.unbind(1)))

@@ -5,8 +5,9 @@
 
 Each way of fitting a map is tried on disjoint samples of the plain text. alpha (for MC1 also the
 block) is chosen on the validation part as in the experiment, and the effect is measured on the test
-part. MEASURES need no steering: they are taken at the positions of another sample (of the same, if
-there is only one). For random directions and permuted labels, see the scripts.
+part. MEASURES are those of the map between these blocks. They need no steering, and are taken at
+the positions of another sample (of the same, if there is only one). For random directions and
+permuted labels, see the scripts.
 
     paper                 last tokens of cut sentences, as in the paper
     paper, ridge          the same with an intercept and a ridge of 0.01
@@ -157,7 +158,7 @@ def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[st
     found["stitching"] = fit_affine(x, y, intercept=True)
     pool = local.near[sample].pool
     context = vectors.context(vector.concept, vector.model)
-    wanted = {source_block: vectors.near[vector.model, context][source_block]}
+    wanted = {source_block: vectors.states_of_context(vector.model, context)[source_block]}
     for way in ("windows", "nearest"):
         own = [each for each in zip(*pool) if (each[1] == [LAST]) == (way == "windows")]
         part = Pool(*map(list, zip(*own)))
@@ -182,8 +183,8 @@ def quality(fitted: AffineMap, x, y, v_hat) -> list[float]:
     return [r2, r2_along, correlation]
 
 
-def choose(column: Column, directions: dict[tuple[int, int], list]) -> float:
-    """The test rate at the point with the best validation rate, as in the experiment.
+def choose(column: Column, directions: dict[tuple[int, int], list]) -> tuple[Point, float]:
+    """The point with the best validation rate, as in the experiment, and the test rate there.
 
     directions: for each pair of blocks one direction [d] of each concept."""
     points = [Point(*blocks, alpha) for blocks, alpha in product(directions, column.alphas)]
@@ -207,8 +208,9 @@ def choose(column: Column, directions: dict[tuple[int, int], list]) -> float:
     for point in points:
         ours, *others = [found[point, number] for number in range(1 + column.n_random)]
         grid += [ours, spread(others, "random")] if others else [ours]
-    [tested] = tried("test", [column.best_point(grid)]).values()
-    return tested["value"]
+    best = column.best_point(grid)
+    [tested] = tried("test", [best]).values()
+    return best, tested["value"]
 
 
 def measure(column: Column) -> tuple[list[list], list[list[float]]]:
@@ -219,21 +221,22 @@ def measure(column: Column) -> tuple[list[list], list[list[float]]]:
     own = {}
     for blocks in column.blocks:
         own[blocks] = [vectors.v(each, blocks[1]) for each in column.own]
-    self_align = choose(column, own)
+    _, self_align = choose(column, own)
     effects: dict[str, list] = {}
     for sample in range(len(local.near)):
         directions: dict[str, dict] = {}
-        measured: dict[str, list] = {}
+        measured: dict[tuple, list] = {}
         for blocks in column.blocks:
             for way, fitted in fitted_maps(column, sample, blocks).items():
                 v = [vectors.v(each, blocks[0]) for each in column.concepts]
                 v_hat = [fitted.vector(each) for each in v]
                 directions.setdefault(way, {})[blocks] = v_hat
                 other = local.states(*blocks, sample + 1)
-                for each in v_hat:
-                    measured.setdefault(way, []).append(quality(fitted, *other, each))
+                measured[way, blocks] = [quality(fitted, *other, each) for each in v_hat]
         for way, each in directions.items():
-            effects.setdefault(way, []).append([*np.mean(measured[way], 0), choose(column, each)])
+            best, rate = choose(column, each)
+            measures = np.mean(measured[way, best[:2]], 0)
+            effects.setdefault(way, []).append([*measures, rate])
             print(column.name, sample, way, *effects[way][-1], file=sys.stderr, flush=True)
     rows = [["base / Self-Align", f"{100 * base:.1f} / {100 * self_align:.1f}", "", "", ""]]
     found = []
