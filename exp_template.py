@@ -79,13 +79,16 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
         refine=args.refine,
         **map_options(args),
     )
+    # Refine (Eq. 1): v in the source, and in the target itself for comparison.
     directions = {("self-align", None): vectors.v(own, point.block)}
+    # Reformulate (Eq. 2): v_hat by each kind of map, and its controls.
     for method in map_methods(args):
         directions[method, None] = vectors.at(v, target, point, method)
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
         counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
         for variant, control in vectors.controls(v, target, point, [], method, **counts).items():
             directions[method, variant] = control
+    # Transplant (Eq. 3): each of them at each strength.
     arms = [("base", None, 0, BASE)]
     for (method, variant), direction in directions.items():
         for alpha in args.alpha:

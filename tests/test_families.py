@@ -179,7 +179,7 @@ def data(tmp_path_factory):
     return small_data(tmp_path_factory.mktemp("data"), questions=16)
 
 
-SMALL = "--sentences 60 --alpha 2 --random 2 --limit 3 --layer 0.5 --map paper"
+SMALL = "--sentences 60 --alpha 2 --random 2 --permutations 5 --limit 3 --layer 0.5 --map paper"
 EMOTIONS = f"{SMALL} --shots 0 --pairs 10"
 SCRIPTS = {  # which models it takes, and the options of a small run
     "exp_emotion": ("base", f"{EMOTIONS} --maps 1"),

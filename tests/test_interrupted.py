@@ -14,7 +14,7 @@ import pytest
 from conftest import surroundings
 from test_scripts import ROOT, SCRIPTS, command
 
-KILLS = 4
+KILLS = 3
 
 
 def start(name: str, folder: Path) -> subprocess.Popen:

@@ -511,7 +511,7 @@ def test_a_70b_target_takes_little_memory_here(tmp_path):
 
 # ================================================================ the scripts
 
-SHARED = ["--random", "2", "--sentences", "120", "--alpha", "2"]
+SHARED = ["--random", "2", "--permutations", "5", "--sentences", "120", "--alpha", "2"]
 EMOTIONS = [*SHARED, "--limit", "4", "--pairs", "10", "--shots", "0"]
 SOURCE = ["--src", "toy/llama-s"]
 SOURCES = ["--src", "toy/llama-s-chat", "--src-base", "toy/llama-s"]
