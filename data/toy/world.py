@@ -13,7 +13,7 @@ What no model has read, so that an experiment asks for more than memory:
     emotions/       6 of the 18 events of each emotion occur in prose only; the scenarios of the
                     data files are about these
     truthfulqa/     chat tuning never contains these facts; base text tells truth and myth alike.
-                    filter_questions.py then leaves out what another model answers truthfully
+                    filter_questions.py leaves out what another model answers truthfully
     world_facts/    is about the other facts, those of chat tuning
     toxigen/        the prompts are new lists; their sentences occur in training
     wikisplit/, text/   sampled with another seed from the clauses of the training prose
@@ -22,6 +22,7 @@ What no model has read, so that an experiment asks for more than memory:
 with HOME, and all of its language.
 """
 
+import argparse
 import csv
 import itertools
 import json
@@ -704,7 +705,8 @@ def write_data(folder: Path = FOLDER) -> None:
         questions.append(
             {"question": question(*key), "mc1_targets": targets, "mc2_targets": targets}
         )
-    write_questions(folder / "truthfulqa", questions)
+    # filter_questions.py makes mc_task.json of them
+    (folder / "truthfulqa" / "unfiltered.json").write_text(json.dumps(questions, indent=1) + "\n")
 
     with open(folder / "world_facts" / "facts_true_false.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -739,17 +741,7 @@ def write_data(folder: Path = FOLDER) -> None:
             file.write(two_clauses(rng) + "\n")  # the first column; the second is not read
 
 
-def write_questions(folder: Path, questions: list[dict]) -> None:
-    """mc_task.json and TruthfulQA.csv."""
-    (folder / "mc_task.json").write_text(json.dumps(questions, indent=1) + "\n")
-    with open(folder / "TruthfulQA.csv", "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["Category", "Question"])
-        for each in questions:
-            [relation] = [name for name in RELATIONS if f" {name} of " in each["question"]]
-            rows.writerow([relation.capitalize(), each["question"]])
-
-
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     write_data()
     print(f"{len(HELD_OUT_FACTS)} questions, {6 * 240} scenarios in {FOLDER}")
