@@ -782,7 +782,7 @@ class Vectors:
     to fit maps between base models on. maps: options of AffineMaps."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
-        self.models, self.wanted, self.targets = models, sorted(wanted), list(targets)
+        self.models, self.wanted, self.targets = models, list(dict.fromkeys(wanted)), list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}

@@ -563,7 +563,7 @@ class Lab:
         self.pairs = partial(refinement_pairs, args, models, data)
         self.vectors = Vectors(
             models,
-            {row.vector for row in rows if row.vector} | {happiness(args)},
+            [row.vector for row in rows if row.vector] + [happiness(args)],
             {row.base for row in rows},
             self.pairs,
             partial(blocks, args, models),
