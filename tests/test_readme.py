@@ -22,6 +22,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = ["README.md", "data/README.md"]
 TEXTS += [f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))]
 # python, the script, and its arguments: to the end of the line, or of the code in it
+FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+VERDICTS = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
+TARGETS = ["llama-m", "llama-l"]
+CLAIMS = {  # row in the table of two seeds: script, vector
+    "emotions, the paper's map": ("exp_emotion", "ConTrans"),
+    "emotions, the local map": ("exp_emotion", "ConTrans, local map"),
+    "MC1, the paper's map": ("exp_truthfulqa", "ConTrans"),
+    "MC1, the local map": ("exp_truthfulqa", "ConTrans, local map"),
+}
 COMMAND = re.compile(r"python ([\w/]+\.py)((?:\\\n|[^`\n|&#])*)")
 OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
 PACKAGES = {  # whose module has another name
@@ -102,6 +111,56 @@ def test_readme_and_docs_name_every_family_and_count_the_architectures():
         assert family == "toy" or re.search(rf"(--family|so) {family}\b", README), family
     working = models.split("## What works")[1].split("## What is refused")[0]
     assert f"{working.count('| `')} architectures" in README
+
+
+def reports(seed: int) -> str:
+    """What docs/verdicts.md has of the reports on one zoo."""
+    return VERDICTS.split("\n## Seed ")[1 + seed]
+
+
+def verdict_on(seed: int, script: str, target: str, vector: str) -> tuple[str, bool]:
+    """(rate in %, whether it holds) of a vector."""
+    [run] = [each for each in reports(seed).split(" results/") if each.startswith(f"{script}/")]
+    [line] = re.findall(rf"^ *- {target}, (.*)", run, re.MULTILINE)
+    outcomes = "holds|does not move it|is not above the controls"
+    [found] = re.findall(rf"; {vector} ({outcomes}): ([\d.]+) %", line)
+    return found[1], found[0] == "holds"
+
+
+def seed_rows() -> dict[str, list[str]]:
+    """{claim: cells} of the table of two seeds."""
+    table = FINDINGS.split("## Two seeds")[1]
+    rows = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)[2:]
+    return {name: cells for name, *cells in (row.split(" | ") for row in rows)}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_the_table_of_two_seeds_has_the_verdicts_of_the_reports(claim):
+    *cells, where = seed_rows()[claim]
+    both = 0
+    for seed, cell in enumerate(cells):
+        found = [verdict_on(seed, CLAIMS[claim][0], name, CLAIMS[claim][1]) for name in TARGETS]
+        rates, holds = zip(*found)
+        word = "yes" if all(holds) else "no"
+        if any(holds) and not all(holds):
+            word = f"in `{TARGETS[holds.index(True)]}` only"
+        assert cell.startswith(f"{' / '.join(rates)}: {word}")
+        both += all(holds)
+    assert where.strip("*") == ("none", "one", "both")[both]
+
+
+def test_every_rate_of_the_two_seeds_is_in_a_report():
+    rows = seed_rows()
+    assert len(rows) > 8
+    for claim, cells in rows.items():
+        for seed, cell in enumerate(cells[:2]):
+            if "†" not in cell:  # of a run that is not in verdicts.md
+                for number in re.findall(r"\d+\.\d+", cell):
+                    assert number in reports(seed), (claim, number)
+    second = README.split("**A second zoo**")[1].split("\n\n")[0]
+    numbers = re.findall(r"\d+\.\d+", second)
+    assert len(numbers) > 3
+    assert all(number in reports(1) for number in numbers)
 
 
 @pytest.mark.slow

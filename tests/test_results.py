@@ -46,6 +46,9 @@ TRUTHFULQA_ROWS = {
 }
 
 
+VERDICTS = (Path(__file__).resolve().parents[1] / "docs" / "verdicts.md").read_text("utf-8")
+
+
 def run_of(main, folder: Path) -> tuple[list[dict], Path]:
     """(records, folder) of a default command."""
     folder = Path(os.environ.get("CONTRANS_RESULTS", folder))
@@ -53,6 +56,10 @@ def run_of(main, folder: Path) -> tuple[list[dict], Path]:
     paths = folder.glob(f"{main.__module__}/*/records.jsonl")
     newest = max(paths, key=lambda path: path.stat().st_mtime)  # each run writes its records
     records = [json.loads(line) for line in newest.read_text().splitlines()]
+    report = newest.with_name("report.md").read_text().replace("**", "")
+    for target in TARGETS:
+        [line] = re.findall(rf"^- {target}, .*", report, re.MULTILINE)
+        assert line in VERDICTS.split("\n## Seed 1")[0]
     return records, newest.parent
 
 
