@@ -98,6 +98,10 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_results" not in item.nodeid)  # the longest tests start first
+
+
 def make_tokenizer():
     """Byte-level BPE of some 200 tokens that puts <s> first, as many a tokenizer of the hub does.
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import surroundings
 from test_scripts import ROOT, SCRIPTS, command
 
-KILLS = 3
+KILLS = 2
 
 
 def start(name: str, folder: Path) -> subprocess.Popen:

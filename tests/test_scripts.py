@@ -1149,7 +1149,7 @@ def run_copy(path: Path, source: str, argv: list, *changes: tuple[str, str]) -> 
 
 OWN_MODELS = ["--src", ZOO / "llama-s", "--tgt", ZOO / "llama-m"]
 PLAIN = ["--texts", harness.TOY / "wikisplit" / "validation.tsv", "--sentences", "150"]
-TINY = [*OWN_MODELS, *PLAIN, "--random", "2", "--maps", "2", "--limit", "6"]
+TINY = [*OWN_MODELS, *PLAIN, "--random", "2", "--permutations", "5", "--maps", "2", "--limit", "6"]
 
 
 @pytest.mark.slow
