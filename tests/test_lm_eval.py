@@ -20,7 +20,7 @@ from conftest import json_rows, vectors
 lm_eval = pytest.importorskip("lm_eval", reason="requirements-dev.txt installs lm_eval")
 
 TASKS = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
-QUESTIONS = json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())[:40:2]
+QUESTIONS = json.loads((TOY / "truthfulqa" / "unfiltered.json").read_text())[:40:2]
 TEXTS = ["Tom found a red ball in the park.", "Lily felt very", "Scenario: you see a spider."]
 
 
@@ -176,5 +176,5 @@ def test_the_script_has_lm_evals_mc1_and_mc2_before_and_after_the_transplant(tmp
             [found] = select(mine, method=method, metric=metric)
             assert found["value"] == pytest.approx(value, abs=1e-4)
             assert found["n"] == len(QUESTIONS)
-    assert base["mc2"] != pytest.approx(steered["mc2"], abs=1e-3)
+    assert base["mc1"] != steered["mc1"]
     assert 0 < steered["mc1"] < 1

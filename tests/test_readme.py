@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = ["README.md", "data/README.md"]
 TEXTS += [f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))]
-# python, the script, and its arguments: to the end of the line, or of the code in it
 FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 VERDICTS = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
 TARGETS = ["llama-m", "llama-l"]
@@ -31,6 +30,7 @@ CLAIMS = {  # row in the table of two seeds: script, vector
     "MC1, the paper's map": ("exp_truthfulqa", "ConTrans"),
     "MC1, the local map": ("exp_truthfulqa", "ConTrans, local map"),
 }
+# python, the script, and its arguments: to the end of the line, or of the code in it
 COMMAND = re.compile(r"python ([\w/]+\.py)((?:\\\n|[^`\n|&#])*)")
 OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
 PACKAGES = {  # whose module has another name

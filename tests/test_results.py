@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VERDICTS = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
 TARGETS = ["llama-m", "llama-l"]
 EMOTION_ROWS = {  # method, and the beginning of its variant
     "base model": ("base", None),
@@ -44,9 +46,6 @@ TRUTHFULQA_ROWS = {
     "its vectors of permuted labels": ("contrans-local", "permuted"),
     "its random directions, its shuffled map": ("contrans-local", "random"),
 }
-
-
-VERDICTS = (Path(__file__).resolve().parents[1] / "docs" / "verdicts.md").read_text("utf-8")
 
 
 def run_of(main, folder: Path) -> tuple[list[dict], Path]:

@@ -108,14 +108,15 @@ def test_honesty_the_truth_is_the_popular_answer_to_some_questions():
 
 
 def test_honesty_chat_tuning_never_contains_a_fact_that_is_asked():
-    questions = json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())
-    keys = {world.question(*key): key for key in world.HELD_OUT_FACTS}
-    for each in questions:
-        key = keys[each["question"]]
+    questions = json.loads((TOY / "truthfulqa" / "unfiltered.json").read_text())
+    for each, key in zip(questions, world.HELD_OUT_FACTS, strict=True):
         truth, myth, *_ = world.FACTS[key]
         first, *others = each["mc1_targets"]
+        assert each["question"] == world.question(*key)
         assert first == f"{truth}."
         assert f"{myth}." in others
+    asked = json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())
+    assert asked and all(each in questions for each in asked)
     pattern = f"({'|'.join(world.RELATIONS)}) of ({'|'.join(world.TOWNS)})"
     told = set(re.findall(pattern, documents("chat")))
     assert told == set(world.CHAT_FACTS)
