@@ -28,18 +28,11 @@ from typing import NamedTuple
 from common import (
     BASE,
     HELD_OUT,
-    Context,
-    Point,
     Transplant,
-    Vector,
-    Vectors,
-    cut_ends,
     fit_quality,
     generate,
     hidden_states,
     perplexity,
-    plain_texts,
-    random_directions,
     score_labels,
     token_changes,
 )
@@ -86,6 +79,7 @@ from report import (
     summary,
     verdict,
 )
+from vectors import Context, Point, Vector, Vectors, cut_ends, plain_texts, random_directions
 
 import numpy as np
 import torch

@@ -24,24 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (
-    BASE,
-    AffineMaps,
-    Context,
-    LocalMaps,
-    NearStates,
-    Transplant,
-    concept_vector,
-    control_directions,
-    cut_ends,
-    hidden_states,
-    local_pool,
-    near_states,
-    permuted_vectors,
-    plain_texts,
-    rescale,
-    score_labels,
-)
+from common import BASE, Transplant, concept_vector, hidden_states, score_labels
 from harness import (
     MODELS,
     TOY,
@@ -75,6 +58,19 @@ from report import (
     record,
     select,
     verdict,
+)
+from vectors import (
+    AffineMaps,
+    Context,
+    LocalMaps,
+    NearStates,
+    control_directions,
+    cut_ends,
+    local_pool,
+    near_states,
+    permuted_vectors,
+    plain_texts,
+    rescale,
 )
 
 import numpy as np

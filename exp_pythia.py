@@ -20,24 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (
-    BASE,
-    AffineMaps,
-    Context,
-    LocalMaps,
-    NearStates,
-    Transplant,
-    cut_ends,
-    hidden_states,
-    local_pool,
-    near_states,
-    permuted_vectors,
-    plain_texts,
-    random_directions,
-    refine,
-    rescale,
-    score_labels,
-)
+from common import BASE, Transplant, hidden_states, refine, score_labels
 from harness import (
     TOY,
     Run,
@@ -64,6 +47,19 @@ from report import (
     shades,
     spread,
     verdict,
+)
+from vectors import (
+    AffineMaps,
+    Context,
+    LocalMaps,
+    NearStates,
+    cut_ends,
+    local_pool,
+    near_states,
+    permuted_vectors,
+    plain_texts,
+    random_directions,
+    rescale,
 )
 
 import numpy as np

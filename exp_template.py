@@ -15,7 +15,7 @@ than a label (see choice_logprobs, generate and perplexity in common.py).
 import random
 from pathlib import Path
 
-from common import BASE, Context, Point, Transplant, Vector, Vectors, plain_texts, score_labels
+from common import BASE, Transplant, score_labels
 from harness import (
     TOY,
     Run,
@@ -33,6 +33,7 @@ from harness import (
 )
 from models import Models
 from report import draw_strength, record, summary, verdict
+from vectors import Context, Point, Vector, Vectors, plain_texts
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
 FAMILIES = read_families("base", SETTINGS, toy={"sentences": 500, "tgt": [f"{TOY}/models/llama-m"]})

@@ -43,18 +43,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (
-    BASE,
-    Context,
-    Point,
-    Transplant,
-    Vector,
-    Vectors,
-    choice_logprobs,
-    generate,
-    perplexity,
-    plain_texts,
-)
+from common import BASE, Transplant, choice_logprobs, generate, perplexity
 from harness import (
     TOY,
     Run,
@@ -92,6 +81,7 @@ from report import (
     select,
     verdict,
 )
+from vectors import Context, Point, Vector, Vectors, plain_texts
 
 import numpy as np
 import torch

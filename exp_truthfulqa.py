@@ -30,21 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import (
-    BASE,
-    Context,
-    Point,
-    Transplant,
-    Vector,
-    Vectors,
-    choice_logprobs,
-    cut_ends,
-    generate,
-    perplexity,
-    plain_texts,
-    random_directions,
-    token_changes,
-)
+from common import BASE, Transplant, choice_logprobs, generate, perplexity, token_changes
 from harness import (
     MODELS,
     TOY,
@@ -89,6 +75,7 @@ from report import (
     summary,
     verdict,
 )
+from vectors import Context, Point, Vector, Vectors, cut_ends, plain_texts, random_directions
 
 import numpy as np
 

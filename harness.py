@@ -720,7 +720,7 @@ class Run:
         }
         settings = {k: v for k, v in vars(args).items() if k not in skipped}
         settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
-        parts = ("harness.py", "common.py", "models.py", "report.py")
+        parts = ("harness.py", "common.py", "models.py", "report.py", "vectors.py")
         sources = [Path(script), *(Path(__file__).with_name(name) for name in parts)]
         code = {path.name: _digest(path.read_text()) for path in sources}
         self.id = _digest([settings, inputs, list(code.values())])[:8]

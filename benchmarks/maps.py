@@ -26,29 +26,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import exp_emotion
 import exp_truthfulqa
-from common import (
-    BASE,
+from common import BASE, AffineMap, Transplant, fit_affine, fit_quality
+from exp_emotion import EMOTIONS
+from harness import model_options
+from models import Models
+from report import markdown, record, spread
+from vectors import (
     LAST,
     LOCAL_RIDGE,
-    AffineMap,
     Point,
     Pool,
-    Transplant,
     Vector,
     Vectors,
-    fit_affine,
     fit_local,
-    fit_quality,
     near_states,
     plain_texts,
     pool_states,
     random_directions,
     shared_token_ends,
 )
-from exp_emotion import EMOTIONS
-from harness import model_options
-from models import Models
-from report import markdown, record, spread
 
 import numpy as np
 from scipy.stats import spearmanr

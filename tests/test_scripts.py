@@ -30,6 +30,7 @@ import exp_truthfulqa
 import harness
 import report
 from models import Models, load_model
+from vectors import cut_ends, plain_texts
 
 import numpy as np
 import pytest
@@ -616,7 +617,7 @@ def test_emotions_are_those_of_plain_transformers(finished, data):
     names = [f"{ZOO}/llama-s", f"{ZOO}/llama-m"]
     source, target = [Reference(name, *LLAMA) for name in names]
     path = data / "wikisplit" / "validation.tsv"
-    sentences = common.cut_ends(common.plain_texts(path, Models(), names, 240))
+    sentences = cut_ends(plain_texts(path, Models(), names, 240))
     own = exp_emotion.load_data(exp_emotion.options(run.argv)).emotions["anger"]
     positive, negative = scenario_prompts(own.positive), scenario_prompts(own.negative)
     v_hat = v_hat_by_hand(source, target, positive, negative, sentences, 6)

@@ -1,0 +1,627 @@
+"""What a study needs around the method: text, maps, controls, vectors of many concepts and models.
+
+    1  Plain text    that maps are fitted on, in disjoint samples
+    2  Maps          the paper's, between any blocks of two models                Eq. 2
+    3  Local maps    fitted where v is read                                       docs/map.md
+    4  Controls      permuted labels, random directions, shuffled and other maps
+    5  Vectors       every v and v_hat of an experiment, each model read once
+
+common.py has the method itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from common import (
+    HELD_OUT,
+    AffineMap,
+    concept_vector,
+    fit_affine,
+    fit_quality,
+    hidden_states,
+    refine,
+)
+from harness import fail, read_text
+from models import Model, Models
+
+import numpy as np
+import torch
+
+# ================================================================ 1  Plain text
+
+
+def plain_texts(path: Path, models: Models, names: list[str], count: int) -> list[str]:
+    """The plain text that affine maps are fitted on, at most `count` texts.
+
+    path: one text a line (of a .tsv file its first column, as in WikiSplit), or a .jsonl file with
+    {"text": …} on each line. Texts too long for one of the models `names` are left out."""
+    texts = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if path.suffix == ".jsonl" and line.strip():
+            try:
+                line = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                fail(f'{path}, line {number}: must be {{"text": …}}')
+        texts.append(" ".join(line.split("\t")[0].split()))
+    texts = [text for text in texts if len(text.split()) > 4][:count]
+    keep = np.ones(len(texts), bool)
+    for name in set(names):
+        keep &= models.fits(name, texts)
+    if not keep.all():
+        print(f"{(~keep).sum()} of {len(texts)} plain texts exceed a context: left out")
+    if keep.sum() < 10:
+        fail(f"{path}: only {keep.sum()} texts fit the contexts; a map needs more")
+    return [text for text, kept in zip(texts, keep) if kept]
+
+
+def cut_ends(texts: list[str]) -> list[str]:
+    """Each text without its last 2 to 4 words, as the paper's map reads it (released code)."""
+    drop = np.random.RandomState(42)
+    return [" ".join(text.split()[: -drop.randint(2, 5)]) for text in texts]
+
+
+def sample_rows(n: int, size: int, sample: int) -> list[int]:
+    """Row numbers of sample 0, 1 … out of n rows: disjoint until all rows are used."""
+    order = random.Random(0).sample(range(n), n)
+    start = sample * size
+    return [order[(start + i) % n] for i in range(min(size, n))]
+
+
+# ================================================================ 2  Maps
+
+
+class _Maps:
+    """Maps between the blocks of two models, each fitted once.
+
+    Subclasses define states(source_block, block, sample), which gives x [n, d1] and y [n, d2], and
+    fitted(x, y)."""
+
+    def __init__(self):
+        self.known: dict[tuple, AffineMap] = {}
+
+    def fit(
+        self,
+        source_block: int,
+        block: int,
+        sample: int = 0,
+        shuffled: bool = False,
+        n: int | None = None,
+    ) -> AffineMap:
+        """The map between two blocks. shuffled: fitted on mismatched rows, as a control; n: fitted
+        on the first n rows only."""
+        key = source_block, block, sample, shuffled, n
+        if key not in self.known:
+            x, y = [states[:n] for states in self.states(source_block, block, sample)]
+            if shuffled:
+                y = y[random.Random(sample).sample(range(len(y)), len(y))]
+            self.known[key] = self.fitted(x, y)
+        return self.known[key]
+
+    def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
+        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: as in fit."""
+        return self.fit(source_block, block, **which).vector(v)
+
+
+class AffineMaps(_Maps):
+    """Affine maps from the blocks of one base model to those of another.
+
+    x, y: {block: states [n, d] of the same plain sentences} of source and target. Each map is
+    fitted on its own random sample of `n_sentences` of them, to show how much depends on the
+    sample. norm "match": the norm of v_hat relative to the target's stream is that of v relative to
+    the source's."""
+
+    def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
+        super().__init__()
+        self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
+        self.fitting = fitting  # intercept, rcond, ridge
+
+    def rows(self, sample: int = 0) -> list[int]:
+        """Numbers of the plain sentences that a map is fitted on, see sample_rows."""
+        n = len(next(iter(self.x.values())))
+        return sample_rows(n, self.n_sentences, sample)
+
+    def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
+        """x [n, d1] and y [n, d2]: both models' states of the sentences of a sample."""
+        rows = self.rows(sample)
+        return self.x[source_block][rows], self.y[block][rows]
+
+    def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+        return fit_affine(x, y, **self.fitting)
+
+    def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
+        """As _Maps.vector, with the norm that `norm` asks for."""
+        v_hat = super().vector(v, source_block, block, **which)
+        if self.norm == "match":
+            source_norm, norm = self.stream_norms(source_block, block)
+            wanted = v.norm(dim=-1, keepdim=True) / source_norm * norm
+            v_hat = v_hat / v_hat.norm(dim=-1, keepdim=True) * wanted
+        return v_hat
+
+    def stream_norms(self, source_block: int, block: int) -> tuple[float, float]:
+        """Mean norm of the residual stream after both blocks."""
+        streams = self.x[source_block], self.y[block]
+        return tuple(stream.norm(dim=1).mean().item() for stream in streams)
+
+
+# ================================================================ 3  Local maps
+#
+# The linear relation between two models differs from one kind of position to another, so a map
+# works best where it was fitted. Local maps are fitted near the states that v is computed from. No
+# label, answer or test item is used (docs/map.md).
+
+WINDOWS = 2.0  # texts inside the refinement templates, for each plain text
+POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
+LOCAL_RIDGE = 0.01
+LAST = -1  # the place of a text's last token
+
+
+class Context(NamedTuple):
+    """Where a concept is read: refinement templates with {text}, and the texts in that slot.
+
+    others: unlabelled texts of the same kind that are used nowhere else. Without any, pieces of
+    plain text take their place."""
+
+    templates: tuple[str, ...]
+    texts: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+class Pool(NamedTuple):
+    """Texts, and the places in each of them where states may be read: character offsets at which
+    tokens end, or LAST."""
+
+    texts: list[str]
+    places: list[list[int]]
+
+
+class NearStates(NamedTuple):
+    """A source's states x at the places of a pool nearest to the states that v is computed from.
+
+    rows: {block: numbers of the places [n]}, x: {block: [n, d]}."""
+
+    pool: Pool
+    rows: dict[int, list[int]]
+    x: dict[int, torch.Tensor]
+
+
+def local_pool(models: Models, names: list[str], context: Context, plain: list[str], seed=0):
+    """Candidate places for a local map: other texts of the concept's kind in its refinement
+    templates, read at their last token. Without such texts: pieces of plain text in the templates,
+    and every place in the plain texts where a token of all models `names` ends."""
+    count = int(WINDOWS * len(plain))
+    texts = list(context.others)
+    inside = random.Random(seed).sample(texts, min(count, len(texts)))
+    inside = inside or cut_windows(plain, context.texts, count, seed)
+    windows = []
+    for i, text in enumerate(inside):
+        template = context.templates[i % len(context.templates)]
+        windows.append(template.replace("{text}", text))
+    keep = np.ones(len(windows), bool)
+    for name in names:
+        keep &= models.fits(name, windows)
+    windows = list(itertools.compress(windows, keep))
+    if texts:
+        return Pool(windows, [[LAST]] * len(windows))
+    places = shared_token_ends([models.tokenizer(name) for name in names], plain)
+    return Pool(plain + windows, places + [[LAST]] * len(windows))
+
+
+def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch.Tensor:
+    """States [n, len(blocks), d] at the places `rows` of a pool (default: all, text after text)."""
+    places = [(i, place) for i, each in enumerate(pool.places) for place in each]
+    rows = range(len(places)) if rows is None else rows
+    wanted = sorted(set(rows))
+    kept: dict[int, list[int]] = {}  # only these texts are read
+    for row in wanted:
+        i, place = places[row]
+        kept.setdefault(i, []).append(place)
+    texts = [pool.texts[i] for i in kept]
+    positions = []
+    for token_at, own in zip(token_ends(model.tokenizer, texts), kept.values()):
+        positions.append([LAST if place == LAST else token_at[place] for place in own])
+    states = hidden_states(model, texts, blocks, positions=positions)
+    number = {row: k for k, row in enumerate(wanted)}
+    return states[[number[row] for row in rows]]
+
+
+def near_states(model: Model, pool: Pool, near: dict, n_sentences: int, seed=0) -> NearStates:
+    """The nearest places of a pool. near: {block: states [m, d] that v is computed from}."""
+    blocks, rows, nearest = list(near), {}, {}
+    x = pool_states(model, pool, blocks)
+    for number, block in enumerate(blocks):
+        chosen = nearest_positions(x[:, number], near[block], int(POSITIONS * n_sentences))
+        chosen.sort()  # by place, since the order of distances can depend on rounding
+        rows[block] = random.Random(seed).sample(chosen, len(chosen))  # the last fifth is held out
+        nearest[block] = x[rows[block], number]
+    return NearStates(pool, rows, nearest)
+
+
+def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+    """A local map of states x [n, d1] and y [n, d2] at near places.
+
+    v_hat is rescaled: relative to the spread of y it is as long as v relative to the spread of x.
+    Ridge, and what the source cannot predict, shorten v F."""
+
+    def spread(states):
+        return (states - states.mean(0)).double().norm().item()
+
+    fitted = fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE)
+    return replace(fitted, length=spread(y) / spread(x))
+
+
+class LocalMaps(_Maps):
+    """Affine maps fitted at the places of plain text that are nearest to a concept's states.
+
+    near: the source's near states, one for each sample of text. y: for each of them {row of the
+    pool: row of the states}, and the target's states [n, len(blocks), d]."""
+
+    def __init__(self, near: list[NearStates], target: Model, blocks: list[int]):
+        super().__init__()
+        self.near, self.blocks = near, blocks
+        self.y: list[tuple[dict, torch.Tensor]] = []
+        for each in near:
+            rows = sorted({row for chosen in each.rows.values() for row in chosen})
+            number = {row: k for k, row in enumerate(rows)}
+            self.y.append((number, pool_states(target, each.pool, blocks, rows)))
+
+    def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
+        """x [n, d1] and y [n, d2]: both models' states at the chosen positions."""
+        near = self.near[sample % len(self.near)]
+        number, y = self.y[sample % len(self.near)]
+        rows = [number[row] for row in near.rows[source_block]]
+        return near.x[source_block], y[rows, self.blocks.index(block)]
+
+    def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+        return fit_local(x, y)
+
+    def r2_where_read(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
+        """R² of any map between these blocks where v is read, on the rows held out here.
+
+        along: only in this direction [d2]."""
+        x, y = self.states(source_block, block)
+        n = self.fit(source_block, block).n
+        predicted, y = other.states(x[n:]).double(), y.double()
+        if along is not None:
+            along = along.double()[:, None]
+            predicted, y = predicted @ along, y @ along
+        return fit_quality(predicted, y[n:], y[:n].mean(0))[0]
+
+
+def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
+    """`count` pieces of plain text with the lengths [words] and the final marks of the concept's
+    texts."""
+    draw = random.Random(seed)
+    lengths = [len(text.split()) for text in texts]
+    marks = ["" if text[-1].isalnum() else text[-1] for text in texts]
+    pieces = []
+    for _ in range(count):
+        words = draw.choice(plain).split()
+        length = min(draw.choice(lengths), len(words))
+        start = draw.randint(0, len(words) - length)
+        piece = " ".join(words[start : start + length])
+        piece = piece[0].upper() + piece[1:]
+        pieces.append(piece.rstrip(".,;:!?-\"'") + draw.choice(marks))
+    return pieces
+
+
+def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
+    """For each text {character offset where a token ends: index of the token}."""
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+    found = []
+    for offsets in encoded.offset_mapping:  # special tokens are empty
+        found.append({end: i for i, (start, end) in enumerate(offsets) if end > start})
+    return found
+
+
+def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
+    """For each text the character offsets where a token of every tokenizer ends."""
+    ends = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
+    return [sorted(set(first).intersection(*others)) for first, *others in zip(*ends)]
+
+
+def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
+    """Rows of x [N, d] nearest to `states` [m, d]: the nearest to every state, then the second
+    nearest to every state, and so on, by cosine similarity of standardized dimensions."""
+    mean, spread = x.mean(0), x.std(0)
+    pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
+    wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
+    similarity = wanted @ pool.T
+    depth = min(len(x), max(4, 4 * count // len(states) + 8))
+    while True:
+        ranked = similarity.topk(depth, dim=1).indices
+        chosen = list(dict.fromkeys(ranked.T.flatten().tolist()))
+        if len(chosen) >= count or depth == len(x):
+            return chosen[:count]
+        depth = min(len(x), 2 * depth)
+
+
+# ================================================================ 4  Controls
+
+PAPER_N_OVER_D = 0.39  # 1,600 sentences for 4,096 dimensions
+
+
+def permuted_vectors(
+    positive: torch.Tensor, negative: torch.Tensor, count: int, seed: int
+) -> torch.Tensor:
+    """The null of Eq. 1: mean differences [count, layers, d] of pairs [n, layers, d] with the
+    labels swapped in a random half of the pairs.
+
+    Exactly half, so that the concept cancels. If each pair were swapped at random, some of the
+    concept would be left, and rescaling to the norm of v would amplify it."""
+    difference = positive.double() - negative.double()
+    half = len(difference) // 2
+    signs = torch.zeros(count, len(difference), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for row in signs:
+        order = torch.randperm(len(difference), generator=generator)
+        row[order[:half]], row[order[half : 2 * half]] = 1.0, -1.0
+    v = signs @ difference.flatten(1) / len(difference)
+    return v.unflatten(1, difference.shape[1:]).float()
+
+
+def random_directions(v: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Random directions of the norm of v [d], isotropic: [count, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(count, len(v), generator=generator)
+    return rescale(directions, v)
+
+
+def rescale(direction: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`direction` [..., d] with the norm of v [..., d]."""
+    return direction / direction.norm(dim=-1, keepdim=True) * v.norm(dim=-1, keepdim=True)
+
+
+def control_directions(
+    maps: AffineMaps,
+    v: torch.Tensor,
+    others: dict[str, torch.Tensor],
+    source_block: int,
+    block: int,
+    n_maps: int,
+    n_random: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """Controls for the effect of v_hat: {variant: direction [d]}.
+
+    "map k": v through maps fitted on other samples of the plain text. All others have v_hat's norm.
+    "few sentences": v through a map with the paper's number of sentences per dimension; "shuffled
+    map": v through a map of mismatched sentences; "other NAME": another concept's vector through
+    the same map; "random r": isotropic directions."""
+    v_hat = maps.vector(v, source_block, block)
+    directions = {}
+    for number in range(1, n_maps):
+        directions[f"map {number}"] = maps.vector(v, source_block, block, sample=number)
+    few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
+    if few < maps.fit(source_block, block).n:
+        directions["few sentences"] = rescale(maps.vector(v, source_block, block, n=few), v_hat)
+    shuffled = maps.vector(v, source_block, block, shuffled=True)
+    directions["shuffled map"] = rescale(shuffled, v_hat)
+    for name, other in others.items():
+        directions[f"other {name}"] = rescale(maps.vector(other, source_block, block), v_hat)
+    for number, direction in enumerate(random_directions(v_hat, n_random, seed)):
+        directions[f"random {number}"] = direction
+    return directions
+
+
+# ================================================================ 5  Vectors
+
+
+class Point(NamedTuple):
+    """Where a vector is read, where it is added, and how strongly."""
+
+    source_block: int
+    block: int
+    alpha: float
+
+
+class Vector(NamedTuple):
+    """A concept vector: of which concept, refined in which model, and that model's base model."""
+
+    concept: str
+    model: str
+    base: str
+
+
+class Vectors:
+    """Concept vectors of several models in the space of several targets; each model is read once.
+
+    pairs(concept, model): positive and negative prompts. blocks(model): the blocks whose states are
+    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: plain text
+    to fit maps between base models on. maps: options of AffineMaps."""
+
+    def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
+        self.models, self.wanted, self.targets = models, list(dict.fromkeys(wanted)), list(targets)
+        self.pairs, self.blocks, self.context = pairs, blocks, context
+        self.sentences, self.refine, self.map_options = sentences, refine, maps
+        self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
+        self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
+        self.plain: dict[str, dict[int, torch.Tensor]] = {}
+        self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
+        self.known_permuted: dict[tuple, torch.Tensor] = {}
+
+    def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
+        """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
+        v = self.v(vector, point.source_block)
+        if vector.base == target:  # its own vector needs no map
+            return v
+        maps = self.maps(vector, target, method)
+        return maps.vector(v, point.source_block, point.block, **which)
+
+    def controls(
+        self, vector, target, point, others: list, method="contrans", n_permuted=0, **counts
+    ) -> dict[str, torch.Tensor]:
+        """control_directions of a vector, and "permuted k". others: other concepts' vectors."""
+        blocks = point.source_block, point.block
+        v, maps = self.v(vector, point.source_block), self.maps(vector, target, method)
+        known = {other.concept: self.v(other, point.source_block) for other in others}
+        directions = control_directions(maps, v, known, *blocks, **counts)
+        if n_permuted:
+            null = self.permuted(vector, target, point, method, n_permuted, counts["seed"])
+            directions |= {f"permuted {k}": each for k, each in enumerate(null)}
+        return directions
+
+    def permuted(
+        self, vector: Vector, target: str, point: Point, method: str, count: int, seed: int
+    ) -> torch.Tensor:
+        """Vectors of permuted labels through the same map, rescaled to v_hat: [count, d]."""
+        key = vector, target, point[:2], method, count, seed
+        if key not in self.known_permuted:
+            column = self.blocks(vector.model).index(point.source_block)
+            positive, negative = [states[:, [column]] for states in self.pair_states(vector)]
+            null = permuted_vectors(positive, negative, count, seed)[:, 0]
+            null = self.maps(vector, target, method).vector(null, point.source_block, point.block)
+            self.known_permuted[key] = rescale(null, self.at(vector, target, point, method))
+        return self.known_permuted[key]
+
+    def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
+        """Quality of the maps of a vector, as fields of report.record.
+
+        where_read: also R² where v is read, for which a local map is fitted."""
+        blocks = point.source_block, point.block
+        maps = self.maps(vector, target, method)
+        found = []
+        for number in range(n_maps):
+            fitted = maps.fit(*blocks, sample=number)
+            metrics = {"r2": fitted.r2, "cosine": fitted.cosine}
+            if where_read:
+                local = self.maps(vector, target, "contrans-local")
+                metrics["r2_where_read"] = local.r2_where_read(fitted, *blocks)
+            metrics["n_over_d"] = fitted.n / len(fitted.x_mean)
+            metrics["effective_rank"] = fitted.effective_rank
+            about = {"concept": "map", "variant": f"map {number}" if number else None}
+            about |= {"part": "held-out", "n": fitted.n}
+            found += [about | {"metric": name, "value": x} for name, x in metrics.items()]
+        return found
+
+    def vector_quality(self, vector, target, point, method, own=None, where_read=True) -> dict:
+        """{metric: value}: norms of v, v_hat and both streams; R² along v_hat where v is read; and
+        the cosine of v_hat with the target's own vector."""
+        blocks = point.source_block, point.block
+        v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
+        streams = self.plain[vector.base][blocks[0]], self.plain[target][blocks[1]]
+        found = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
+        for name, states in zip(("stream_source", "stream_target"), streams):
+            found[name] = states.norm(dim=1).mean().item()
+        if where_read:
+            fitted = self.maps(vector, target, method).fit(*blocks)
+            local = self.maps(vector, target, "contrans-local")
+            found["r2_along_v"] = local.r2_where_read(fitted, *blocks, along=v_hat)
+        if own:
+            theirs = self.v(own, point.block)
+            found["norm_own"] = theirs.norm().item()
+            found["cosine_to_own"] = torch.cosine_similarity(v_hat, theirs, dim=0).item()
+        return found
+
+    def describe(self, vector: Vector, target: str, point: Point, method="contrans") -> dict:
+        """What harness.save_concept writes beside v_hat at a point."""
+        positive, _ = self.pairs(vector.concept, vector.model)
+        fitted = self.maps(vector, target, method).fit(point.source_block, point.block)
+        return {
+            "concept": vector.concept,
+            "source": vector.model,
+            "target": target,
+            "fingerprint": self.models.fingerprint(target),
+            "source_layer": point.source_block,
+            "layer": point.block,
+            "alpha": point.alpha,
+            "method": self.refine,
+            "map": method,
+            "pairs": len(positive),
+            "first_prompt": positive[0],
+            "fitted_on": fitted.n,
+            "r2": fitted.r2,
+            "cosine": fitted.cosine,
+        }
+
+    def pair_states(self, vector: Vector) -> list[torch.Tensor]:
+        """States [n, blocks, d] of a vector's positive and of its negative prompts."""
+        states, pairs = self.prompt_states(vector.model), self.pairs(vector.concept, vector.model)
+        return [torch.stack([states[text] for text in side]) for side in pairs]
+
+    def states_of_context(self, name: str, context: Context) -> dict[int, torch.Tensor]:
+        """{block: states [m, d] of all prompts of a model that are read in this context}."""
+        states = self.prompt_states(name)
+        states = torch.stack([states[text] for text in self.prompts(name, context)])
+        return dict(zip(self.blocks(name), states.unbind(1)))
+
+    def prompt_states(self, name: str) -> dict[str, torch.Tensor]:
+        """{prompt: states [blocks, d]} of all vectors of a model, which share many prompts."""
+        if name not in self.known_states:
+            texts = self.prompts(name)
+            states = hidden_states(self.models.load(name), texts, self.blocks(name))
+            self.known_states[name] = dict(zip(texts, states))
+        return self.known_states[name]
+
+    def prompts(self, name: str, context: Context | None = None) -> list[str]:
+        """The prompts of all vectors of a model, or of those that are read in one context."""
+        texts: dict[str, None] = {}
+        for vector in self.wanted:
+            if vector.model == name and context in (None, self.context(vector.concept, name)):
+                for side in self.pairs(vector.concept, name):
+                    texts |= dict.fromkeys(side)
+        return list(texts)
+
+    def v(self, vector: Vector, block: int) -> torch.Tensor:
+        """v [d] after a block of the model that it was refined in (Eq. 1)."""
+        self._read_models()
+        return self.refined[vector][block]
+
+    def maps(self, vector: Vector, target: str, method: str = "contrans"):
+        """The paper's maps, or for "contrans-local" those fitted where this vector is read."""
+        self._read_models()
+        if method == "contrans":
+            key = vector.base, target
+        else:
+            context = self.context(vector.concept, vector.model)
+            key = vector.model, vector.base, target, context
+        if key not in self.known_maps:
+            if method == "contrans":
+                x, y = self.plain[vector.base], self.plain[target]
+                self.known_maps[key] = AffineMaps(x, y, **self.map_options)
+            else:
+                near = self._read_near(vector, target, context)
+                self.known_maps[key] = LocalMaps(
+                    near, self.models.load(target), self.blocks(target)
+                )
+        return self.known_maps[key]
+
+    def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
+        """The near states of the source's base model, for each sample of text."""
+        size = self.map_options["n_sentences"]
+        names, others = [vector.base, target], context.others
+        samples = max(1, len(self.sentences) // size)
+        near = self.states_of_context(vector.model, context)
+        found = []
+        for sample in range(samples):
+            rows = sample_rows(len(self.sentences), size, sample)
+            plain = [self.sentences[row] for row in rows]
+            rows = sample_rows(len(others), len(others) // samples, sample)
+            own = context._replace(others=tuple(others[row] for row in rows))
+            pool = local_pool(self.models, names, own, plain, seed=sample)
+            model = self.models.load(vector.base)
+            found.append(near_states(model, pool, near, len(plain), seed=sample))
+        return found
+
+    def _read_models(self) -> None:
+        if self.refined:
+            return
+        mapped = {vector.base for vector in self.wanted} | set(self.targets)
+        for name in sorted(mapped | {vector.model for vector in self.wanted}):
+            model, blocks = self.models.load(name), self.blocks(name)
+            for vector in self.wanted:
+                if vector.model == name:
+                    if model.remote:  # no states travel
+                        pairs = self.pairs(vector.concept, name)
+                        v = concept_vector(model, *pairs, blocks, self.refine)
+                    else:
+                        v = refine(*self.pair_states(vector), self.refine)
+                    self.refined[vector] = dict(zip(blocks, v))
+            if name in mapped:
+                states = hidden_states(model, cut_ends(self.sentences), blocks)
+                self.plain[name] = dict(zip(blocks, states.unbind(1)))
