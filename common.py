@@ -37,7 +37,6 @@ from models import (
     spaced,
 )
 
-import numpy as np
 import torch
 
 # ================================================================ 1  Hidden states
@@ -76,10 +75,11 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
     parts = [None] * len(ids)
 
     def pack(batch):
+        rows = [ids[i] for i in batch]
         from_end = []  # positions counted from the end, for rows are padded on the left
-        for i in batch:
-            from_end.append([at - len(ids[i]) if at >= 0 else at for at in positions[i]])
-        return {"rows": [ids[i] for i in batch], "from_end": from_end}
+        for i, row in zip(batch, rows):
+            from_end.append([at if at < 0 else at - len(row) for at in positions[i]])
+        return {"rows": rows, "from_end": from_end}
 
     for batch, found in _each_batch(model, _state_reader, fixed, pack, list(map(len, ids))):
         counts = [len(positions[i]) for i in batch]
@@ -168,12 +168,12 @@ def concept_vector(
     if len(positive) != len(negative) or not positive:
         raise ValueError(f"need pairs; got {len(positive)} positives, {len(negative)} negatives")
     if not model.remote or method != "mean":
-        return refine(
-            hidden_states(model, positive, layers), hidden_states(model, negative, layers), method
-        )
+        positive_states = hidden_states(model, positive, layers)
+        negative_states = hidden_states(model, negative, layers)
+        return refine(positive_states, negative_states, method)
     ids = list(zip(_encode(model, positive), _encode(model, negative)))
     wanted = sorted(set(layers))
-    costs = [2 * max(len(one), len(other)) for one, other in ids]
+    costs = [2 * max(map(len, pair)) for pair in ids]
     total = torch.zeros(len(wanted), model.config.hidden_size, dtype=torch.float64)
     for batch, v in _each_batch(model, _pair_refiner, (wanted,), _rows_of(ids), costs):
         total += len(batch) * v.double()
@@ -225,7 +225,8 @@ class AffineMap:
             raise ValueError(f"v must be [..., {len(left)}], not {tuple(v.shape)}")
         v_hat = v.double() @ left @ right @ self.y  # Eq. 2: v F
         if self.length is not None:
-            v_hat *= self.length * v.norm(dim=-1, keepdim=True) / v_hat.norm(dim=-1, keepdim=True)
+            norm = self.length * v.norm(dim=-1, keepdim=True)
+            v_hat *= norm / v_hat.norm(dim=-1, keepdim=True)
         return v_hat.float()
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
@@ -257,10 +258,11 @@ def fit_affine(
     if n < 2:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
     _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
+    x_fit, y_fit = x[:n], y[:n]
     x_mean, y_mean = torch.zeros_like(x[0]), torch.zeros_like(y[0])
     if intercept:
-        x_mean, y_mean = x[:n].mean(0), y[:n].mean(0)
-    x_fit, y_fit = (x[:n] - x_mean, y[:n] - y_mean) if intercept else (x[:n], y[:n])
+        x_mean, y_mean = x_fit.mean(0), y_fit.mean(0)
+        x_fit, y_fit = x_fit - x_mean, y_fit - y_mean
     gram = x_fit @ x_fit.T if n < x.shape[1] else x_fit.T @ x_fit
     fitted = AffineMap(
         _pseudo_inverse(x_fit, gram, rcond, ridge),
@@ -272,7 +274,8 @@ def fit_affine(
     )
     if n == len(x):
         return fitted
-    r2, cosine = fit_quality(fitted.states(x[n:]), y[n:], y[:n].mean(0))
+    predicted = fitted.states(x[n:])
+    r2, cosine = fit_quality(predicted, y[n:], y[:n].mean(0))
     return replace(fitted, r2=r2, cosine=cosine)
 
 
@@ -289,7 +292,8 @@ def _pseudo_inverse(
         if factors is not None:
             return factors
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # Eq. 2
-    keep = s > s[0] * max(rcond, torch.finfo(s.dtype).eps * max(n, d))
+    zero = torch.finfo(s.dtype).eps * max(n, d)  # relative to the largest, in float64
+    keep = s > s[0] * max(rcond, zero)
     s_inverse = torch.where(keep, s / (s**2 + penalty), 0.0).nan_to_num(0.0)
     return vt.T * s_inverse, u.T
 
@@ -318,7 +322,8 @@ def fit_quality(
     """(R², cosine) of predicted states [n, d] against y, both about `mean` [d] of the training
     rows."""
     predicted, y = predicted.double() - mean, y.double() - mean
-    r2 = 1 - ((y - predicted) ** 2).sum() / (y**2).sum()
+    residual = y - predicted
+    r2 = 1 - (residual**2).sum() / (y**2).sum()
     cosine = torch.cosine_similarity(predicted, y, dim=1).mean()
     return r2.item(), cosine.item()
 
@@ -447,7 +452,8 @@ def score_labels(
     sums, greedy = _logprobs(model, heads, tails, transplants, share_heads=True)
     sums = sums.unflatten(1, (len(rows), len(words)))
     greedy = greedy.unflatten(1, (len(rows), len(words)))
-    said = torch.where(greedy.any(-1), greedy.int().argmax(-1), -1)
+    first_said = greedy.int().argmax(-1)
+    said = torch.where(greedy.any(-1), first_said, -1)
     return said, sums.argmax(-1)
 
 
@@ -510,8 +516,10 @@ def token_changes(
         losses.update((plain - moved).topk(10).indices.flatten().tolist())
     found = []
     for counts in (gains, losses):
-        tokens = counts.most_common()
-        found.append([(model.tokenizer.decode([token]).strip(), n) for token, n in tokens])
+        words = []
+        for token, n_texts in counts.most_common():
+            words.append((model.tokenizer.decode([token]).strip(), n_texts))
+        found.append(words)
     return tuple(found)
 
 
@@ -701,7 +709,8 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
     If the result has more rows than the inputs, the blocks up to the first steered one run once for
     all copies of a row. Returns the inputs of the unembedding at the nodes (rows, columns),
     [nodes, d], or the logits [nodes, vocabulary] if a model cannot unembed in pieces."""
-    copies = max(map(len, shifts.values()), default=0) // len(inputs["input_ids"])
+    rows_asked = max(map(len, shifts.values()), default=0)
+    copies = rows_asked // len(inputs["input_ids"])
     parting = min(shifts) if copies > 1 else None
     options = {"use_cache": False} if cache is None else {"past_key_values": cache}
     with torch.no_grad():
@@ -770,8 +779,7 @@ def _pack_trees(trees, pad_id: int, past: int, dtype):
         rows += [row] * (len(tokens) - last)
         columns += range(start + last, width)
     mask = (branches >= 0).long()
-    if past:
-        mask = torch.cat([torch.ones(len(trees), past, dtype=torch.long), mask], 1)
+    mask = torch.nn.functional.pad(mask, (past, 0), value=1)  # the prefix is never padding
     if branches.max() > 1:
         mask = _tree_mask(branches, past, dtype)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
@@ -782,24 +790,25 @@ def _tree_mask(branches: torch.Tensor, past: int, dtype) -> torch.Tensor:
     """[rows, 1, width, past + width]: 0 where a token may look, a very negative number elsewhere.
 
     A token sees the prefix, its head, and its own branch up to itself."""
-    n, width = branches.shape
+    width = branches.shape[1]
     query, key = branches[:, :, None], branches[:, None, :]
-    sees = (((key == 0) | (key == query)) & (key >= 0)).tril()
+    related = (key == 0) | (key == query)
+    sees = (related & (key >= 0)).tril()
     sees |= torch.eye(width, dtype=torch.bool)  # padding sees itself: softmax over nothing is NaN
-    sees = torch.cat([torch.ones(n, width, past, dtype=torch.bool), sees], 2)
+    sees = torch.nn.functional.pad(sees, (past, 0), value=True)
     mask = torch.zeros(sees.shape, dtype=dtype)
     return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def _repeat(value, copies: int):
     """An argument of a block (mask, positions …) with its rows repeated."""
-    if isinstance(value, torch.Tensor):
-        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 else value
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        return torch.cat([value] * copies)
     if isinstance(value, dict):
         return {name: _repeat(each, copies) for name, each in value.items()}
     if isinstance(value, tuple):
         return tuple(_repeat(each, copies) for each in value)
-    return value  # a KV cache, a flag
+    return value  # a KV cache, a flag, a tensor without rows
 
 
 def _kv_cache(blocks, filled: int):
@@ -811,8 +820,10 @@ def _kv_cache(blocks, filled: int):
     def extended(whole, new):
         end = filled + new.shape[2]
         if whole.shape[2] < end:
-            old, whole = whole, new.new_empty(*new.shape[:2], end, new.shape[3])
-            whole.unflatten(0, (len(old), -1))[:, :, :, :filled] = old[:, None]
+            rows, heads, _, size = new.shape
+            old, whole = whole, new.new_empty(rows, heads, end, size)
+            copies_of_old = whole.unflatten(0, (len(old), -1))
+            copies_of_old[:, :, :, :filled] = old[:, None]
         whole[:, :, filled:end] = new
         return whole[:, :, :end]
 
@@ -855,26 +866,30 @@ def _try_sharing(nn, width: int, exact: bool):
         return _unembed(nn, states, sharing)
 
     def from_cache(sharing):
-        pieces = [[first[:-1]], [second[:-1]]]
-        _, blocks = _read_prompts(nn, pieces, shifts, 2, sharing, room=0)
-        mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]] * 2)
+        prompts = [[first[:-1]], [second[:-1]]]
+        _, blocks = _read_prompts(nn, prompts, shifts, 2, sharing, room=0)
+        last = torch.tensor([first[-1], second[-1]]).repeat(2)
+        mask = torch.ones(4, 5, dtype=torch.long)
+        mask[[0, 2], 0] = 0  # `first` is a token shorter
         own = {block: shift.repeat_interleave(2, 0) for block, shift in shifts.items()}
-        logits = _read_tokens(nn, torch.tensor([6, 8, 6, 8]), mask, own, sharing, blocks)
+        logits = _read_tokens(nn, last, mask, own, sharing, blocks)
         return logits.unflatten(0, (2, 2))
 
     def from_branches(sharing):
-        tree = (first[:3], [first[3:] + [9], second[3:] + [9]])
+        tails = [[*whole[3:], 9] for whole in (first, second)]
+        tree = (first[:3], tails)
         return at_once(sharing, [tree])[:, [1, 3]]  # the last token of each tail
 
     def attempt():
         plain = at_once((False, False, False, False))
+        tolerance = (1e-3 if exact else 0.1) * plain.std()
 
         def agrees(compute, *sharing) -> bool:
             try:
                 logits = compute(sharing)
             except Exception:  # whatever this architecture raises
                 return False
-            return bool((logits - plain).abs().max() <= (1e-3 if exact else 0.1) * plain.std())
+            return bool((logits - plain).abs().max() <= tolerance)
 
         blocks = agrees(at_once, True, False, False, False)
         return (
@@ -905,7 +920,8 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
         costs.append(max(own, (past + own) / CACHED_PER_COMPUTED))
 
     def pack(batch):
-        return {"trees": [(trees[i][0][past:], trees[i][1]) for i in batch]}
+        some = [trees[i] for i in batch]
+        return {"trees": [(head[past:], tails) for head, tails in some]}
 
     copy = reduce and sharing[0] and sharing[3]  # else all logits of the copies are in memory
     for members, weight in _groups(model, transplants, max(costs), copy):
@@ -1020,9 +1036,9 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
     for i, (head, tail) in enumerate(zip(heads, tails)):
         tree = open_trees.get(tuple(head)) if share_heads else None
         if tree is not None:
-            size = sum(len(other) - 1 for other in trees[tree][1]) + len(tail) - 1
-            whole = [(head, [*trees[tree][1], tail])]
-            fits = all(_fits_window(model, whole) for model in models)
+            together = [*trees[tree][1], tail]
+            size = sum(len(each) - 1 for each in together)
+            fits = all(_fits_window(model, [(head, together)]) for model in models)
             if size and not (branching and fits and size <= BRANCH_TOKENS):
                 tree = None
         if tree is None:
@@ -1036,12 +1052,14 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
 
 def _logits(model: Model, trees: list, transplants=(BASE,)) -> torch.Tensor:
     """Logits at all nodes of the trees, in their order: [transplants, nodes, vocabulary]."""
-    ends = np.cumsum([1 + sum(len(tail) - 1 for tail in tails) for _, tails in trees]).tolist()
-    nodes = [range(*each) for each in zip([0, *ends], ends)]  # of each tree
+    nodes, end = [], 0  # of each tree
+    for _, tails in trees:
+        start, end = end, end + 1 + sum(len(tail) - 1 for tail in tails)
+        nodes.append(range(start, end))
     result = torch.empty(0)
     for members, batch, logits in _scores(model, trees, list(transplants), reduce=False):
         if not len(result):
-            result = torch.empty(len(transplants), ends[-1], logits.shape[-1])
+            result = torch.empty(len(transplants), end, logits.shape[-1])
         result[members, [node for i in batch for node in nodes[i]]] = logits.cpu()
     return result
 
@@ -1081,7 +1099,8 @@ def _written(model: Model, rows, transplants, eft, options: tuple, uniform):
 
         def pack(batch, copies=copies):
             # As many rows as are computed at once are fewer than those whose tokens are kept.
-            size = max(1, int(model.batch_tokens // (copies * len(rows[batch[0]]))))
+            longest = copies * len(rows[batch[0]])
+            size = max(1, int(model.batch_tokens // longest))
             pieces = [batch[first : first + size] for first in range(0, len(batch), size)]
             return {
                 "pieces": [[rows[i] for i in piece] for piece in pieces],
@@ -1103,13 +1122,15 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
     max_new_tokens, *sampling = options
     ends = _end_tokens(nn)
     models = [(1, nn, shifts, sharing)]
-    models += [(sign, each, {}, its) for sign, (each, its) in zip((1, -1), small)]
+    for sign, (each, its) in zip((1, -1), small):
+        models.append((sign, each, {}, its))
 
     def write(pieces, uniform):
         lengths = torch.tensor([len(row) for piece in pieces for row in piece])
         n, width = len(lengths), max(lengths)
         alive = torch.arange(copies * n)  # rows that have not ended, copy after copy
-        mask = (torch.arange(width) >= width - lengths.repeat(copies)[:, None]).long()
+        padding = width - lengths.repeat(copies)
+        mask = (torch.arange(width) >= padding[:, None]).long()
         new_tokens = torch.full((copies * n, max_new_tokens), -1)
         scores, caches = [], []
         for _, each, own, its in models:
@@ -1158,7 +1179,8 @@ def _read_prompts(nn, pieces, shifts: dict, copies: int, sharing: tuple, room: i
 
     def join(parts):
         _, heads, _, size = parts[0].shape
-        whole = parts[0].new_zeros(copies, sum(map(len, pieces)), heads, width + room, size)
+        rows = sum(map(len, pieces))
+        whole = parts[0].new_zeros(copies, rows, heads, width + room, size)
         start = 0
         for part, piece in zip(parts, pieces):
             end = start + len(piece)
@@ -1196,7 +1218,8 @@ def _choose(logits, uniform, temperature: float, top_p: float):
     logits = TopPLogitsWarper(top_p)(None, logits)
     mass = logits.softmax(-1).cumsum(-1)
     wanted = uniform[:, None].to(mass) * mass[:, -1:]
-    return torch.searchsorted(mass, wanted, right=True)[:, 0].clamp(max=mass.shape[1] - 1).cpu()
+    token = torch.searchsorted(mass, wanted, right=True)[:, 0]
+    return token.clamp(max=mass.shape[1] - 1).cpu()
 
 
 def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, uniform):
@@ -1208,8 +1231,10 @@ def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, uni
         alive = torch.arange(len(rows))
         new_tokens = torch.full((len(rows), max_new_tokens), -1)
         for step in range(max_new_tokens):
-            whole = [[*rows[i], *new_tokens[i, :step].tolist()] for i in alive]
-            trees = [(row, []) for row in whole]
+            trees = []
+            for i in alive:
+                whole = [*rows[i], *new_tokens[i, :step].tolist()]
+                trees.append((whole, []))
             [logits] = _logits(model, trees, [transplant])
             for sign, small in zip((1, -1), eft):
                 logits = _add_logits(logits, sign, _logits(small, trees)[0])
@@ -1285,7 +1310,13 @@ def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
 
 def _count_pairs(model: Model, layers):
     read = _count_states(model, layers, {}, False)
-    return lambda rows: refine(*(read(side, [[-1]] * len(rows)) for side in zip(*rows)))
+
+    def refine_batch(rows):
+        last = [[-1]] * len(rows)
+        positive, negative = zip(*rows)
+        return refine(read(positive, last), read(negative, last))
+
+    return refine_batch
 
 
 def _count_scores(model: Model, prefix, shifts, copies: int, sharing, reduce: bool):
@@ -1311,11 +1342,14 @@ def _count_texts(model: Model, shifts, copies: int, sharing, options: tuple, sma
     def write(pieces, uniform):
         rows = [row for piece in pieces for row in piece]
         sizes = list(map(len, rows))
-        for each, own in [(model, shifts), *((each, {}) for each, _ in small)]:
+        steered = [(model, shifts)]
+        plain = [(each, {}) for each, _ in small]
+        for each, own in steered + plain:
             each.cost.add_pass(sizes, 0, own, copies if own else 1, len(rows))
             read = copies * len(rows) * (count - 1)  # one by one, the last is not read
             each.cost.add(read, max(sizes) + count / 2, slice(None), read)
-        return torch.tensor([(row * count)[:count] for row in rows]).repeat(copies, 1)
+        written = [(row * count)[:count] for row in rows]
+        return torch.tensor(written).repeat(copies, 1)
 
     return write
 

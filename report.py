@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -54,11 +55,13 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
         items["values"] = list(values)
         low, high = _bootstrap(values)
     for found in items.values():
-        fields |= {"value": float(np.mean(found)), "low": low, "high": high, "n": len(found)}
+        fields["value"] = float(np.mean(found))
+        fields |= {"low": low, "high": high, "n": len(found)}
     if units is not None:
         fields |= {"units": len(set(units)), "item_low": low, "item_high": high}
-        ends = _cluster_bootstrap(found, units)  # of no width where all units are alike
-        fields |= {"low": min(low, ends[0]), "high": max(high, ends[1])}
+        unit_low, unit_high = _cluster_bootstrap(found, units)  # equal where all units are alike
+        fields["low"] = min(low, unit_low)
+        fields["high"] = max(high, unit_high)
     unknown = set(fields) - set(RECORD)
     if unknown:
         raise ValueError(f"unknown record fields {sorted(unknown)}")
@@ -67,7 +70,15 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
 
 def select(records: list[dict], **match) -> list[dict]:
     """The records whose fields have these values."""
-    return [each for each in records if all(each[key] == value for key, value in match.items())]
+    found = records
+    for field, value in match.items():
+        found = [each for each in found if each[field] == value]
+    return list(found)
+
+
+def of_kind(records: list[dict], *kinds: str) -> list[dict]:
+    """The records of controls whose variant begins with one of `kinds`."""
+    return [each for each in records if (each["variant"] or "").startswith(kinds)]
 
 
 def pool(records: list[dict], field: str, name: str) -> list[dict]:
@@ -88,12 +99,15 @@ def pool(records: list[dict], field: str, name: str) -> list[dict]:
 def spread(records: list[dict], variant: str) -> dict:
     """Merge several records (random directions, maps) into one: mean, lowest, highest, number."""
     values = [each["value"] for each in records]
-    about = {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
-    about |= dict.fromkeys(("units", "item_low", "item_high", "paper"))
-    return records[0] | about | {"n": len(values), "variant": variant}
+    merged = records[0] | dict.fromkeys(("units", "item_low", "item_high", "paper"))
+    merged |= {"low": min(values), "high": max(values), "n": len(values)}
+    merged["value"] = float(np.mean(values))
+    return merged | {"variant": variant}
 
 
 # ================================================================ 2  Statistics
+
+RESAMPLES = 2000  # of a bootstrap
 
 
 def _wilson(successes: int, n: int) -> tuple[float, float]:
@@ -109,8 +123,10 @@ def _wilson(successes: int, n: int) -> tuple[float, float]:
 def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
     """95 % interval of a mean, by resampling the items."""
     values = np.asarray(values, float)
-    draws = np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))
-    return tuple(np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist())
+    n = len(values)
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    means = values[draws].mean(1)
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
 def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
@@ -118,7 +134,8 @@ def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
     names, unit_of = np.unique(np.asarray(units, str), return_inverse=True)
     sums = np.bincount(unit_of, np.asarray(values, float))
     sizes = np.bincount(unit_of)
-    draws = np.random.default_rng(seed).integers(0, len(names), (2000, len(names)))
+    n = len(names)
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
     means = sums[draws].sum(1) / sizes[draws].sum(1)
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
@@ -128,31 +145,36 @@ def mcnemar(before, after) -> float:
     from scipy.stats import binomtest
 
     before, after = np.asarray(before, bool), np.asarray(after, bool)
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    gained = int((after & ~before).sum())
+    lost = int((before & ~after).sum())
+    if gained + lost == 0:
+        return 1.0
+    return float(binomtest(gained, gained + lost).pvalue)
 
 
 def holm(p_values: list[float]) -> list[float]:
     """p values corrected for multiple testing (Holm's step-down procedure)."""
-    order = np.argsort(p_values)
     corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+    for rank, i in enumerate(np.argsort(p_values)):
+        p = p_values[i] * (len(p_values) - rank)
+        highest = max(highest, min(1.0, p))
         corrected[i] = highest
     return corrected
 
 
 def rank_p(value: float, null: list[float]) -> float:
     """One-sided p of a value among draws of its null; never 0."""
-    return (1 + sum(other >= value for other in null)) / (1 + len(null))
+    as_high = sum(other >= value for other in null)
+    return (1 + as_high) / (1 + len(null))
 
 
 def paired_gain(ours: dict, other: dict) -> dict[str, float]:
     """Mean difference of two records over the same items, with a 95 % interval."""
-    kind = "values" if "values" in ours else "hits"
-    difference = np.subtract(ours[kind], other[kind], dtype=float)
+    items = "values" if "values" in ours else "hits"
+    difference = np.subtract(ours[items], other[items], dtype=float)
     low, high = _bootstrap(difference)
-    return {"value": float(difference.mean()), "low": low, "high": high, "n": len(difference)}
+    mean = float(difference.mean())
+    return {"value": mean, "low": low, "high": high, "n": len(difference)}
 
 
 # ================================================================ 3  Controls
@@ -213,8 +235,8 @@ def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
     """The records at the alpha of their method, and the controls that chose their own alpha."""
     found = []
     for each in records:
-        chose = (each["variant"] or "").startswith("own-α")
-        if chose or each["alpha"] == alphas.get(each["method"], each["alpha"]):
+        chosen = alphas.get(each["method"], each["alpha"])
+        if each["alpha"] == chosen or of_kind([each], "own-α"):
             found.append(each)
     return found
 
@@ -229,13 +251,12 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
         if same:
             shown += select(records, method=method, variant=FLUENT)
         same = [each for each in same if each["variant"] != FLUENT]
-        controls = [each for each in same if each["variant"]]
         for kind in VARIANTS:
-            found = [each for each in controls if each["variant"].startswith(kind)]
+            found = of_kind(same, kind)
             if kind == "map" and found:
                 found += select(same, variant=None)
-            is_one = len(found) == 1 and kind not in ("random", "own-α permuted", "permuted")
-            if is_one:
+            is_drawn = kind in ("random", "own-α permuted", "permuted")
+            if len(found) == 1 and not is_drawn:
                 shown += found
             elif found:
                 shown.append(spread(found, kind))
@@ -249,54 +270,67 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
     A vector holds if it beats both no vector and its strongest control with p < 0.05. That control
     is the best of its random directions, other concepts' vectors, shuffled maps and vectors of
     permuted labels that chose their own alpha."""
-    lines, has_null, sign = [], False, -1 if lower else 1
+    sign = -1 if lower else 1
+    lines, nulls = [], []
     for target, (records, alphas) in targets.items():
         here = at_strength(records, alphas)
-        [base] = select(here, method="base", variant=None)
-        own = select(here, method="self-align", variant=None)
-        parts = [f"{label(each)} {_percent(each)}" for each in own]
-        failed, above = [], []  # vectors of several sources that do not hold; their controls
-        last = None  # the control that was mentioned last
-        for ours in select(here, variant=None):
-            same = select(here, method=ours["method"])
-            same = [e for e in same if e["source"] in (None, ours["source"])]
-            controls = [e for e in same if (e["variant"] or "").startswith(CONTROLS)]
-            null = [e["value"] for e in same if (e["variant"] or "").startswith("permuted ")]
-            has_null = has_null or bool(null)
-            if controls and ours not in own:
-                strongest = max(controls, key=lambda each: sign * each["value"])
-                name, judged = label(ours), _judge(ours, base, strongest, null, sign)
-                if len(select(here, method=ours["method"], variant=None)) > 1:
-                    name += f" of {Path(ours['source']).name}"
-                    if "**holds**" not in judged:
-                        failed.append(f"{name} {_percent(ours)}")
-                        above.append(strongest)
-                        continue
-                parts.append(f"{name} {judged}")
-                if strongest is not last:
-                    control = strongest["variant"]
-                    parts[-1] += f" (its strongest control, {control}: {_percent(strongest)})"
-                last = strongest
-        if failed:
-            strongest = max(above, key=lambda each: sign * each["value"])
-            control = f"strongest control, {strongest['variant']}: {_percent(strongest)}"
-            parts.append(f"{', '.join(failed)} **do not hold** ({control})")
-        lines.append(f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}.")
+        lines.append(_verdict_line(target, here, sign))
+        nulls += of_kind(here, "permuted ")
     rule = "better than no vector and than its strongest control, both at p < 0.05 (McNemar)"
-    if has_null:
+    if nulls:
         rule += ", and than vectors of permuted labels at p < 0.05 (rank)"
     return "\n".join([*lines, f"\nA vector holds if it is {rule}. These p follow its rate."])
 
 
+def _verdict_line(target: str, records: list[dict], sign: int) -> str:
+    """The verdicts on all vectors of one target, records at the alpha chosen for each method."""
+    [base] = select(records, method="base", variant=None)
+    own = select(records, method="self-align", variant=None)
+    parts = [f"{label(each)} {_percent(each)}" for each in own]
+    failed = []  # of several sources, those whose vectors do not hold: they share one sentence
+    controls_of_failed = []
+    last = None  # the control that was mentioned last
+    for ours in select(records, variant=None):
+        of_method = select(records, method=ours["method"])
+        same = [each for each in of_method if each["source"] in (None, ours["source"])]
+        controls = of_kind(same, *CONTROLS)
+        if ours in own or not controls:
+            continue
+        strongest = max(controls, key=lambda each: sign * each["value"])
+        null = [each["value"] for each in of_kind(same, "permuted ")]
+        judged = _judge(ours, base, strongest, null, sign)
+        name = label(ours)
+        if len(select(of_method, variant=None)) > 1:
+            name += f" of {Path(ours['source']).name}"
+            if "**holds**" not in judged:
+                failed.append(f"{name} {_percent(ours)}")
+                controls_of_failed.append(strongest)
+                continue
+        part = f"{name} {judged}"
+        if strongest is not last:
+            part += f" (its strongest control, {strongest['variant']}: {_percent(strongest)})"
+        parts.append(part)
+        last = strongest
+    if failed:
+        strongest = max(controls_of_failed, key=lambda each: sign * each["value"])
+        control = f"strongest control, {strongest['variant']}: {_percent(strongest)}"
+        parts.append(f"{', '.join(failed)} **do not hold** ({control})")
+    return f"- **{target}**, {_percent(base)} without a vector: {'; '.join(parts)}."
+
+
 def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int) -> str:
     """The verdict on one vector and its strongest control; sign -1: lower is better."""
-    p_base, p_control = [_p_value(each["hits"], ours["hits"]) for each in (base, strongest)]
+    p_base = _p_value(base["hits"], ours["hits"])
+    p_control = _p_value(strongest["hits"], ours["hits"])
     p_null = rank_p(ours["value"], null) if null else 0.0
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
     above = sign * (ours["value"] - strongest["value"]) > 0 and max(p_control, p_null) < 0.05
-    outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
-    outcome = "**holds**" if above else outcome
-    outcome = outcome if moved else "**does not move it**"
+    if not moved:
+        outcome = "**does not move it**"
+    elif not above:
+        outcome = f"**is not {'above' if sign > 0 else 'below'} the controls**"
+    else:
+        outcome = "**holds**"
     text = f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
     return f"{text}, permuted {p_null:.2g}" if null else text
 
@@ -307,7 +341,9 @@ def _p_value(before, after) -> float:
 
     if len(before) == len(after):
         return mcnemar(before, after)
-    counts = [[sum(hits), len(hits) - sum(hits)] for hits in (before, after)]
+    counts = []
+    for hits in (before, after):
+        counts.append([sum(hits), len(hits) - sum(hits)])
     return float(fisher_exact(counts).pvalue)
 
 
@@ -319,7 +355,8 @@ def summary(title: str, targets: dict[str, tuple[list[dict], dict[str, float]]])
     """The records of the verdict as a table: methods and controls, one column per target."""
     shown = []
     for target, (records, alphas) in targets.items():
-        shown += [each | {"target": target} for each in beside_controls(records, alphas)]
+        for each in beside_controls(records, alphas):
+            shown.append(each | {"target": target})
     return f"{title}\n\n{pivot(shown, label, 'target')}"
 
 
@@ -336,8 +373,8 @@ def effect_notes(
             p_values[label(each)] = mcnemar(base["hits"], each["hits"])
         if each["variant"] in ("random", "own-α permuted", "permuted"):
             same = at_strength(select(records, method=each["method"]), alphas)
-            kind = each["variant"] + " "
-            values = [sign * e["value"] for e in same if (e["variant"] or "").startswith(kind)]
+            null = of_kind(same, each["variant"] + " ")
+            values = [sign * other["value"] for other in null]
             [ours] = select(same, variant=None)
             p = rank_p(sign * ours["value"], values)
             name = METHODS[each["method"]]
@@ -363,11 +400,16 @@ def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, note
     cells: dict = {}
     for each in records:
         cells.setdefault(row_of(each), {})[column_of(each)] = cell(each)
-    lines = [[name, *(found.get(head, "") for head in heads)] for name, found in cells.items()]
-    lines += [[name, reason, *[""] * (len(heads) - 1)] for name, reason in missing.items()]
+    for name, reason in missing.items():
+        cells[name] = {heads[0]: reason}
     if notes:
-        lines = [[*line, notes.get(line[0], "")] for line in lines]
-    return markdown(["", *heads, *([""] if notes else [])], lines)
+        heads.append("")
+        for name, found in cells.items():
+            found[""] = notes.get(name, "")
+    lines = []
+    for name, found in cells.items():
+        lines.append([name, *(found.get(head, "") for head in heads)])
+    return markdown(["", *heads], lines)
 
 
 def cell(each: dict | None) -> str:
@@ -378,8 +420,8 @@ def cell(each: dict | None) -> str:
     scale, digits = (100, 1) if is_rate else (1, 2)
     text = f"{scale * each['value']:.{digits}f}"
     if each["low"] is not None:
-        ends = [f"{scale * each[end]:.{0 if is_rate else digits}f}" for end in ("low", "high")]
-        text += f" [{', '.join(ends)}]"
+        low, high = scale * each["low"], scale * each["high"]
+        text += f" [{low:.0f}, {high:.0f}]" if is_rate else f" [{low:.2f}, {high:.2f}]"
     if each["paper"] is not None:
         text += f" ({scale * each['paper']:.{digits}f})"
     return text
@@ -387,8 +429,12 @@ def cell(each: dict | None) -> str:
 
 def markdown(header: list[str], rows: list[list]) -> str:
     """A Markdown table. Cells are plain text: Markdown in them is escaped."""
-    rows = [[re.sub(r"([|*`<\\])", r"\\\1", str(cell)) for cell in row] for row in rows]
-    rows = [[re.sub(r"\s*\n\s*", " ", cell) for cell in row] for row in rows]
+
+    def plain(cell) -> str:
+        escaped = re.sub(r"([|*`<\\])", r"\\\1", str(cell))
+        return re.sub(r"\s*\n\s*", " ", escaped)
+
+    rows = [[plain(cell) for cell in row] for row in rows]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
@@ -451,7 +497,9 @@ _LOOKS = {  # colour, marker and line, different in grey too
     "contrans": "#2166ac s --",
     "contrans-local": "#1b7837 o -",
 }
-LOOK = {name: dict(zip(("color", "marker", "ls"), _LOOKS[name].split())) for name in _LOOKS}
+LOOK = {}  # options of matplotlib
+for _name, _look in _LOOKS.items():
+    LOOK[_name] = dict(zip(("color", "marker", "ls"), _look.split()))
 
 
 def new_figure(**size):
@@ -477,8 +525,9 @@ def shades(count: int) -> list:
 
 def draw_curve(axis, x, records: list[dict], name: str, **style) -> None:
     """Values of records over x, and their intervals or ranges as a band."""
-    value, low, high = [[each[key] for each in records] for key in ("value", "low", "high")]
-    axis.plot(x, value, label=name, **style)
+    low = [each["low"] for each in records]
+    high = [each["high"] for each in records]
+    axis.plot(x, [each["value"] for each in records], label=name, **style)
     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
 
 
@@ -493,18 +542,16 @@ def draw_strength(records: list[dict], points: dict, **axes):
         mine = select(records, method=method, source_block=point[0], block=point[1])
         mine = sorted(mine, key=lambda each: each["alpha"])
         curve = [base, *select(mine, variant=None)]
-        draw_curve(axis, [e["alpha"] for e in curve], curve, METHODS[method], **LOOK[method])
-        highest: dict = {}
-        for each in mine:
-            if (each["variant"] or "").startswith("random "):
-                highest.setdefault(each["alpha"], []).append(each["value"])
+        alphas = [each["alpha"] for each in curve]
+        draw_curve(axis, alphas, curve, METHODS[method], **LOOK[method])
+        highest: dict = {}  # of the random directions, for each alpha
+        for each in of_kind(mine, "random "):
+            alpha = each["alpha"]
+            highest[alpha] = max(each["value"], highest.get(alpha, -math.inf))
         if len(highest) > 1:
-            look = LOOK[method] | {
-                "ls": ":",
-                "marker": ".",
-                "label": "its highest random direction",
-            }
-            axis.plot(list(highest), [max(found) for found in highest.values()], **look)
+            look = LOOK[method] | {"ls": ":", "marker": "."}
+            name = "its highest random direction"
+            axis.plot(list(highest), list(highest.values()), label=name, **look)
         if point[2]:
             axis.axvline(point[2], color=LOOK[method]["color"], lw=0.5)
     for method in METHODS:
@@ -521,29 +568,36 @@ def draw_grid(title: str, grid: list[dict], others: list[dict], best):
     """A figure: a validation grid, blocks by strengths, the chosen point framed.
 
     others: what stands in brackets at the same points. best: (source block, block, alpha)."""
-    points = [(e["source_block"], e["block"], e["alpha"]) for e in [*grid, *others]]
-    pairs = sorted({point[:2] for point in points})
-    alphas = sorted({point[2] for point in points})
+    from matplotlib.patches import Rectangle
+
+    tried = [*grid, *others]
+    pairs = sorted({(each["source_block"], each["block"]) for each in tried})
+    alphas = sorted({each["alpha"] for each in tried})
     shown = np.full((len(pairs), len(alphas)), np.nan)
     texts: dict = {}
-    for each, point in zip([*grid, *others], points):
-        cell = pairs.index(point[:2]), alphas.index(point[2])
+    for each in tried:
+        row = pairs.index((each["source_block"], each["block"]))
+        column = alphas.index(each["alpha"])
         value = each["value"]
         text = f"×{value:.2f}" if value < 10 else f"×{value:.0f}"
-        text = f"{100 * value:.0f}" if each["metric"] in RATES else text
-        if len(texts.setdefault(cell, [])) or each["metric"] != grid[0]["metric"]:
+        if each["metric"] in RATES:
+            text = f"{100 * value:.0f}"
+        in_cell = texts.setdefault((row, column), [])
+        if in_cell or each["metric"] != grid[0]["metric"]:
             text = f"({text})"
         else:
-            shown[cell] = value
-        texts[cell].append(text)
+            shown[row, column] = value
+        in_cell.append(text)
     size = (max(COLUMN, 0.8 + 0.66 * len(alphas)), 0.9 + 0.28 * len(pairs))
     figure, axis = new_figure(figsize=size)
-    axis.imshow(shown, cmap="Greys", vmin=0, vmax=2 * np.nanmax(shown, initial=0.01), aspect="auto")
+    lightest_half = 2 * np.nanmax(shown, initial=0.01)  # black text stays legible
+    axis.imshow(shown, cmap="Greys", vmin=0, vmax=lightest_half, aspect="auto")
     for (y, x), text in texts.items():
         axis.text(x, y, " ".join(text), ha="center", va="center", fontsize=7)
-    x, y = alphas.index(best[2]), pairs.index(tuple(best[:2]))
-    frame = {"fill": False, "lw": 1.5, "clip_on": False, "zorder": 3}
-    axis.add_patch(figure.patch.__class__((x - 0.5, y - 0.5), 1, 1, **frame))
+    x = alphas.index(best[2])
+    y = pairs.index(tuple(best[:2]))
+    frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=1.5, clip_on=False, zorder=3)
+    axis.add_patch(frame)
     ticks = {"xticks": range(len(alphas)), "yticks": range(len(pairs))}
     names = {"xticklabels": [f"{alpha:g}" for alpha in alphas]}
     names["yticklabels"] = ["{} → {}".format(*pair) for pair in pairs]

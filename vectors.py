@@ -62,8 +62,12 @@ def plain_texts(path: Path, models: Models, names: list[str], count: int) -> lis
 
 def cut_ends(texts: list[str]) -> list[str]:
     """Each text without its last 2 to 4 words, as the paper's map reads it (released code)."""
-    drop = np.random.RandomState(42)
-    return [" ".join(text.split()[: -drop.randint(2, 5)]) for text in texts]
+    draw = np.random.RandomState(42)
+    cut = []
+    for text in texts:
+        words = text.split()[: -draw.randint(2, 5)]
+        cut.append(" ".join(words))
+    return cut
 
 
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
@@ -99,7 +103,8 @@ class _Maps:
         if key not in self.known:
             x, y = [states[:n] for states in self.states(source_block, block, sample)]
             if shuffled:
-                y = y[random.Random(sample).sample(range(len(y)), len(y))]
+                order = random.Random(sample).sample(range(len(y)), len(y))
+                y = y[order]
             self.known[key] = self.fitted(x, y)
         return self.known[key]
 
@@ -314,15 +319,23 @@ def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
     """For each text {character offset where a token ends: index of the token}."""
     encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     found = []
-    for offsets in encoded.offset_mapping:  # special tokens are empty
-        found.append({end: i for i, (start, end) in enumerate(offsets) if end > start})
+    for offsets in encoded.offset_mapping:  # of special tokens they are empty
+        token_at = {}
+        for i, (start, end) in enumerate(offsets):
+            if end > start:
+                token_at[end] = i
+        found.append(token_at)
     return found
 
 
 def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
     """For each text the character offsets where a token of every tokenizer ends."""
-    ends = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
-    return [sorted(set(first).intersection(*others)) for first, *others in zip(*ends)]
+    of_tokenizers = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
+    shared = []
+    for ends in zip(*of_tokenizers):  # of one text
+        everywhere = set.intersection(*map(set, ends))
+        shared.append(sorted(everywhere))
+    return shared
 
 
 def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
@@ -374,7 +387,8 @@ def random_directions(v: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 def rescale(direction: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """`direction` [..., d] with the norm of v [..., d]."""
-    return direction / direction.norm(dim=-1, keepdim=True) * v.norm(dim=-1, keepdim=True)
+    unit = direction / direction.norm(dim=-1, keepdim=True)
+    return unit * v.norm(dim=-1, keepdim=True)
 
 
 def control_directions(
@@ -436,7 +450,9 @@ class Vectors:
     to fit maps between base models on. maps: options of AffineMaps."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
-        self.models, self.wanted, self.targets = models, list(dict.fromkeys(wanted)), list(targets)
+        self.models = models
+        self.wanted = list(dict.fromkeys(wanted))
+        self.targets = list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
@@ -504,9 +520,12 @@ class Vectors:
         the cosine of v_hat with the target's own vector."""
         blocks = point.source_block, point.block
         v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
-        streams = self.plain[vector.base][blocks[0]], self.plain[target][blocks[1]]
+        streams = {
+            "stream_source": self.plain[vector.base][point.source_block],
+            "stream_target": self.plain[target][point.block],
+        }
         found = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
-        for name, states in zip(("stream_source", "stream_target"), streams):
+        for name, states in streams.items():
             found[name] = states.norm(dim=1).mean().item()
         if where_read:
             fitted = self.maps(vector, target, method).fit(*blocks)
@@ -541,13 +560,14 @@ class Vectors:
 
     def pair_states(self, vector: Vector) -> list[torch.Tensor]:
         """States [n, blocks, d] of a vector's positive and of its negative prompts."""
-        states, pairs = self.prompt_states(vector.model), self.pairs(vector.concept, vector.model)
-        return [torch.stack([states[text] for text in side]) for side in pairs]
+        states = self.prompt_states(vector.model)
+        positive, negative = self.pairs(vector.concept, vector.model)
+        return [torch.stack([states[text] for text in side]) for side in (positive, negative)]
 
     def states_of_context(self, name: str, context: Context) -> dict[int, torch.Tensor]:
         """{block: states [m, d] of all prompts of a model that are read in this context}."""
-        states = self.prompt_states(name)
-        states = torch.stack([states[text] for text in self.prompts(name, context)])
+        known = self.prompt_states(name)
+        states = torch.stack([known[text] for text in self.prompts(name, context)])
         return dict(zip(self.blocks(name), states.unbind(1)))
 
     def prompt_states(self, name: str) -> dict[str, torch.Tensor]:
