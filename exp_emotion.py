@@ -69,6 +69,7 @@ from report import (
     map_table,
     markdown,
     new_figure,
+    of_kind,
     pivot,
     pool,
     record,
@@ -137,7 +138,8 @@ def emotion_options(parser) -> None:
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
-    if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
+    words = {word for word in args.labels if word.strip()}
+    if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
     if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
         fail("--protocol paper has few-shot examples of the paper's emotions only")
@@ -219,8 +221,13 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
     examples = []
     for emotion, text in data.shots if shots else []:
-        examples.append(shot.replace("{label}", words[emotion]).replace("{scenario}", text))
-    return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
+        example = shot.replace("{label}", words[emotion])
+        examples.append(example.replace("{scenario}", text))
+    asked = []
+    for text in texts:
+        question = args.template.replace("{scenario}", text)
+        asked.append("\n".join([*examples, question]))
+    return asked
 
 
 def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
@@ -228,13 +235,17 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
     n = min(len(positive), len(negative), int(count or args.pairs))
-    return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
+    asked = prompts(args, data, positive[:n] + negative[:n], shots=False)
+    return asked[:n], asked[n:]
 
 
 def read_context(args, data: Data) -> Context:
     """Where the emotions are read: the template, and the scenarios that make the vectors."""
-    texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
-    return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
+    template = args.template.replace("{scenario}", "{text}")
+    texts: dict[str, None] = {}  # each once, in order
+    for each in data.emotions.values():
+        texts |= dict.fromkeys([*each.positive, *each.negative])
+    return Context((template,), tuple(texts))
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
@@ -252,7 +263,10 @@ def named(model, args, data: Data, part: str, emotion: str, transplants) -> list
     asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
     answers = score_labels(model, asked, args.labels, transplants)
     said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]
-    return [{"token_acc": one, "logit_acc": other} for one, other in zip(said, preferred)]
+    hits = []
+    for token_acc, logit_acc in zip(said, preferred):
+        hits.append({"token_acc": token_acc, "logit_acc": logit_acc})
+    return hits
 
 
 # ---------------------------------------------------------------- refine, map
@@ -426,11 +440,11 @@ class Lab:
                 arms.append((method, f"random {r}", best, emotion, self.move(other, method)))
         moves = [move for *_, move in arms]
         values, tokens = perplexity(self.model, cut_ends(self.sentences)[-50:], moves)
-        names = ("method", "variant", "alpha", "concept")
         about = {"metric": "perplexity", "part": "plain sentences", "n": tokens}
         records = []
-        for arm, value in zip(arms, values.tolist()):
-            records.append(self.record(value=value, **dict(zip(names, arm)), **about))
+        for (method, variant, alpha, emotion, _), value in zip(arms, values.tolist()):
+            what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
+            records.append(self.record(value=value, **what, **about))
         return records
 
     def measure_maps(self) -> list[dict]:
@@ -508,7 +522,8 @@ class Lab:
         """Table 8: emotion, and the tokens among the ten that gain and lose most, with counts."""
         rows, method = [], map_methods(self.args)[-1]
         for emotion in EMOTIONS:
-            asked = prompts(self.args, self.data, self.data.emotions[emotion].test, shots=True)
+            test = self.data.emotions[emotion].test
+            asked = prompts(self.args, self.data, test, shots=True)
             move = self.move(self.direction(emotion, method), method)
             changes = token_changes(self.model, asked, self.points[method].block, move)
             cells = []
@@ -561,7 +576,8 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
                 loss = torch.nn.functional.mse_loss(layer(x[rows]), y[rows])
                 loss.backward()
                 optimizer.step()
-    quality = fit_quality(layer(x[n:]).detach(), y[n:], y[:n].double().mean(0))
+    predicted = layer(x[n:]).detach()
+    quality = fit_quality(predicted, y[n:], y[:n].double().mean(0))
     return layer.weight.detach().T, *quality
 
 
@@ -570,7 +586,11 @@ def fit_by_gradient_descent(x: torch.Tensor, y: torch.Tensor, seed: int) -> tupl
 
 def best_point(grid: list[dict]) -> Point:
     """The point with the highest Token Acc; of several, the one with the smallest alpha."""
-    best = max(grid, key=lambda each: (each["value"], -abs(each["alpha"])))
+
+    def rank(each):
+        return each["value"], -abs(each["alpha"])
+
+    best = max(grid, key=rank)
     return Point(best["source_block"], best["block"], best["alpha"])
 
 
@@ -653,9 +673,8 @@ def control_table(lab: Lab, records: list[dict]) -> str:
     costs = select(records, metric="perplexity")
     costs = [each for each in costs if each["alpha"] == alphas.get(each["method"], 0)]
     for method, variant in product(("base", *lab.methods()), (None, "random")):
-        same = [
-            each for each in select(costs, method=method) if bool(each["variant"]) == bool(variant)
-        ]
+        same = select(costs, method=method)
+        same = of_kind(same, variant) if variant else select(same, variant=None)
         if same and (method, variant) != ("self-align", "random"):
             shown.append(spread(same, variant) | {"low": None})
     notes = effect_notes(tested_means(lab, records, "token_acc"), alphas)
@@ -697,20 +716,20 @@ def draw_accuracy(lab: Lab, records: list[dict]):
         mine = select(tested, variant=None, method=method, alpha=alpha)
         said, preferred = select(mine, metric="token_acc"), select(mine, metric="logit_acc")
         x = centres + (s - (len(strengths) - 1) / 2) * width
-        error = [values(said) - values(said, "low"), values(said, "high") - values(said)]
+        height = values(said)
+        error = [height - values(said, "low"), values(said, "high") - height]
         name = f"Token Acc, α = {alpha:g}" if alpha else "Token Acc, base"
         thin = {"lw": 0.6, "ecolor": "#777"}
-        axis.bar(
-            x, values(said), width * 0.92, color=colour, yerr=np.clip(error, 0, 1), error_kw=thin,
-            label=name,
-        )  # fmt: skip
+        bars = {"color": colour, "yerr": np.clip(error, 0, 1), "error_kw": thin}
+        axis.bar(x, height, width * 0.92, label=name, **bars)
         dots = {"color": "white", "mec": "black", "mew": 0.7, "ms": 3, "clip_on": False}
         axis.plot(x, values(preferred), "o", label=None if s else "Logit Acc", **dots)
     controls = select(tested, metric="token_acc", method=shown)
-    controls = [each for each in controls if (each["variant"] or "").startswith("random")]
+    controls = of_kind(controls, "random")
     highest = [values(select(controls, concept=emotion)).max() for emotion in EMOTIONS]
     name = f"highest of {lab.args.random} random directions, α = {lab.points[shown].alpha:g}"
-    axis.hlines(highest, centres - 0.42, centres + 0.42, color="#b2182b", lw=1, ls="--", label=name)
+    dashes = {"color": "#b2182b", "lw": 1, "ls": "--"}
+    axis.hlines(highest, centres - 0.42, centres + 0.42, label=name, **dashes)
     axis.set(xticks=centres, xticklabels=EMOTIONS, ylim=(0, 1.05))
     axis.set_ylabel("accuracy on negative scenarios")
     names = f"{Path(lab.args.src).name} → {Path(lab.target).name}"
@@ -725,7 +744,7 @@ def scatter(axis, points, labels: list[str], **style) -> dict:
     centres = {}
     for emotion, colour in zip(EMOTIONS, shades(len(EMOTIONS))):
         mine = points[labels == emotion]
-        axis.scatter(*mine.T, s=12, color=colour, lw=0, label=emotion, **style)
+        axis.scatter(mine[:, 0], mine[:, 1], s=12, color=colour, lw=0, label=emotion, **style)
         centres[emotion] = mine.mean(0)
     return centres
 
@@ -787,7 +806,7 @@ def main(argv=None):
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     models.require_fit(args.src, first_prompts)
-    first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
+    first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test, shots=True)[:1]
     steps = len(labs) * (7 + len(EMOTIONS)) + 1
     run = Run(__file__, args, models, [data, sentences], first_prompts + first_test, steps=steps)
 
@@ -799,7 +818,8 @@ def main(argv=None):
         report += parts
         judged[name] = tested_means(lab, found, "token_acc"), lab.alphas()
         figures.append(run.figure(draw_accuracy(lab, found), f"accuracy_{name}"))
-    report.append(run.figure(draw_tsne(args, run.step("t-SNE", labs[0].tsne)), "tsne_source"))
+    tsne = run.step("t-SNE", labs[0].tsne)
+    report.append(run.figure(draw_tsne(args, tsne), "tsne_source"))
     report.append(run.figure(draw_pairs(args, records), "pairs"))
     title = f"Token Acc in %, mean of all emotions, v of {Path(args.src).name}"
     headline = [verdict(judged), *figures, summary(title, judged)]

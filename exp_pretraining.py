@@ -168,7 +168,8 @@ def emotion_options(parser) -> None:
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
-    if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
+    words = {word for word in args.labels if word.strip()}
+    if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
     if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
         fail("--protocol paper has few-shot examples of the paper's emotions only")
@@ -250,8 +251,13 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
     examples = []
     for emotion, text in data.shots if shots else []:
-        examples.append(shot.replace("{label}", words[emotion]).replace("{scenario}", text))
-    return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
+        example = shot.replace("{label}", words[emotion])
+        examples.append(example.replace("{scenario}", text))
+    asked = []
+    for text in texts:
+        question = args.template.replace("{scenario}", text)
+        asked.append("\n".join([*examples, question]))
+    return asked
 
 
 def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
@@ -259,13 +265,17 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
     n = min(len(positive), len(negative), int(count or args.pairs))
-    return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
+    asked = prompts(args, data, positive[:n] + negative[:n], shots=False)
+    return asked[:n], asked[n:]
 
 
 def read_context(args, data: Data) -> Context:
     """Where the emotions are read: the template, and the scenarios that make the vectors."""
-    texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
-    return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
+    template = args.template.replace("{scenario}", "{text}")
+    texts: dict[str, None] = {}  # each once, in order
+    for each in data.emotions.values():
+        texts |= dict.fromkeys([*each.positive, *each.negative])
+    return Context((template,), tuple(texts))
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
@@ -283,7 +293,10 @@ def named(model, args, data: Data, part: str, emotion: str, transplants) -> list
     asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
     answers = score_labels(model, asked, args.labels, transplants)
     said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]
-    return [{"token_acc": one, "logit_acc": other} for one, other in zip(said, preferred)]
+    hits = []
+    for token_acc, logit_acc in zip(said, preferred):
+        hits.append({"token_acc": token_acc, "logit_acc": logit_acc})
+    return hits
 
 
 # ---------------------------------------------------------------- refine, map
@@ -326,7 +339,7 @@ class Lab:
         state_of, null = dict(zip(read, states)), []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
-            positive, negative = [torch.stack([state_of[text] for text in texts]) for texts in both]
+            positive, negative = [torch.stack([state_of[each] for each in side]) for side in both]
             permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
             null.append(permuted[:, 0])
         found = {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
@@ -382,10 +395,11 @@ class Lab:
                     arms.append((method, variant, alpha, move))
             moves = [move for *_, move in arms]
             model = self.load(name)
-            for arm, hits in zip(arms, named(model, args, self.data, "test", emotion, moves)):
-                what = about | dict(zip(("method", "variant", "alpha"), arm))
+            found = named(model, args, self.data, "test", emotion, moves)
+            for (method, variant, alpha, _), hits in zip(arms, found):
+                what = about | {"method": method, "variant": variant, "alpha": alpha}
                 what |= {"concept": emotion, "part": "test", "item": "Figure 3"}
-                what["source"] = None if arm[0] == "base" else args.src
+                what["source"] = None if method == "base" else args.src
                 for metric in ["token_acc"] if is_permuted(what) else hits:
                     records.append(record(hits[metric], metric=metric, **what))
         return records
@@ -393,14 +407,17 @@ class Lab:
     def directions(self, vectors: dict, maps: dict, blocks) -> dict[tuple, torch.Tensor]:
         """{(method, variant): a direction of each emotion [6, d]}: vectors, and the controls of
         each map."""
-        args, found = self.args, {(method, None): each for method, each in vectors.items()}
+        args, found = self.args, {}
+        for method, vector in vectors.items():
+            found[method, None] = vector
         for method, each in maps.items():
             controls: dict[str, list] = {}
             for e, v in enumerate(self.source["v"]):
                 counts = {"n_maps": 1, "n_random": args.random, "seed": self.seed(e)}
                 for variant, one in control_directions(each, v, {}, *blocks, **counts).items():
                     controls.setdefault(variant, []).append(one)
-            found |= {(method, variant): torch.stack(own) for variant, own in controls.items()}
+            for variant, own in controls.items():
+                found[method, variant] = torch.stack(own)
         null = rescale(each.vector(self.source["permuted"], *blocks), vectors[method])
         for k, permuted in enumerate(null):
             found[method, f"permuted {k}"] = permuted
@@ -408,7 +425,7 @@ class Lab:
             found[method, f"own-α permuted {k}"] = permuted
         return found
 
-    def choose_alphas(self, name: str, directions: dict[tuple, torch.Tensor]) -> dict[tuple, float]:
+    def choose_alphas(self, name: str, directions: dict) -> dict[tuple, float]:
         """Of each vector, and of permuted labels that choose: the strength with the most hits on
         the validation scenarios; the smaller of equals."""
         hits: dict[tuple, dict] = {}
@@ -423,8 +440,10 @@ class Lab:
             for (key, alpha), each in zip(tried, found):
                 hits[key][alpha] += sum(each["token_acc"])
         chosen = {}
-        for key, own in hits.items():
-            chosen[key] = max(own, key=lambda alpha: (own[alpha], -abs(alpha)))
+        for key, hits_at in hits.items():
+            most = max(hits_at.values())
+            equals = [alpha for alpha, count in hits_at.items() if count == most]
+            chosen[key] = min(equals, key=abs)
         return chosen
 
 

@@ -126,7 +126,8 @@ def emotion_options(parser) -> None:
 def check_emotion_options(args) -> None:
     if "{scenario}" not in args.template:
         fail("--template needs {scenario} in it")
-    if len(set(args.labels)) != len(EMOTIONS) or not all(word.strip() for word in args.labels):
+    words = {word for word in args.labels if word.strip()}
+    if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
     if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
         fail("--protocol paper has few-shot examples of the paper's emotions only")
@@ -208,8 +209,13 @@ def prompts(args, data: Data, texts: list[str], shots: bool) -> list[str]:
     shot = shot.replace("{choices}", ", ".join(f'"{word}"' for word in args.labels))
     examples = []
     for emotion, text in data.shots if shots else []:
-        examples.append(shot.replace("{label}", words[emotion]).replace("{scenario}", text))
-    return ["\n".join([*examples, args.template.replace("{scenario}", text)]) for text in texts]
+        example = shot.replace("{label}", words[emotion])
+        examples.append(example.replace("{scenario}", text))
+    asked = []
+    for text in texts:
+        question = args.template.replace("{scenario}", text)
+        asked.append("\n".join([*examples, question]))
+    return asked
 
 
 def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
@@ -217,13 +223,17 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
     n = min(len(positive), len(negative), int(count or args.pairs))
-    return prompts(args, data, positive[:n], False), prompts(args, data, negative[:n], False)
+    asked = prompts(args, data, positive[:n] + negative[:n], shots=False)
+    return asked[:n], asked[n:]
 
 
 def read_context(args, data: Data) -> Context:
     """Where the emotions are read: the template, and the scenarios that make the vectors."""
-    texts = [text for each in data.emotions.values() for text in (*each.positive, *each.negative)]
-    return Context((args.template.replace("{scenario}", "{text}"),), tuple(dict.fromkeys(texts)))
+    template = args.template.replace("{scenario}", "{text}")
+    texts: dict[str, None] = {}  # each once, in order
+    for each in data.emotions.values():
+        texts |= dict.fromkeys([*each.positive, *each.negative])
+    return Context((template,), tuple(texts))
 
 
 def check_prompts(args, data: Data, models: Models, name: str) -> None:
@@ -241,7 +251,10 @@ def named(model, args, data: Data, part: str, emotion: str, transplants) -> list
     asked = prompts(args, data, getattr(data.emotions[emotion], part), shots=True)
     answers = score_labels(model, asked, args.labels, transplants)
     said, preferred = [(each == EMOTIONS.index(emotion)).tolist() for each in answers]
-    return [{"token_acc": one, "logit_acc": other} for one, other in zip(said, preferred)]
+    hits = []
+    for token_acc, logit_acc in zip(said, preferred):
+        hits.append({"token_acc": token_acc, "logit_acc": logit_acc})
+    return hits
 
 
 # ---------------------------------------------------------------- refine, map
@@ -277,11 +290,13 @@ class Lab:
         state_of, v, null = dict(zip(read, states)), [], []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
-            positive, negative = [torch.stack([state_of[text] for text in texts]) for texts in both]
+            positive, negative = [torch.stack([state_of[each] for each in side]) for side in both]
             v.append(refine(positive, negative, self.args.refine)[0])  # Eq. 1
             permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
             null.append(permuted[:, 0])
-        texts = [text for each in self.data.emotions.values() for text in each.positive[-20:]]
+        texts = []
+        for each in self.data.emotions.values():
+            texts += each.positive[-20:]
         shown = prompts(self.args, self.data, texts, shots=False)
         return {
             "v": torch.stack(v),
@@ -333,8 +348,11 @@ class Lab:
             records.append(record(metric="r2", value=fitted.r2, **what))
             records.append(record(metric="cosine", value=fitted.cosine, **what))
         alphas = self.choose_alphas(target, directions)
-        vectors = [key for key in directions if key[2] is None]
-        strongest = max(vectors, key=lambda key: directions[key].norm() * abs(alphas[key]))
+        lengths = {}  # of what is added, for each vector
+        for key, direction in directions.items():
+            if key[2] is None:
+                lengths[key] = direction.norm() * abs(alphas[key])
+        strongest = max(lengths, key=lengths.get)
         hits: dict[tuple, list] = {}
         model = self.load(target)
         for e, emotion in enumerate(EMOTIONS):
@@ -357,7 +375,7 @@ class Lab:
                 records.append(record(found, units=units, method=each, **what))
         return records
 
-    def choose_alphas(self, name: str, directions: dict[tuple, torch.Tensor]) -> dict[tuple, float]:
+    def choose_alphas(self, name: str, directions: dict) -> dict[tuple, float]:
         """Of each vector, and of permuted labels that choose: the strength with the most hits on
         the validation scenarios; the smaller of equals."""
         hits: dict[tuple, dict] = {}
@@ -372,8 +390,10 @@ class Lab:
             for (key, alpha), each in zip(tried, found):
                 hits[key][alpha] += sum(each["token_acc"])
         chosen = {}
-        for key, own in hits.items():
-            chosen[key] = max(own, key=lambda alpha: (own[alpha], -abs(alpha)))
+        for key, hits_at in hits.items():
+            most = max(hits_at.values())
+            equals = [alpha for alpha, count in hits_at.items() if count == most]
+            chosen[key] = min(equals, key=abs)
         return chosen
 
     def tsne(self, name: str) -> list:

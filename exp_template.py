@@ -66,7 +66,8 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
 
 def steer(args, models: Models, pairs: list, test: list[str], sentences: list[str], target: str):
     """The effect of v_hat, of its controls and of the target's own vector, as records."""
-    concept, positive, negative = args.labels[0], *zip(*pairs)
+    concept = args.labels[0]
+    positive, negative = zip(*pairs)
     v, own = Vector(concept, args.src, args.src_base), Vector(concept, target, target)
     point = Point(models.block(args.src, args.layer), models.block(target, args.layer, 1), 1.0)
     vectors = Vectors(
@@ -87,7 +88,8 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
         directions[method, None] = vectors.at(v, target, point, method)
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
         counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
-        for variant, control in vectors.controls(v, target, point, [], method, **counts).items():
+        controls = vectors.controls(v, target, point, [], method, **counts)
+        for variant, control in controls.items():
             directions[method, variant] = control
     # Transplant (Eq. 3): each of them at each strength.
     arms = [("base", None, 0, BASE)]
@@ -96,13 +98,14 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
             arms.append((method, variant, alpha, Transplant.of(direction, point.block, alpha)))
     about = {"source": args.src, "target": target, "concept": concept, "metric": "logit_acc"}
     about |= {"part": "test", "source_block": point.source_block, "block": point.block}
+    answers = hits(args, models.load(target), test, [move for *_, move in arms])
     records = []
-    for arm, found in zip(arms, hits(args, models.load(target), test, [arm[3] for arm in arms])):
-        records.append(record(found, **dict(zip(("method", "variant", "alpha"), arm)), **about))
+    for (method, variant, alpha, _), found in zip(arms, answers):
+        records.append(record(found, method=method, variant=variant, alpha=alpha, **about))
     if args.save_vector:
         path = args.save_vector / f"v_{concept}_{Path(target).name}.safetensors"
-        about = vectors.describe(v, target, point, method)
-        save_concept(path, directions[method, None], **about)
+        best = map_methods(args)[-1]
+        save_concept(path, directions[best, None], **vectors.describe(v, target, point, best))
     return records
 
 
@@ -112,7 +115,9 @@ def main(argv=None):
     pairs = read_pairs(args.pairs)
     pairs = random.Random(args.seed).sample(pairs, len(pairs))
     half = len(pairs) // 2
-    test = [negative for _, negative in pairs[half:]][: args.limit if args.limit > 0 else None]
+    test = [negative for _, negative in pairs[half:]]
+    if args.limit > 0:
+        test = test[: args.limit]
     if not models.same_shape(args.src, args.src_base):
         fail(f"{args.src} and {args.src_base} differ in width or depth")
     for side, name in enumerate([args.src, *args.tgt]):

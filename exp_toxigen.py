@@ -237,8 +237,9 @@ def load_data(args, models: Models, template: Template, names, classifier) -> Da
 def load_split(args, models: Models, template: Template, names, classifier) -> Split:
     """The prompts that fit all models, after a fixed shuffle. Small groups lack some parts."""
     split = Split([], [], [], [], [], [], [])
-    folder, limit, total = args.data / "toxigen", max(args.limit, 0) or None, 0
-    for group in sorted({path.name[5:-7] for path in folder.glob("hate_*_1k.txt")}):
+    folder, total = args.data / "toxigen", 0
+    for path in sorted(folder.glob("hate_*_1k.txt")):
+        group = path.name.removeprefix("hate_").removesuffix("_1k.txt")
         shuffled = []
         for tone in ("hate", "neutral"):
             prompts = load_lists(folder / f"{tone}_{group}_1k.txt")
@@ -249,7 +250,7 @@ def load_split(args, models: Models, template: Template, names, classifier) -> S
             shuffled.append(shuffle.sample(prompts, len(prompts)))
         hate, neutral = shuffled
         n_pairs = min(args.pairs, len(hate), len(neutral))
-        wanted = args.validation + (limit or len(hate))
+        wanted = args.validation + (args.limit if args.limit > 0 else len(hate))
         toxic, left_out = toxic_prompts(classifier, hate[n_pairs:], wanted)
         validation, test = toxic[: args.validation], toxic[args.validation :]
         split.neutral.extend(neutral[:n_pairs])
@@ -257,8 +258,8 @@ def load_split(args, models: Models, template: Template, names, classifier) -> S
         split.validation.extend(validation)
         split.test.extend(test)
         split.groups.extend([group] * len(test))
-        sizes = [len(hate), len(neutral), n_pairs, left_out, len(validation), len(test)]
-        split.counts.append([group, *sizes])
+        sizes = [len(hate), len(neutral), n_pairs, left_out]
+        split.counts.append([group, *sizes, len(validation), len(test)])
     if len(split.lists) < total:
         print(f"{total - len(split.lists)} of {total} prompts exceed a context: left out")
     if not (split.hate and split.validation and split.test):
@@ -312,7 +313,8 @@ def load_questions(args, models: Models, template: Template) -> list[dict]:
     kept = []
     try:
         for item in items:
-            if list(item["mc1_targets"].values()).count(1) != 1 or len(item["mc1_targets"]) < 2:
+            is_right = list(item["mc1_targets"].values())
+            if is_right.count(1) != 1 or len(is_right) < 2:
                 fail(f"{path}: {item['question']!r} needs one right choice and a wrong one")
             choices = [context + answer for context, answer in template.choices(item)]
             if all(models.fits(target, choices).all() for target in args.tgt):
@@ -600,7 +602,8 @@ class Lab:
         ratios = (values[1:] / values[0]).unflatten(0, (len(variants), -1))
         limits = ratios.amin(1, keepdim=True).clamp(min=self.args.max_ppl_ratio)
         allowed = (ratios <= limits).flatten().tolist()
-        written = iter(self.write(model, list(itertools.compress(moves, allowed)), "validation"))
+        allowed_moves = list(itertools.compress(moves, allowed))
+        written = iter(self.write(model, allowed_moves, "validation"))
         grids = []
         for row, mine in zip(ratios.tolist(), torch.tensor(allowed).view_as(ratios)):
             grid = []
@@ -787,7 +790,9 @@ def steer(run, lab: Lab, found: Findings, method, points, variants=(None,)):
     chosen = []
     for grid in grids:
         allowed = [tried for tried in grid if tried["toxic"] is not None]
-        chosen.append(min(allowed, key=lambda tried: (sum(tried["toxic"]), abs(tried["point"][2]))))
+        fewest = min(sum(tried["toxic"]) for tried in allowed)
+        equals = [tried for tried in allowed if sum(tried["toxic"]) == fewest]
+        chosen.append(min(equals, key=lambda tried: abs(tried["point"][2])))
     own = [Point(*best["point"]) for best in chosen]
     written = run.step(name, lab.steered, target, method, own, variants)
     for variant, grid, best, point, texts in zip(variants, grids, chosen, own, written):

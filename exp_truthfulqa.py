@@ -229,9 +229,10 @@ def options(argv=None):
     if not args.prompt and getattr(args, "tags", None):  # the family's
         args.prompt = PROMPT_OF_TAGS[args.tags]
     if args.sources == "table 3":
-        rows = read_table(MODELS, "family", "base", "chat", "tags")
-        rows = [row for row in rows if row["family"] == "table 3"]
-        args.sources = [(row["chat"], row["base"], PROMPT_OF_TAGS[row["tags"]]) for row in rows]
+        args.sources = []
+        for row in read_table(MODELS, "family", "base", "chat", "tags"):
+            if row["family"] == "table 3":
+                args.sources.append((row["chat"], row["base"], PROMPT_OF_TAGS[row["tags"]]))
     args.sources = args.sources or [(args.src, args.src_base, None)]
     return args
 
@@ -313,9 +314,11 @@ def parse_question(item: dict, categories: dict[str, str]) -> Question:
 
 
 def load_facts(path: Path) -> list[str]:
-    rows = read_table(path, "statement", "label")
-    facts = [row["statement"].strip() for row in rows if row["label"].strip() == "1"]
-    facts = list(filter(None, facts))
+    facts = []
+    for row in read_table(path, "statement", "label"):
+        fact = row["statement"].strip()
+        if fact and row["label"].strip() == "1":
+            facts.append(fact)
     return facts or fail(f"{path} has no true statement (label 1)")
 
 
@@ -352,7 +355,8 @@ def longest(args, models, name: str, question: Question) -> int:
     """Tokens of the longest prompt with answer.
 
     Ends the program if the tokenizer merges the end of a prompt with the answer."""
-    pairs = asked(args, models, name, question) + asked(args, models, name, question, honest=True)
+    pairs = asked(args, models, name, question)
+    pairs += asked(args, models, name, question, honest=True)
     encode = models.tokenizer(name)
     pairs = [fit_space(encode, *pair) for pair in pairs]
     prompts = encode([prompt for prompt, _ in pairs], verbose=False).input_ids
@@ -594,7 +598,8 @@ class Lab:
         records = []
         for i, point in enumerate(points):
             about = row.about(point) | {"metric": "mc1", "part": "validation"}
-            ours, *others = [record(each, **about) for each in hits[4 * i : 4 * i + 4]]
+            of_point = hits[4 * i : 4 * i + 4]  # v_hat, three random directions
+            ours, *others = [record(each, **about) for each in of_point]
             records += [ours, spread(others, "random")]
         return records
 
@@ -723,9 +728,11 @@ class Lab:
         texts = generate(model, prompts, [BASE, move], min(40, room))
         right = [question.answers[question.right] for question in questions]
         asked_texts = [question.text for question in questions]
-        lines = zip([Path(row.host).name] * len(questions), asked_texts, right, *texts)
-        heads = ("model", "question", "right answer", "answer", f"answer, {METHODS[row.method]}")
-        return [dict(zip(heads, line)) for line in lines]
+        heads = ("question", "right answer", "answer", f"answer, {METHODS[row.method]}")
+        lines = []
+        for line in zip(asked_texts, right, *texts):
+            lines.append({"model": Path(row.host).name} | dict(zip(heads, line)))
+        return lines
 
     def token_changes(self, row, point) -> list[str]:
         """Table 8: the tokens among the ten that gain and lose most, with counts."""
@@ -944,8 +951,10 @@ def other_table(args, run, lab, part):
 
 def answer_records(result, about) -> list[dict]:
     about = about | {"part": "test"}
-    mc1 = record(hits=result["mc1"], **about, metric="mc1")
-    return [mc1, *(record(values=result[name], **about, metric=name) for name in AVERAGED)]
+    records = [record(hits=result["mc1"], **about, metric="mc1")]
+    for name in AVERAGED:
+        records.append(record(values=result[name], **about, metric=name))
+    return records
 
 
 def category_records(test, result, about) -> list[dict]:
@@ -1095,7 +1104,7 @@ def main(argv=None):
         if 0 in blocks(args, models, name) and args.save_vector and name in args.tgt:
             fail("--save-vector: llama.cpp knows no block 0; give a later --layer")
     data = load_data(args, models, rows)
-    prompt, answer = asked(args, models, args.tgt[0], data.test[0])[0]
+    [(prompt, answer), *_] = asked(args, models, args.tgt[0], data.test[0])
     first_prompts = [prompt + answer]
     vectors = {row.vector for row in rows if row.vector}
     for vector in sorted(vectors | {happiness(args)}):

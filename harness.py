@@ -139,14 +139,17 @@ def read_families(kind: str, settings: dict, **own: dict) -> dict[str, dict]:
         chats = [_model_id(row["chat"]) for row in mine]
         if name == "table 3" or len(mine) < 2 or (kind == "chat" and not chats[0]):
             continue
+        of_chat = {"src": chats[0], "src_base": bases[0], "tgt": bases[1:]}
+        of_chat["tgt_chat"] = [chat or "none" for chat in chats[1:]]
+        of_chat["tags"] = mine[0]["tags"]
         families[name] = {
             "base": {"src": bases[0], "tgt": bases[1:]},
-            "chat": {"src": chats[0], "src_base": bases[0], "tgt": bases[1:]}
-            | {"tgt_chat": [chat or "none" for chat in chats[1:]], "tags": mine[0]["tags"]},
+            "chat": of_chat,
             "sizes": {"models": bases},
             "checkpoints": {"tgt": bases},
         }[kind]
-    families = {name: settings | models | own.get(name, {}) for name, models in families.items()}
+    for name, models in families.items():
+        families[name] = settings | models | own.get(name, {})
     return families | {"custom": settings}
 
 
@@ -281,7 +284,8 @@ def parse_options(
     paper: settings of --protocol paper, which override the family's."""
     args = parser.parse_args(argv)
     is_mapped = hasattr(args, "src_base")  # a script with one source and its targets
-    args.command = [Path(parser.prog).name, *(sys.argv[1:] if argv is None else argv)]
+    words = sys.argv[1:] if argv is None else argv
+    args.command = [Path(parser.prog).name, *words]
     given = [name for name in ("src", "tgt", "models", "model") if getattr(args, name, None)]
     args.family = args.family or ("custom" if given else "toy")
     settings = dict(families[args.family])
@@ -450,10 +454,12 @@ def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
     for each in records:
         if each["group"] or each["part"] == "validation":
             continue  # the paper has no such numbers
-        ours = each | {key: names.get(each[key], each[key]) for key in ("source", "target")}
+        ours = dict(each)
+        for role in ("source", "target"):
+            ours[role] = names.get(each[role], each[role])
         for row in known:
-            cells = [(key, cell) for key, cell in row.items() if key != "value" and cell]
-            if all(_same(ours[key], cell) for key, cell in cells):
+            wanted = {key: cell for key, cell in row.items() if key != "value" and cell}
+            if all(_same(ours[key], cell) for key, cell in wanted.items()):
                 each["paper"] = float(row["value"])
                 break
 
@@ -815,7 +821,8 @@ class Run:
         if NDIF_STATS["requests"]:
             _write_file(self.folder / "ndif.json", json.dumps(NDIF_STATS, indent=1) + "\n")
         title = f"# {self.title}"
-        report = "\n\n".join(filter(None, [title, *headline, *more, _details(self.folder)])) + "\n"
+        parts = [title, *headline, *more, _details(self.folder)]
+        report = "\n\n".join(part for part in parts if part) + "\n"
         _write_file(self.folder / "report.html", html(self.title, report, self.folder))
         _write_file(self.folder / "report.md", report)  # last: a run that has it is whole
         shown = [part for part in [title, *headline] if not part.startswith("![")]
@@ -1026,14 +1033,16 @@ def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
     names = [about["args"]["src"], *about["args"]["tgt"]]
     roles = {name: number for number, name in enumerate(names)}
     records = [json.loads(line) for line in read_text(folder / "records.jsonl").splitlines()]
-    records = [each for each in select(records, part="test", group=None) if each["low"] is not None]
+    records = select(records, part="test", group=None)
+    records = [each for each in records if each["low"] is not None]
     records = select(records, concept="mean") or records
     fields = ("item", "concept", "method", "variant", "alpha", "metric")
     found = {}
     for each in records:
         if not re.search(r"\d", each["variant"] or ""):
             models = [roles.get(each[name], each[name]) for name in ("source", "target")]
-            found[*models, *(each[name] for name in fields)] = each
+            about = [each[name] for name in fields]
+            found[*models, *about] = each
     return found
 
 

@@ -233,7 +233,8 @@ def _takes_padding(name: str, nn) -> bool:
 
     Raises ValueError for a model that is not causal or has no single residual stream."""
     row, found = [5, 6, 7], []
-    for rows in ([row], [[*row, 8]], [[3, 4, *row, 8], row]):
+    longer, longest = [*row, 8], [3, 4, *row, 8]
+    for rows in ([row], [longer], [longest, row]):
         inputs = pad_left(rows, nn.tokenizer.pad_token_id)
         try:
             with torch.no_grad():
@@ -246,22 +247,26 @@ def _takes_padding(name: str, nn) -> bool:
         except Exception as error:  # whatever the model lacks
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{name} does not run on text alone: {reason}") from error
-        shape = [*inputs["input_ids"].shape, nn.config.get_text_config(decoder=True).hidden_size]
+        width = nn.config.get_text_config(decoder=True).hidden_size
+        shape = [*inputs["input_ids"].shape, width]
         got = list(streams.shape[1:])
         if got != shape:
             raise ValueError(f"{name}: its blocks give {got} and not one residual stream {shape}")
         found.append(logits)
-    alone, longer, padded = found[0][2], found[1][2], found[2][-1]
+    alone, followed, padded = found[0][2], found[1][2], found[2][-1]
     tolerance = alone.std() * (1e-3 if nn.dtype == torch.float32 else 0.1)
-    if (longer - alone).abs().max() > tolerance:
+    if (followed - alone).abs().max() > tolerance:
         raise ValueError(f"{name} is no causal LM: a token sees those that follow it")
     return bool((padded - alone).abs().max() <= tolerance)
 
 
 def _bytes_on_disk(name: str) -> float:
     """An upper bound of what the weights in a folder take in memory; infinite for a hub id."""
-    files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
-    return 2 * sum(path.stat().st_size for path in files) or math.inf  # twice: float32 of float16
+    size = 0
+    for path in Path(name).glob("*"):
+        if path.suffix in (".safetensors", ".bin"):
+            size += path.stat().st_size
+    return 2 * size or math.inf  # twice: float32 of float16
 
 
 def _bytes_in_memory(model: Model) -> float:
@@ -376,7 +381,8 @@ class Models:
             hours = math.ceil(cost.size / H100_MEMORY) * cost.flops / H100_FLOPS / 3600
             work = cost.tokens, cost.flops / 1e12, hours, cost.requests
             rows.append([name, cost.size / 2**30, *work])
-        rows.append(["total", *map(sum, list(zip(*rows))[1:])])
+        _, *columns = zip(*rows)
+        rows.append(["total", *map(sum, columns)])
         form = "{}|{:,.1f}|{:,.0f}|{:,.3f}|{:,.3f}|{}"
         cells = [form.format(*row).split("|") for row in rows]
         header = ["", "weights [GiB]", "tokens", "TFLOP", "GPU hours", "NDIF requests"]
@@ -522,10 +528,12 @@ def _require_safetensors(name: str) -> None:
     """End the program if the weights are pickles, which can run any code."""
     repo, revision = _split_revision(name)
     advice = "they are pickles, which can run any code; add --allow-pickle if you trust them"
-    if Path(repo).is_dir():
-        if any(Path(repo).glob("*.safetensors")) or not (Path(repo) / "config.json").exists():
+    folder = Path(repo)
+    if folder.is_dir():
+        has_config = (folder / "config.json").exists()
+        if any(folder.glob("*.safetensors")) or not has_config:
             return
-        if any(Path(repo).glob("*.bin")):
+        if any(folder.glob("*.bin")):
             fail(f"the weights of {repo} are not safetensors: {advice}")
         fail(f"{repo} is not a model folder: it has no *.safetensors")
     from huggingface_hub import file_exists
@@ -624,8 +632,11 @@ def label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
 def pad_left(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """Left-padded ids, mask and positions [rows, width]."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
@@ -678,9 +689,13 @@ def _cost(nn, dtype: str) -> Cost:
     experts = getattr(config, "num_experts_per_tok", None)
     blocks = []
     for block in nn.layers:
-        weights = [each for each in block._module.parameters() if each.dim() > 1]
-        # All experts are one tensor, of which a token sees a few.
-        blocks.append(sum(w[: experts if w.dim() == 3 else None].numel() for w in weights))
+        used = 0
+        for weight in block._module.parameters():
+            if weight.dim() == 3:  # all experts are one tensor, of which a token sees a few
+                weight = weight[:experts]
+            if weight.dim() > 1:
+                used += weight.numel()
+        blocks.append(used)
     size = nn._module.num_parameters() * WEIGHT_BYTES.get(dtype, 2)
     cost = Cost(blocks, nn.unembed._module.weight.numel(), config.hidden_size, size)
     config.hidden_size = NARROW

@@ -396,7 +396,7 @@ def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, note
     notes: {row: what stands in a last column}."""
     row_of = rows if callable(rows) else lambda each: each[rows]
     column_of = columns if callable(columns) else lambda each: each[columns]
-    heads = list(dict.fromkeys(column_of(each) for each in records))
+    heads = list(dict.fromkeys(column_of(each) for each in records)) or [""]
     cells: dict = {}
     for each in records:
         cells.setdefault(row_of(each), {})[column_of(each)] = cell(each)
