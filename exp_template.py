@@ -51,7 +51,9 @@ def options(argv=None):
     args = parse_options(parser, FAMILIES, argv)
     if args.layer == "auto":
         fail("--layer auto has no use here: give a block, or a fraction of the depth")
-    return args if "{text}" in args.template else fail("--template needs {text} in it")
+    if "{text}" not in args.template:
+        fail("--template needs {text} in it")
+    return args
 
 
 def prompts(args, texts) -> list[str]:
@@ -69,20 +71,28 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
     concept = args.labels[0]
     positive, negative = zip(*pairs)
     v, own = Vector(concept, args.src, args.src_base), Vector(concept, target, target)
-    point = Point(models.block(args.src, args.layer), models.block(target, args.layer, 1), 1.0)
+    source_block, block = models.block(args.src, args.layer), models.block(target, args.layer, 1)
+    point = Point(source_block, block, alpha=1.0)
+
+    def blocks(name: str) -> list[int]:
+        used = {block} if name == target else set()
+        if name in (args.src, args.src_base):
+            used.add(source_block)
+        return sorted(used)
+
     vectors = Vectors(
         models,
         wanted=[v, own],
         targets=[target],
         pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
-        blocks=lambda name: sorted(set(point[:2])) if v.base == target else [point[name == target]],
+        blocks=blocks,
         context=lambda *_: Context((args.template,), positive + negative),
         sentences=sentences,
         refine=args.refine,
         **map_options(args),
     )
     # Refine (Eq. 1): v in the source, and in the target itself for comparison.
-    directions = {("self-align", None): vectors.v(own, point.block)}
+    directions = {("self-align", None): vectors.v(own, block)}
     # Reformulate (Eq. 2): v_hat by each kind of map, and its controls.
     for method in map_methods(args):
         directions[method, None] = vectors.at(v, target, point, method)
@@ -95,9 +105,9 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
     arms = [("base", None, 0, BASE)]
     for (method, variant), direction in directions.items():
         for alpha in args.alpha:
-            arms.append((method, variant, alpha, Transplant.of(direction, point.block, alpha)))
+            arms.append((method, variant, alpha, Transplant.of(direction, block, alpha)))
     about = {"source": args.src, "target": target, "concept": concept, "metric": "logit_acc"}
-    about |= {"part": "test", "source_block": point.source_block, "block": point.block}
+    about |= {"part": "test", "source_block": source_block, "block": block}
     answers = hits(args, models.load(target), test, [move for *_, move in arms])
     records = []
     for (method, variant, alpha, _), found in zip(arms, answers):
@@ -122,7 +132,8 @@ def main(argv=None):
         fail(f"{args.src} and {args.src_base} differ in width or depth")
     for side, name in enumerate([args.src, *args.tgt]):
         models.block(name, args.layer, side)  # an impossible --layer ends here
-        models.require_fit(name, prompts(args, [text for pair in pairs for text in pair]), 8)
+        for texts in zip(*pairs):
+            models.require_fit(name, prompts(args, texts), new_tokens=8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
     count = args.maps * args.sentences
     sentences = plain_texts(args.texts, models, [args.src_base, *args.tgt], count)
@@ -130,7 +141,8 @@ def main(argv=None):
     run = Run(__file__, args, models, [pairs, sentences], first, steps=len(args.tgt))
     records, figures, judged = [], [], {}
     for target in args.tgt:
-        name, inputs = Path(target).name, (args, models, pairs[:half], test, sentences, target)
+        name = Path(target).name
+        inputs = (args, models, pairs[:half], test, sentences, target)
         found = run.step(f"steer {target}", steer, *inputs)
         for alpha in args.alpha:
             at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
