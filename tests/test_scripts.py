@@ -251,6 +251,8 @@ def test_the_folder_says_with_what_it_was_made(name, run):
         assert text[1:-1] in json.dumps(first)
     assert about["args"]["seed"] == 0
     assert about["command"][1:-2] == run.argv
+    modules = {path.name for path in ROOT.glob("*.py") if not path.name.startswith("exp_")}
+    assert set(about["code"]) == {f"{name}.py", *modules}
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
 
