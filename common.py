@@ -59,6 +59,8 @@ def hidden_states(
     if isinstance(layers, (int, str)):
         raise TypeError("layers must be a list of block numbers")
     layers = list(range(model.n_layers)) if layers is None else list(layers)
+    if not layers:
+        raise ValueError("layers is empty")
     for layer in layers:
         _require_block(model, layer)
     positions = positions or [[-1]] * len(texts)
@@ -70,6 +72,9 @@ def hidden_states(
 
 def _read_states(model: Model, texts, layers, transplant, positions, lens=False) -> torch.Tensor:
     ids = _encode(model, texts)
+    for row, places in zip(ids, positions, strict=True):
+        if not all(-len(row) <= place < len(row) for place in places):
+            raise ValueError(f"a text of {len(row)} tokens has no positions {places}")
     wanted = sorted(set(layers))
     fixed = (wanted, _shifts(model, [transplant]), not model.remote, lens)
     parts = [None] * len(ids)
@@ -78,7 +83,7 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
         rows = [ids[i] for i in batch]
         from_end = []  # positions counted from the end, for rows are padded on the left
         for i, row in zip(batch, rows):
-            from_end.append([at if at < 0 else at - len(row) for at in positions[i]])
+            from_end.append([place if place < 0 else place - len(row) for place in positions[i]])
         return {"rows": rows, "from_end": from_end}
 
     for batch, found in _each_batch(model, _state_reader, fixed, pack, list(map(len, ids))):
@@ -216,7 +221,7 @@ class AffineMap:
     cosine: float = math.nan  # mean over held-out sentences, about the mean of y
     n: int = 0  # rows it was fitted on
     effective_rank: float = math.nan  # of these rows: (sum of s²)² / sum of s⁴
-    length: float | None = None  # |v_hat| / |v|; None: whatever F gives
+    stretch: float | None = None  # |v_hat| / |v|; None: as F gives it
 
     def vector(self, v: torch.Tensor) -> torch.Tensor:
         """v_hat [..., d2] of concept vectors v [..., d1], float32. A difference: no intercept."""
@@ -224,12 +229,12 @@ class AffineMap:
         if v.shape[-1] != len(left):
             raise ValueError(f"v must be [..., {len(left)}], not {tuple(v.shape)}")
         v_hat = v.double() @ left @ right @ self.y  # Eq. 2: v F
-        if self.length is not None:
-            norm = self.length * v.norm(dim=-1, keepdim=True)
+        if self.stretch is not None:
+            norm = self.stretch * v.norm(dim=-1, keepdim=True)
             v_hat *= norm / v_hat.norm(dim=-1, keepdim=True)
         return v_hat.float()
 
-    def states(self, x: torch.Tensor) -> torch.Tensor:
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
         """The target's hidden states [n, d2] predicted from the source's [n, d1], float32."""
         left, right = self.x_inverse
         predicted = (x.double() - self.x_mean) @ left @ right @ self.y
@@ -274,7 +279,7 @@ def fit_affine(
     )
     if n == len(x):
         return fitted
-    predicted = fitted.states(x[n:])
+    predicted = fitted.predict(x[n:])
     r2, cosine = fit_quality(predicted, y[n:], y[:n].mean(0))
     return replace(fitted, r2=r2, cosine=cosine)
 
@@ -294,7 +299,7 @@ def _pseudo_inverse(
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # Eq. 2
     zero = torch.finfo(s.dtype).eps * max(n, d)  # relative to the largest, in float64
     keep = s > s[0] * max(rcond, zero)
-    s_inverse = torch.where(keep, s / (s**2 + penalty), 0.0).nan_to_num(0.0)
+    s_inverse = torch.where(keep, s / (s**2 + penalty), 0.0)
     return vt.T * s_inverse, u.T
 
 
@@ -440,7 +445,7 @@ def score_labels(
     them apart take its place, scored by log-probability. Raises ValueError if no number of tokens
     does."""
     _require_strings("labels", labels)
-    _require_strings("texts", prompts)
+    _require_strings("prompts", prompts)
     if len({prompt[-1:].isspace() for prompt in prompts}) > 1:
         raise ValueError("some prompts end in white space, others do not")
     words = label_tokens(model.tokenizer, prompts[0], labels)
@@ -452,8 +457,8 @@ def score_labels(
     sums, greedy = _logprobs(model, heads, tails, transplants, share_heads=True)
     sums = sums.unflatten(1, (len(rows), len(words)))
     greedy = greedy.unflatten(1, (len(rows), len(words)))
-    first_said = greedy.int().argmax(-1)
-    said = torch.where(greedy.any(-1), first_said, -1)
+    first_greedy = greedy.int().argmax(-1)
+    said = torch.where(greedy.any(-1), first_greedy, -1)
     return said, sums.argmax(-1)
 
 
@@ -467,7 +472,7 @@ def perplexity(
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
     overlap by half. Every token except a text's first is counted once."""
-    window = window or min(context_length(model.config), 1024)
+    window = min(window or 1024, context_length(model.config))
     if window < 2:
         raise ValueError("a window of fewer than 2 tokens predicts nothing")
     _require_strings("texts", texts)
@@ -548,9 +553,10 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(texts), max_new_tokens, generator=generator)
     options = (max_new_tokens, temperature if sample else 0.0, top_p)
-    several = eft and any(each.remote for each in (model, *eft))  # places, one of them NDIF
-    cached = all(_sharing(each)[1] for each in (model, *eft))
-    write = _written if cached and not several else _written_by_logits
+    has_cache = all(_sharing(each)[CACHE] for each in (model, *eft))
+    is_on_ndif = any(each.remote for each in (model, *eft))
+    # EFT on NDIF adds the logits of several places, token by token.
+    write = _written if has_cache and not (eft and is_on_ndif) else _written_by_logits
     result = [[""] * len(texts) for _ in transplants]
     for member, i, ids in write(model, rows, transplants, eft, options, uniform):
         result[member][i] = model.tokenizer.decode(ids, skip_special_tokens=True)
@@ -581,6 +587,7 @@ def generate(
 # there as source text: they take the nnsight model `nn`, tensors, numbers, lists and tuples, and
 # use no class of this repo.
 
+BLOCKS, CACHE, BRANCHES, PIECES = range(4)  # places in `sharing`: which of these a model supports
 JOBS_SENT = 2  # to NDIF at once: one runs, the other waits there
 CACHED_PER_COMPUTED = 8  # tokens that only take memory; so many count as one that is computed
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
@@ -693,7 +700,7 @@ def _forward(nn, trees, shifts: dict, copies: int, sharing: tuple, prefix=(), ke
     inputs, rows, columns = _pack_trees(trees, nn.tokenizer.pad_token_id, past, nn.dtype)
     n = len(trees)
     shifts = {block: shift.repeat_interleave(n, 0) for block, shift in shifts.items()}
-    if not (sharing[0] and shifts):
+    if not (sharing[BLOCKS] and shifts):
         inputs = {name: _repeat(value, copies) for name, value in inputs.items()}
     rows = torch.cat([rows + n * copy for copy in range(copies)])
     columns = columns.repeat(copies)
@@ -729,7 +736,7 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
                     add_shift(residual_stream(nn.layers[block].output), shifts[block])
             h = nn.unembed.input  # a large matrix: only what is asked for goes through it
             h = h[rows.to(h.device), columns.to(h.device)]
-            if sharing[3]:
+            if sharing[PIECES]:
                 nn.unembed.input = h[None, :0]  # nothing does here, see _unembed
                 found = h.save()
             else:
@@ -742,7 +749,7 @@ def _unembed(nn, states, sharing: tuple):
     """Logits [..., vocabulary], float32, of what _run returns.
 
     In bfloat16, logits above 16 would be multiples of 0.125, and many of them equal."""
-    if not sharing[3]:
+    if not sharing[PIECES]:
         return states.float()
     weight, bias = nn.unembed.weight, nn.unembed.bias
     if weight.is_cuda and weight.dtype != torch.float32:
@@ -912,7 +919,7 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
     _reduce, computed where the model is: full logits of a real vocabulary are 100 MB a batch."""
     sharing = _sharing(model)
     heads = [head for head, _ in trees]
-    past = _common_prefix(heads) if sharing[1] and _fits_window(model, trees) else 0
+    past = _common_prefix(heads) if sharing[CACHE] and _fits_window(model, trees) else 0
     prefix = heads[0][:past]
     costs = []
     for head, tails in trees:
@@ -923,8 +930,9 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
         some = [trees[i] for i in batch]
         return {"trees": [(head[past:], tails) for head, tails in some]}
 
-    copy = reduce and sharing[0] and sharing[3]  # else all logits of the copies are in memory
-    for members, weight in _groups(model, transplants, max(costs), copy):
+    # Else all logits of the copies are in memory.
+    copies_are_cheap = reduce and sharing[BLOCKS] and sharing[PIECES]
+    for members, weight in _groups(model, transplants, max(costs), copies_are_cheap):
         copies = len(members)
         shifts = _shifts(model, [transplants[i] for i in members])
         fixed = (prefix, shifts, copies, sharing, reduce)
@@ -939,17 +947,20 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
             yield torch.tensor(members)[:, None], batch, scores
 
 
-def _groups(model: Model, transplants, cost: float, copy=False):
+def _groups(model: Model, transplants, cost: float, copies_are_cheap=False):
     """Yield (indices of transplants that are computed together, cost of a token under each).
 
-    cost: that of the most expensive row. Transplants with the same first block are neighbours,
-    since they share the blocks up to it. copy: after the last block, tokens are only copied."""
+    cost: of the most expensive row. Sorted by the first steered block, since transplants share the
+    blocks up to it. copies_are_cheap: what is steered after the last block only is computed once
+    and copied, so that a token costs 1 / CACHED_PER_COMPUTED."""
 
     def first_block(i: int) -> int:
         return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
 
     order = sorted(range(len(transplants)), key=first_block)
-    copied = [i for i in order if copy and first_block(i) >= model.n_layers - 1]
+    copied = []
+    if copies_are_cheap:
+        copied = [i for i in order if first_block(i) >= model.n_layers - 1]
     computed = order[: len(order) - len(copied)]
     for some, weight in ((computed, 1), (copied, 1 / CACHED_PER_COMPUTED)):
         size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
@@ -1031,7 +1042,7 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
     hold."""
     alone = [(head, [tail]) for head, tail in zip(heads, tails)]
     # The mask of a batch of trees knows no window, so every row of it must fit the window.
-    branching = all(_sharing(model)[2] and _fits_window(model, alone) for model in models)
+    branching = all(_sharing(model)[BRANCHES] and _fits_window(model, alone) for model in models)
     trees, members, open_trees = [], [], {}
     for i, (head, tail) in enumerate(zip(heads, tails)):
         tree = open_trees.get(tuple(head)) if share_heads else None
@@ -1052,7 +1063,8 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
 
 def _logits(model: Model, trees: list, transplants=(BASE,)) -> torch.Tensor:
     """Logits at all nodes of the trees, in their order: [transplants, nodes, vocabulary]."""
-    nodes, end = [], 0  # of each tree
+    nodes = []  # of each tree
+    end = 0
     for _, tails in trees:
         start, end = end, end + 1 + sum(len(tail) - 1 for tail in tails)
         nodes.append(range(start, end))
@@ -1091,7 +1103,7 @@ def _fits_window(model: Model, trees: list) -> bool:
 
 
 def _written(model: Model, rows, transplants, eft, options: tuple, uniform):
-    """Yield (transplant, row, its new tokens)."""
+    """Yield (index of a transplant, index of a row, its new tokens)."""
     max_new_tokens = options[0]
     small = tuple((each if each.cost else each.nn, _sharing(each)) for each in eft)
     for members, _ in _groups(model, transplants, max(map(len, rows))):
@@ -1121,9 +1133,10 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
     [copies * rows, max_new_tokens], -1 after the end."""
     max_new_tokens, *sampling = options
     ends = _end_tokens(nn)
-    models = [(1, nn, shifts, sharing)]
-    for sign, (each, its) in zip((1, -1), small):
-        models.append((sign, each, {}, its))
+    models, signs = [(nn, shifts, sharing)], [1]
+    for sign, (small_nn, small_sharing) in zip((1, -1), small):  # EFT: chat minus base
+        models.append((small_nn, {}, small_sharing))
+        signs.append(sign)
 
     def write(pieces, uniform):
         lengths = torch.tensor([len(row) for piece in pieces for row in piece])
@@ -1133,13 +1146,15 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
         mask = (torch.arange(width) >= padding[:, None]).long()
         new_tokens = torch.full((copies * n, max_new_tokens), -1)
         scores, caches = [], []
-        for _, each, own, its in models:
-            logits, blocks = _read_prompts(each, pieces, own, copies, its, max_new_tokens)
+        for each, its_shifts, its_sharing in models:
+            logits, blocks = _read_prompts(
+                each, pieces, its_shifts, copies, its_sharing, max_new_tokens
+            )
             scores.append(logits)
             caches.append(blocks)
         for step in range(max_new_tokens):
             logits = scores[0]
-            for (sign, *_), others in zip(models[1:], scores[1:]):
+            for sign, others in zip(signs[1:], scores[1:]):
                 logits = _add_logits(logits, sign, others)
             _require_finite(logits.amax(-1), "logits")
             token = _choose(logits, uniform[alive % n, step], *sampling)
@@ -1149,11 +1164,11 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
                 break
             alive, token = alive[going], token[going]
             mask = torch.nn.functional.pad(mask[going], (0, 1), value=1)
-            for i, (_, each, own, its) in enumerate(models):
+            for i, (each, its_shifts, its_sharing) in enumerate(models):
                 if not going.all():
                     caches[i] = [(keys[going], values[going]) for keys, values in caches[i]]
-                of_rows = {block: shift[alive // n] for block, shift in own.items()}
-                scores[i] = _read_tokens(each, token, mask, of_rows, its, caches[i])
+                of_rows = {block: shift[alive // n] for block, shift in its_shifts.items()}
+                scores[i] = _read_tokens(each, token, mask, of_rows, its_sharing, caches[i])
         return new_tokens
 
     return write
@@ -1251,8 +1266,10 @@ def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, uni
 
 
 def _require_eft_fits(model: Model, eft, rows, new_tokens: int = 0) -> None:
-    vocabularies = [each.tokenizer.get_vocab() for each in (model, *eft)]
-    if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
+    if not eft:
+        return
+    vocabulary = model.tokenizer.get_vocab()
+    if any(small.tokenizer.get_vocab() != vocabulary for small in eft):
         names = ", ".join(each.name for each in (model, *eft))
         raise ValueError(f"EFT adds logits token by token, but the vocabularies of {names} differ")
     for each in eft:

@@ -1,6 +1,6 @@
 """Can a concept be moved from one model into another? Emotions, Sec. 4, App. A, B.2 and B.3.
 
-    python exp_emotion.py                                     toy zoo, 3 to 5 minutes on 2 CPU cores
+    python exp_emotion.py                                     toy zoo, 3 to 6 minutes on 2 CPU cores
     python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B
     python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper
 
@@ -80,7 +80,16 @@ from report import (
     summary,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, cut_ends, plain_texts, random_directions
+from vectors import (
+    Context,
+    Point,
+    Vector,
+    Vectors,
+    count_samples,
+    cut_ends,
+    plain_texts,
+    random_directions,
+)
 
 import numpy as np
 import torch
@@ -141,6 +150,8 @@ def check_emotion_options(args) -> None:
     words = {word for word in args.labels if word.strip()}
     if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.pairs == 1 and args.permutations:
+        fail("--pairs 1: labels can be permuted in two pairs or more; add --permutations 0")
     if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
         fail("--protocol paper has few-shot examples of the paper's emotions only")
 
@@ -803,6 +814,7 @@ def main(argv=None):
         check_prompts(args, data, models, name)
     names = [args.src_base, *args.tgt]
     sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
+    args.maps = count_samples(args.maps, sentences, args.sentences)
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     models.require_fit(args.src, first_prompts)

@@ -1,7 +1,7 @@
 """When does a concept form? Checkpoints of one pre-training run, Sec. 6.1, Figure 3.
 
     python exp_pretraining.py                                     toy zoo, one minute on 2 CPU cores
-    python exp_pretraining.py --family amber --data data/paper    Amber-7B: 14 GB a checkpoint
+    python exp_pretraining.py --family amber --data data/paper --allow-pickle    14 GB a checkpoint
     python exp_pretraining.py --model EleutherAI/pythia-1b --data data/paper \\
         --revisions step1000 step8000 step143000 --tokens 2e9 17e9 300e9
     python exp_pretraining.py --tgt run/step1 run/step2 --tokens 1e6 2e6
@@ -63,6 +63,7 @@ from vectors import (
     AffineMaps,
     Context,
     LocalMaps,
+    Maps,
     NearStates,
     control_directions,
     cut_ends,
@@ -171,6 +172,8 @@ def check_emotion_options(args) -> None:
     words = {word for word in args.labels if word.strip()}
     if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.pairs == 1 and args.permutations:
+        fail("--pairs 1: labels can be permuted in two pairs or more; add --permutations 0")
     if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
         fail("--protocol paper has few-shot examples of the paper's emotions only")
 
@@ -309,7 +312,9 @@ class Lab:
         self.args, self.data, self.sentences, self.models = args, data, sentences, models
         self.context = read_context(args, data)
         names = list(dict.fromkeys([args.src, *args.tgt]))
-        self.pool = local_pool(models, names, self.context, sentences)
+        self.pool = None  # of a local map
+        if "contrans-local" in map_methods(args):
+            self.pool = local_pool(models, names, self.context, sentences)
         self.source: dict[str, torch.Tensor] = {}  # see collect_source
 
     def block(self, name: str) -> int:
@@ -330,26 +335,29 @@ class Lab:
         return {"v": torch.stack(v), "plain": plain}
 
     def collect_source(self, name: str) -> dict[str, torch.Tensor]:
-        """The same of the source, its vectors of permuted labels [n, 6, d], and its states x [m, d]
-        at those places of the pool that are nearest to the states that v is computed from."""
+        """The same of the source, its vectors of permuted labels [n, 6, d], and for a local map its
+        states x [m, d] at those places (rows) of the pool that are nearest to the states that v is
+        computed from."""
         model, block = self.load(name), self.block(name)
         read = prompts(self.args, self.data, list(self.context.texts), shots=False)
         states = hidden_states(model, read, [block])
-        near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
         state_of, null = dict(zip(read, states)), []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
             positive, negative = [torch.stack([state_of[each] for each in side]) for side in both]
             permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
             null.append(permuted[:, 0])
-        found = {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
-        return self.collect(name) | found | {"permuted": torch.stack(null, 1)}
+        found = self.collect(name) | {"permuted": torch.stack(null, 1)}
+        if self.pool:
+            near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
+            found |= {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
+        return found
 
     def seed(self, e: int) -> int:
         """Of the random directions and permuted labels of emotion e."""
         return self.args.seed * len(EMOTIONS) + e
 
-    def maps(self, name: str, own: dict, method: str) -> AffineMaps | LocalMaps:
+    def maps(self, name: str, own: dict, method: str) -> Maps:
         """The maps of a method from the source to a checkpoint."""
         source_block, block = self.block(self.args.src), self.block(name)
         if method == "contrans":

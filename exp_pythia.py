@@ -52,6 +52,7 @@ from vectors import (
     AffineMaps,
     Context,
     LocalMaps,
+    Maps,
     NearStates,
     cut_ends,
     local_pool,
@@ -129,6 +130,8 @@ def check_emotion_options(args) -> None:
     words = {word for word in args.labels if word.strip()}
     if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
+    if args.pairs == 1 and args.permutations:
+        fail("--pairs 1: labels can be permuted in two pairs or more; add --permutations 0")
     if args.protocol == "paper" and not {true for _, true, _ in PAPER_SHOTS} <= set(EMOTIONS):
         fail("--protocol paper has few-shot examples of the paper's emotions only")
 
@@ -266,7 +269,9 @@ class Lab:
     def __init__(self, args, data: Data, sentences: list[str], models: Models):
         self.args, self.data, self.sentences, self.models = args, data, sentences, models
         self.context = read_context(args, data)
-        self.pool = local_pool(models, args.models, self.context, sentences)
+        self.pool = None  # of a local map
+        if "contrans-local" in map_methods(args):
+            self.pool = local_pool(models, args.models, self.context, sentences)
         self.states: dict[str, dict[str, torch.Tensor]] = {}  # of each model, see collect
 
     def block(self, name: str) -> int:
@@ -280,13 +285,12 @@ class Lab:
 
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the
-        plain sentences [n, d], its states x [m, d] at those places (rows) of the pool that are
-        nearest to the states that v is computed from, vectors of permuted labels [k, 6, d], and its
-        states of 20 scenarios of each emotion [120, d] for Figure 8."""
+        plain sentences [n, d], vectors of permuted labels [k, 6, d], its states of 20 scenarios of
+        each emotion [120, d] for Figure 8, and for local maps its states x [m, d] at those places
+        (rows) of the pool that are nearest to the states that v is computed from."""
         model, block = self.load(name), self.block(name)
         read = prompts(self.args, self.data, list(self.context.texts), shots=False)
         states = hidden_states(model, read, [block])
-        near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
         state_of, v, null = dict(zip(read, states)), [], []
         for e, emotion in enumerate(EMOTIONS):
             both = pairs(self.args, self.data, emotion)
@@ -298,20 +302,22 @@ class Lab:
         for each in self.data.emotions.values():
             texts += each.positive[-20:]
         shown = prompts(self.args, self.data, texts, shots=False)
-        return {
+        found = {
             "v": torch.stack(v),
             "plain": hidden_states(model, cut_ends(self.sentences), [block])[:, 0],
-            "x": near.x[block],
-            "rows": torch.tensor(near.rows[block]),
             "permuted": torch.stack(null, 1),
             "shown": hidden_states(model, shown, [block])[:, 0],
         }
+        if self.pool:
+            near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
+            found |= {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
+        return found
 
     def seed(self, e: int) -> int:
         """Of the random directions and permuted labels of emotion e."""
         return self.args.seed * len(EMOTIONS) + e
 
-    def maps(self, source: str, target: str, method: str) -> AffineMaps | LocalMaps:
+    def maps(self, source: str, target: str, method: str) -> Maps:
         """The maps of a method from one model to another."""
         ours, source_block, block = self.states[source], self.block(source), self.block(target)
         if method == "contrans":

@@ -13,6 +13,7 @@ than a label (see choice_logprobs, generate and perplexity in common.py).
 """
 
 import random
+import shutil
 from pathlib import Path
 
 from common import BASE, Transplant, score_labels
@@ -33,7 +34,7 @@ from harness import (
 )
 from models import Models
 from report import draw_strength, record, summary, verdict
-from vectors import Context, Point, Vector, Vectors, plain_texts
+from vectors import Context, Point, Vector, Vectors, count_samples, plain_texts
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
 FAMILIES = read_families("base", SETTINGS, toy={"sentences": 500, "tgt": [f"{TOY}/models/llama-m"]})
@@ -43,14 +44,18 @@ def options(argv=None):
     parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
     add = parser.add_argument
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
-    add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")
-    add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
+    asked = "Scenario: {text}\nThe emotion of the above scenario is"
+    add("--template", default=asked, help="prompt with {text} in it; the label follows")
+    labels = {"default": ["happiness", "sadness"], "metavar": ("POSITIVE", "NEGATIVE")}
+    add("--labels", nargs=2, **labels, help="words that follow; the first names the concept")
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
-    add("--save-vector", type=Path, metavar="FOLDER")
+    add("--save-vector", type=Path, metavar="FOLDER", help="copy each v_hat there")
     args = parse_options(parser, FAMILIES, argv)
     if args.layer == "auto":
         fail("--layer auto has no use here: give a block, or a fraction of the depth")
+    if args.save_vector and args.save_vector.is_file():
+        fail(f"--save-vector {args.save_vector} is a file; name a folder")
     if "{text}" not in args.template:
         fail("--template needs {text} in it")
     return args
@@ -66,8 +71,9 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
     return (preferred == 0).tolist()
 
 
-def steer(args, models: Models, pairs: list, test: list[str], sentences: list[str], target: str):
-    """The effect of v_hat, of its controls and of the target's own vector, as records."""
+def steer(args, models: Models, pairs, test, sentences, target: str, folder: str) -> list[dict]:
+    """The effect of v_hat, of its controls and of the target's own vector, as records. v_hat is
+    saved in the folder."""
     concept = args.labels[0]
     positive, negative = zip(*pairs)
     v, own = Vector(concept, args.src, args.src_base), Vector(concept, target, target)
@@ -112,10 +118,10 @@ def steer(args, models: Models, pairs: list, test: list[str], sentences: list[st
     records = []
     for (method, variant, alpha, _), found in zip(arms, answers):
         records.append(record(found, method=method, variant=variant, alpha=alpha, **about))
-    if args.save_vector:
-        path = args.save_vector / f"v_{concept}_{Path(target).name}.safetensors"
-        best = map_methods(args)[-1]
-        save_concept(path, directions[best, None], **vectors.describe(v, target, point, best))
+    best = map_methods(args)[-1]
+    path = Path(folder) / f"v_{concept}_{Path(target).name}.safetensors"
+    about = vectors.describe(v, target, point, best) | {"alpha": None}  # none is chosen
+    save_concept(path, directions[best, None], **about)
     return records
 
 
@@ -125,9 +131,11 @@ def main(argv=None):
     pairs = read_pairs(args.pairs)
     pairs = random.Random(args.seed).sample(pairs, len(pairs))
     half = len(pairs) // 2
-    test = [negative for _, negative in pairs[half:]]
-    if args.limit > 0:
-        test = test[: args.limit]
+    seen = {text for pair in pairs[:half] for text in pair}
+    test = dict.fromkeys(negative for _, negative in pairs[half:] if negative not in seen)
+    test = list(test)[: args.limit if args.limit > 0 else None]
+    if not test:
+        fail(f"{args.pairs} repeats its negatives: none is left that made no vector")
     if not models.same_shape(args.src, args.src_base):
         fail(f"{args.src} and {args.src_base} differ in width or depth")
     for side, name in enumerate([args.src, *args.tgt]):
@@ -137,12 +145,13 @@ def main(argv=None):
         models.require_labels(name, prompts(args, test)[0], args.labels)
     count = args.maps * args.sentences
     sentences = plain_texts(args.texts, models, [args.src_base, *args.tgt], count)
-    first = prompts(args, test)[:1]
-    run = Run(__file__, args, models, [pairs, sentences], first, steps=len(args.tgt))
+    args.maps = count_samples(args.maps, sentences, args.sentences)
+    first, ignore = prompts(args, test)[:1], ["save_vector"]
+    run = Run(__file__, args, models, [pairs, sentences], first, ignore, steps=len(args.tgt))
     records, figures, judged = [], [], {}
     for target in args.tgt:
         name = Path(target).name
-        inputs = (args, models, pairs[:half], test, sentences, target)
+        inputs = (args, models, pairs[:half], test, sentences, target, str(run.folder))
         found = run.step(f"steer {target}", steer, *inputs)
         for alpha in args.alpha:
             at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
@@ -155,6 +164,10 @@ def main(argv=None):
         records += found
     title = f"How often “{args.labels[0]}” is preferred, in % (n = {len(test)})"
     run.save(records, [], [verdict(judged), *figures, summary(title, judged)])
+    if args.save_vector and not args.dry_run:
+        args.save_vector.mkdir(parents=True, exist_ok=True)
+        for path in run.folder.glob("v_*.safetensors"):
+            shutil.copy(path, args.save_vector)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ from report import (
     select,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, plain_texts
+from vectors import Context, Point, Vector, Vectors, count_samples, plain_texts
 
 import numpy as np
 import torch
@@ -220,6 +220,7 @@ def load_data(args, models: Models, template: Template, names, classifier) -> Da
     half = min(N_TEXTS, len(texts) // 2)
     happiness = load_scenarios(args.data)
     sentences = plain_texts(args.texts, models, mapped, count)
+    args.maps = count_samples(args.maps, sentences, args.sentences)
     questions = load_questions(args, models, template) if any(args.honesty) else []
     split = load_split(args, models, template, names, classifier)  # last: the classifier judges
     neutral = [template.refine(prompt) for prompt in split.neutral]

@@ -62,6 +62,7 @@ from report import (
     draw_strength,
     effect_notes,
     fluent,
+    holm,
     label,
     map_table,
     markdown,
@@ -75,7 +76,16 @@ from report import (
     summary,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, cut_ends, plain_texts, random_directions
+from vectors import (
+    Context,
+    Point,
+    Vector,
+    Vectors,
+    count_samples,
+    cut_ends,
+    plain_texts,
+    random_directions,
+)
 
 import numpy as np
 
@@ -274,6 +284,7 @@ def load_data(args, models, rows) -> Data:
     scenarios = list(zip(happy[:100], sad))
     bases = [name for row in rows if row.vector for name in (row.base, row.start)]
     sentences = plain_texts(args.texts, models, bases, args.maps * args.sentences)
+    args.maps = count_samples(args.maps, sentences, args.sentences)
     return Data(learn, test, facts[:200], scenarios, sentences)
 
 
@@ -847,7 +858,8 @@ def one_target(args, run, lab, part):
         mine = select(records, metric=metric)
         table += beside_controls(mine, alphas) + select(mine, variant="75 % depth")
     mine = select(records, metric="mc1")
-    rows = [each for each in table if each["variant"] in (None, "75 % depth")]
+    tested = (None, "75 % depth", "shuffled map")
+    rows = [each for each in table if each["variant"] in tested]
     notes = effect_notes(mine, alphas) | row_notes(rows)
     title = f"TruthfulQA: {Path(args.src).name} → {name} (vertical: α chosen)"
     curves = run.figure(draw_mc1(mine, points, lab.data.test, title), f"alpha_{name}")
@@ -857,8 +869,10 @@ def one_target(args, run, lab, part):
     for each, where in ((part.rows[0], None), *points.items()):
         result = answered(run, lab, each, where)
         groups += category_records(lab.data.test, result, each.about(where))
-    folders = [folder for folder in (run.folder, args.save_vector) if folder]
-    run.step(f"{row.host} saved, {args.save_vector}", lab.save, row, points[row], *folders)
+    if args.save_vector:  # whenever it is asked for, since that folder may be gone
+        lab.save(row, points[row], run.folder, args.save_vector)
+    else:
+        run.step(f"{row.host} saved", lab.save, row, points[row], run.folder)
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
         curves,
@@ -986,15 +1000,22 @@ def row_name(each: dict) -> str:
 
 
 def row_notes(records) -> dict[str, str]:
-    """p against the first row about the same target, block and alpha."""
-    notes, references = {}, {}
+    """p against the first row about the same target (McNemar, Holm-corrected over the table), block
+    and alpha."""
+    references, p_values, points = {}, {}, {}
     for each in select(records, metric="mc1"):
+        name = row_name(each)
         reference = references.setdefault(each["target"], each)
-        p = f"p = {mcnemar(reference['hits'], each['hits']):.1g}"
-        parts = [p] if each is not reference else []
+        if each is not reference:
+            p_values[name] = mcnemar(reference["hits"], each["hits"])
+        points[name] = []
         if each["block"] is not None:
-            parts.append("block {source_block} → {block}, α = {alpha:g}".format(**each))
-        notes[row_name(each)] = ", ".join(parts)
+            points[name] = ["block {source_block} → {block}, α = {alpha:g}".format(**each)]
+    notes = dict.fromkeys(points, "")
+    corrected = dict(zip(p_values, holm(list(p_values.values()))))
+    for name, point in points.items():
+        p = [f"p = {corrected[name]:.1g}"] if name in corrected else []
+        notes[name] = ", ".join(p + point)
     return notes
 
 
@@ -1068,8 +1089,8 @@ def opening(args, data, first: str) -> str:
         choice = "Block and α are given, not chosen"
     return (
         f"{parts} (chance {100 * chance(data.test):.1f} %). Prompt {args.prompt}: {first!r}\n"
-        "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, in Table 1 against "
-        "the base model, elsewhere against the same model without a vector. "
+        "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, Holm-corrected, "
+        "in Table 1 against the base model, elsewhere against the same model without a vector. "
         f"{choice}. Controls have the norm of v_hat."
     )
 

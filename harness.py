@@ -370,7 +370,7 @@ def map_methods(args) -> list[str]:
 
 
 def map_options(args) -> dict:
-    """The options about affine maps, as arguments of common.AffineMaps."""
+    """The options about affine maps, as arguments of vectors.AffineMaps."""
     fitting = {"intercept": args.intercept, "rcond": args.rcond, "ridge": args.ridge}
     return {"n_sentences": args.sentences, "norm": args.norm, **fitting}
 
@@ -420,7 +420,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     """(positive, negative) of a .jsonl file with {"positive": text, "negative": text} on each
     line."""
     pairs = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
         try:
             item = json.loads(line)
             pairs.append((item["positive"].strip(), item["negative"].strip()))
@@ -701,7 +701,7 @@ class Run:
         image = run.figure(figure, "figure_2a")                     a line of the report
         run.save(records, examples, [verdict(…), image, table], [more, …])
 
-    The hash covers arguments, models, data and the source of the script and of the four files that
+    The hash covers arguments, models, data and the source of the script and of the five files that
     it imports: the same command continues where it stopped, and an edited script starts a run of
     its own."""
 
@@ -1041,8 +1041,8 @@ def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
     for each in records:
         if not re.search(r"\d", each["variant"] or ""):
             models = [roles.get(each[name], each[name]) for name in ("source", "target")]
-            about = [each[name] for name in fields]
-            found[*models, *about] = each
+            key = [each[name] for name in fields]
+            found[*models, *key] = each
     return found
 
 

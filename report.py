@@ -49,12 +49,12 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
     item_high)."""
     items = {}
     if hits is not None:
-        items["hits"] = [bool(hit) for hit in hits]
-        low, high = _wilson(sum(items["hits"]), len(items["hits"]))
+        found = items["hits"] = [bool(hit) for hit in hits]
+        low, high = _wilson(sum(found), len(found))
     if values is not None:
-        items["values"] = list(values)
-        low, high = _bootstrap(values)
-    for found in items.values():
+        found = items["values"] = list(values)
+        low, high = _bootstrap(found)
+    if items:
         fields["value"] = float(np.mean(found))
         fields |= {"low": low, "high": high, "n": len(found)}
     if units is not None:
@@ -100,6 +100,8 @@ def spread(records: list[dict], variant: str) -> dict:
     """Merge several records (random directions, maps) into one: mean, lowest, highest, number."""
     values = [each["value"] for each in records]
     merged = records[0] | dict.fromkeys(("units", "item_low", "item_high", "paper"))
+    for items in ("hits", "values"):  # those of the first alone
+        merged.pop(items, None)
     merged |= {"low": min(values), "high": max(values), "n": len(values)}
     merged["value"] = float(np.mean(values))
     return merged | {"variant": variant}
@@ -181,7 +183,6 @@ def paired_gain(ours: dict, other: dict) -> dict[str, float]:
 
 FLUENT = "perplexity at most ×1.1"
 VARIANTS = {
-    FLUENT: FLUENT,
     "permuted": "permuted labels [range]",
     "own-α permuted": "permuted labels, own α [range]",
     "map": "other samples of text [range]",
@@ -250,7 +251,6 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
         shown += [each for each in same if not each["variant"]]
         if same:
             shown += select(records, method=method, variant=FLUENT)
-        same = [each for each in same if each["variant"] != FLUENT]
         for kind in VARIANTS:
             found = of_kind(same, kind)
             if kind == "map" and found:
@@ -322,7 +322,7 @@ def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int
     """The verdict on one vector and its strongest control; sign -1: lower is better."""
     p_base = _p_value(base["hits"], ours["hits"])
     p_control = _p_value(strongest["hits"], ours["hits"])
-    p_null = rank_p(ours["value"], null) if null else 0.0
+    p_null = rank_p(sign * ours["value"], [sign * value for value in null]) if null else 0.0
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
     above = sign * (ours["value"] - strongest["value"]) > 0 and max(p_control, p_null) < 0.05
     if not moved:
@@ -400,15 +400,13 @@ def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, note
     cells: dict = {}
     for each in records:
         cells.setdefault(row_of(each), {})[column_of(each)] = cell(each)
-    for name, reason in missing.items():
-        cells[name] = {heads[0]: reason}
+    lines = [[name, *(found.get(head, "") for head in heads)] for name, found in cells.items()]
+    blank = [""] * (len(heads) - 1)
+    lines += [[name, reason, *blank] for name, reason in missing.items()]
     if notes:
         heads.append("")
-        for name, found in cells.items():
-            found[""] = notes.get(name, "")
-    lines = []
-    for name, found in cells.items():
-        lines.append([name, *(found.get(head, "") for head in heads)])
+        for line in lines:
+            line.append(notes.get(line[0], ""))
     return markdown(["", *heads], lines)
 
 
@@ -430,15 +428,15 @@ def cell(each: dict | None) -> str:
 def markdown(header: list[str], rows: list[list]) -> str:
     """A Markdown table. Cells are plain text: Markdown in them is escaped."""
 
-    def plain(cell) -> str:
-        escaped = re.sub(r"([|*`<\\])", r"\\\1", str(cell))
+    def plain(text) -> str:
+        escaped = re.sub(r"([|*`<\\])", r"\\\1", str(text))
         return re.sub(r"\s*\n\s*", " ", escaped)
 
-    rows = [[plain(cell) for cell in row] for row in rows]
+    header, *rows = [[plain(text) for text in row] for row in (header, *rows)]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
-# What is measured of maps, see common.Vectors.map_quality and vector_quality.
+# What is measured of maps, see vectors.Vectors.map_quality and vector_quality.
 MAP_METRICS = {
     "r2": "R² held-out",
     "cosine": "cosine held-out",
@@ -590,8 +588,8 @@ def draw_grid(title: str, grid: list[dict], others: list[dict], best):
         in_cell.append(text)
     size = (max(COLUMN, 0.8 + 0.66 * len(alphas)), 0.9 + 0.28 * len(pairs))
     figure, axis = new_figure(figsize=size)
-    lightest_half = 2 * np.nanmax(shown, initial=0.01)  # black text stays legible
-    axis.imshow(shown, cmap="Greys", vmin=0, vmax=lightest_half, aspect="auto")
+    black = 2 * np.nanmax(shown, initial=0.01)  # the largest value is grey: text stays legible
+    axis.imshow(shown, cmap="Greys", vmin=0, vmax=black, aspect="auto")
     for (y, x), text in texts.items():
         axis.text(x, y, " ".join(text), ha="center", va="center", fontsize=7)
     x = alphas.index(best[2])

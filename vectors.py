@@ -1,9 +1,9 @@
 """What a study needs around the method: text, maps, controls, vectors of many concepts and models.
 
     1  Plain text    that maps are fitted on, in disjoint samples
-    2  Maps          the paper's, between any blocks of two models                Eq. 2
-    3  Local maps    fitted where v is read                                       docs/map.md
-    4  Controls      permuted labels, random directions, shuffled and other maps
+    2  Maps          fitted on plain sentences, as in the paper                   Eq. 2
+    3  Local maps    the same, fitted near the states that v is computed from     docs/map.md
+    4  Controls      permuted labels, random directions, other vectors and maps
     5  Vectors       every v and v_hat of an experiment, each model read once
 
 common.py has the method itself.
@@ -40,24 +40,43 @@ def plain_texts(path: Path, models: Models, names: list[str], count: int) -> lis
     """The plain text that affine maps are fitted on, at most `count` texts.
 
     path: one text a line (of a .tsv file its first column, as in WikiSplit), or a .jsonl file with
-    {"text": …} on each line. Texts too long for one of the models `names` are left out."""
+    {"text": …} on each line. Left out: texts of fewer than five words, and those too long for one
+    of the models `names`."""
     texts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        text = line.split("\t")[0] if path.suffix == ".tsv" else line
         if path.suffix == ".jsonl" and line.strip():
             try:
-                line = json.loads(line)["text"]
+                text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
                 fail(f'{path}, line {number}: must be {{"text": …}}')
-        texts.append(" ".join(line.split("\t")[0].split()))
-    texts = [text for text in texts if len(text.split()) > 4][:count]
-    keep = np.ones(len(texts), bool)
-    for name in set(names):
-        keep &= models.fits(name, texts)
-    if not keep.all():
-        print(f"{(~keep).sum()} of {len(texts)} plain texts exceed a context: left out")
-    if keep.sum() < 10:
-        fail(f"{path}: only {keep.sum()} texts fit the contexts; a map needs more")
-    return [text for text, kept in zip(texts, keep) if kept]
+        words = text.split()
+        if len(words) > 4:
+            texts.append(" ".join(words))
+    kept, read = [], 0
+    while len(kept) < count and read < len(texts):
+        some = texts[read : read + count - len(kept)]
+        fits = np.ones(len(some), bool)
+        for name in set(names):
+            fits &= models.fits(name, some)
+        kept += itertools.compress(some, fits)
+        read += len(some)
+    if len(kept) < read:
+        print(f"{read - len(kept)} of {read} plain texts exceed a context: left out")
+    if len(kept) < 10:
+        fail(f"{path}: only {len(kept)} texts fit the contexts; a map needs more")
+    return kept
+
+
+def count_samples(wanted: int, sentences: list[str], n_sentences: int) -> int:
+    """How many maps can be fitted on samples of the text that share no sentence, at most `wanted`,
+    at least 1."""
+    count = max(1, min(wanted, len(sentences) // n_sentences))
+    if count < wanted:
+        print(f"{len(sentences)} plain texts: {count} instead of {wanted} maps on other sentences")
+    return count
 
 
 def cut_ends(texts: list[str]) -> list[str]:
@@ -80,8 +99,8 @@ def sample_rows(n: int, size: int, sample: int) -> list[int]:
 # ================================================================ 2  Maps
 
 
-class _Maps:
-    """Maps between the blocks of two models, each fitted once.
+class Maps:
+    """What AffineMaps and LocalMaps share: maps between the blocks of two models, each fitted once.
 
     Subclasses define states(source_block, block, sample), which gives x [n, d1] and y [n, d2], and
     fitted(x, y)."""
@@ -109,11 +128,12 @@ class _Maps:
         return self.known[key]
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: as in fit."""
+        """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: sample, shuffled and n of
+        fit."""
         return self.fit(source_block, block, **which).vector(v)
 
 
-class AffineMaps(_Maps):
+class AffineMaps(Maps):
     """Affine maps from the blocks of one base model to those of another.
 
     x, y: {block: states [n, d] of the same plain sentences} of source and target. Each map is
@@ -123,6 +143,8 @@ class AffineMaps(_Maps):
 
     def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
         super().__init__()
+        if norm not in ("as-is", "match"):
+            raise ValueError(f"unknown norm {norm!r}: as-is or match")
         self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
         self.fitting = fitting  # intercept, rcond, ridge
 
@@ -140,7 +162,7 @@ class AffineMaps(_Maps):
         return fit_affine(x, y, **self.fitting)
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """As _Maps.vector, with the norm that `norm` asks for."""
+        """As Maps.vector, with the norm that `norm` asks for."""
         v_hat = super().vector(v, source_block, block, **which)
         if self.norm == "match":
             source_norm, norm = self.stream_norms(source_block, block)
@@ -195,7 +217,9 @@ class NearStates(NamedTuple):
     x: dict[int, torch.Tensor]
 
 
-def local_pool(models: Models, names: list[str], context: Context, plain: list[str], seed=0):
+def local_pool(
+    models: Models, names: list[str], context: Context, plain: list[str], seed: int = 0
+) -> Pool:
     """Candidate places for a local map: other texts of the concept's kind in its refinement
     templates, read at their last token. Without such texts: pieces of plain text in the templates,
     and every place in the plain texts where a token of all models `names` ends."""
@@ -235,14 +259,21 @@ def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch
     return states[[number[row] for row in rows]]
 
 
-def near_states(model: Model, pool: Pool, near: dict, n_sentences: int, seed=0) -> NearStates:
-    """The nearest places of a pool. near: {block: states [m, d] that v is computed from}."""
-    blocks, rows, nearest = list(near), {}, {}
+def near_states(
+    model: Model, pool: Pool, concept_states: dict, n_sentences: int, seed: int = 0
+) -> NearStates:
+    """The places of a pool whose states are nearest to those that v is computed from.
+
+    concept_states: {block: states [m, d]} of the refinement prompts. The places of each block are
+    in random order, since fit_affine holds out the last fifth."""
+    blocks = list(concept_states)
     x = pool_states(model, pool, blocks)
+    rows, nearest = {}, {}
     for number, block in enumerate(blocks):
-        chosen = nearest_positions(x[:, number], near[block], int(POSITIONS * n_sentences))
+        count = int(POSITIONS * n_sentences)
+        chosen = nearest_positions(x[:, number], concept_states[block], count)
         chosen.sort()  # by place, since the order of distances can depend on rounding
-        rows[block] = random.Random(seed).sample(chosen, len(chosen))  # the last fifth is held out
+        rows[block] = random.Random(seed).sample(chosen, len(chosen))
         nearest[block] = x[rows[block], number]
     return NearStates(pool, rows, nearest)
 
@@ -257,28 +288,30 @@ def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
         return (states - states.mean(0)).double().norm().item()
 
     fitted = fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE)
-    return replace(fitted, length=spread(y) / spread(x))
+    return replace(fitted, stretch=spread(y) / spread(x))
 
 
-class LocalMaps(_Maps):
-    """Affine maps fitted at the places of plain text that are nearest to a concept's states.
+class LocalMaps(Maps):
+    """Affine maps fitted at the places of a pool that are nearest to a concept's states.
 
-    near: the source's near states, one for each sample of text. y: for each of them {row of the
-    pool: row of the states}, and the target's states [n, len(blocks), d]."""
+    near: the source's near states, one for each sample of text. The target is read at the same
+    places: self.y has for each sample {row of the pool: row of y} and y [n, len(blocks), d]."""
 
     def __init__(self, near: list[NearStates], target: Model, blocks: list[int]):
         super().__init__()
         self.near, self.blocks = near, blocks
         self.y: list[tuple[dict, torch.Tensor]] = []
         for each in near:
-            rows = sorted({row for chosen in each.rows.values() for row in chosen})
+            rows = sorted(set().union(*each.rows.values()))
             number = {row: k for k, row in enumerate(rows)}
             self.y.append((number, pool_states(target, each.pool, blocks, rows)))
 
     def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
         """x [n, d1] and y [n, d2]: both models' states at the chosen positions."""
-        near = self.near[sample % len(self.near)]
-        number, y = self.y[sample % len(self.near)]
+        if sample >= len(self.near):
+            raise ValueError(f"there is text for {len(self.near)} samples, none for {sample}")
+        near = self.near[sample]
+        number, y = self.y[sample]
         rows = [number[row] for row in near.rows[source_block]]
         return near.x[source_block], y[rows, self.blocks.index(block)]
 
@@ -291,7 +324,7 @@ class LocalMaps(_Maps):
         along: only in this direction [d2]."""
         x, y = self.states(source_block, block)
         n = self.fit(source_block, block).n
-        predicted, y = other.states(x[n:]).double(), y.double()
+        predicted, y = other.predict(x[n:]).double(), y.double()
         if along is not None:
             along = along.double()[:, None]
             predicted, y = predicted @ along, y @ along
@@ -301,6 +334,9 @@ class LocalMaps(_Maps):
 def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
     """`count` pieces of plain text with the lengths [words] and the final marks of the concept's
     texts."""
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError("a Context needs texts, for the lengths of the pieces")
     draw = random.Random(seed)
     lengths = [len(text.split()) for text in texts]
     marks = ["" if text[-1].isalnum() else text[-1] for text in texts]
@@ -341,7 +377,8 @@ def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
 def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
     """Rows of x [N, d] nearest to `states` [m, d]: the nearest to every state, then the second
     nearest to every state, and so on, by cosine similarity of standardized dimensions."""
-    mean, spread = x.mean(0), x.std(0)
+    mean = x.mean(0)
+    spread = x.std(0, correction=1 if len(x) > 1 else 0).clamp(min=1e-12)  # a constant dimension
     pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
     wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
     similarity = wanted @ pool.T
@@ -366,9 +403,12 @@ def permuted_vectors(
     labels swapped in a random half of the pairs.
 
     Exactly half, so that the concept cancels. If each pair were swapped at random, some of the
-    concept would be left, and rescaling to the norm of v would amplify it."""
+    concept would be left, and rescaling to the norm of v would amplify it. Of an odd number of
+    pairs a random one is left out."""
     difference = positive.double() - negative.double()
     half = len(difference) // 2
+    if count and not half:
+        raise ValueError("labels can be permuted in two pairs or more, not in one")
     signs = torch.zeros(count, len(difference), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     for row in signs:
@@ -392,7 +432,7 @@ def rescale(direction: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def control_directions(
-    maps: AffineMaps,
+    maps: Maps,
     v: torch.Tensor,
     others: dict[str, torch.Tensor],
     source_block: int,
@@ -411,8 +451,8 @@ def control_directions(
     directions = {}
     for number in range(1, n_maps):
         directions[f"map {number}"] = maps.vector(v, source_block, block, sample=number)
-    few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
-    if few < maps.fit(source_block, block).n:
+    if PAPER_N_OVER_D * len(v) < maps.fit(source_block, block).n:
+        few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
         directions["few sentences"] = rescale(maps.vector(v, source_block, block, n=few), v_hat)
     shuffled = maps.vector(v, source_block, block, shuffled=True)
     directions["shuffled map"] = rescale(shuffled, v_hat)
@@ -443,11 +483,12 @@ class Vector(NamedTuple):
 
 
 class Vectors:
-    """Concept vectors of several models in the space of several targets; each model is read once.
+    """Vectors of many concepts in the space of several targets; each model is read once.
 
-    pairs(concept, model): positive and negative prompts. blocks(model): the blocks whose states are
-    needed. context(concept, model): where a concept is read, for LocalMaps. sentences: plain text
-    to fit maps between base models on. maps: options of AffineMaps."""
+    wanted: every Vector that will be asked for. targets: names of base models. pairs(concept,
+    model): positive and negative prompts. blocks(model): sorted blocks to read. context(concept,
+    model): where a concept is read, for local maps. sentences: plain text to fit maps between base
+    models on. refine: mean, pca or probe. maps: options of AffineMaps, n_sentences among them."""
 
     def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
         self.models = models
@@ -520,13 +561,9 @@ class Vectors:
         the cosine of v_hat with the target's own vector."""
         blocks = point.source_block, point.block
         v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
-        streams = {
-            "stream_source": self.plain[vector.base][point.source_block],
-            "stream_target": self.plain[target][point.block],
-        }
+        source_norm, target_norm = self.maps(vector, target).stream_norms(*blocks)
         found = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
-        for name, states in streams.items():
-            found[name] = states.norm(dim=1).mean().item()
+        found |= {"stream_source": source_norm, "stream_target": target_norm}
         if where_read:
             fitted = self.maps(vector, target, method).fit(*blocks)
             local = self.maps(vector, target, "contrans-local")
@@ -582,7 +619,8 @@ class Vectors:
         """The prompts of all vectors of a model, or of those that are read in one context."""
         texts: dict[str, None] = {}
         for vector in self.wanted:
-            if vector.model == name and context in (None, self.context(vector.concept, name)):
+            is_here = context is None or context == self.context(vector.concept, name)
+            if vector.model == name and is_here:
                 for side in self.pairs(vector.concept, name):
                     texts |= dict.fromkeys(side)
         return list(texts)
@@ -597,18 +635,18 @@ class Vectors:
         self._read_models()
         if method == "contrans":
             key = vector.base, target
-        else:
-            context = self.context(vector.concept, vector.model)
-            key = vector.model, vector.base, target, context
-        if key not in self.known_maps:
-            if method == "contrans":
+            if key not in self.known_maps:
                 x, y = self.plain[vector.base], self.plain[target]
                 self.known_maps[key] = AffineMaps(x, y, **self.map_options)
-            else:
+        elif method == "contrans-local":
+            context = self.context(vector.concept, vector.model)
+            key = vector.model, vector.base, target, context
+            if key not in self.known_maps:
                 near = self._read_near(vector, target, context)
-                self.known_maps[key] = LocalMaps(
-                    near, self.models.load(target), self.blocks(target)
-                )
+                model = self.models.load(target)
+                self.known_maps[key] = LocalMaps(near, model, self.blocks(target))
+        else:
+            raise ValueError(f"unknown map {method!r}: contrans or contrans-local")
         return self.known_maps[key]
 
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
@@ -616,21 +654,22 @@ class Vectors:
         size = self.map_options["n_sentences"]
         names, others = [vector.base, target], context.others
         samples = max(1, len(self.sentences) // size)
-        near = self.states_of_context(vector.model, context)
+        concept_states = self.states_of_context(vector.model, context)
+        model = self.models.load(vector.base)
         found = []
         for sample in range(samples):
             rows = sample_rows(len(self.sentences), size, sample)
             plain = [self.sentences[row] for row in rows]
-            rows = sample_rows(len(others), len(others) // samples, sample)
+            rows = sample_rows(len(others), max(1, len(others) // samples), sample)
             own = context._replace(others=tuple(others[row] for row in rows))
             pool = local_pool(self.models, names, own, plain, seed=sample)
-            model = self.models.load(vector.base)
-            found.append(near_states(model, pool, near, len(plain), seed=sample))
+            found.append(near_states(model, pool, concept_states, len(plain), seed=sample))
         return found
 
     def _read_models(self) -> None:
         if self.refined:
             return
+        refined, plain = {}, {}  # kept when all models were read
         mapped = {vector.base for vector in self.wanted} | set(self.targets)
         for name in sorted(mapped | {vector.model for vector in self.wanted}):
             model, blocks = self.models.load(name), self.blocks(name)
@@ -641,7 +680,8 @@ class Vectors:
                         v = concept_vector(model, *pairs, blocks, self.refine)
                     else:
                         v = refine(*self.pair_states(vector), self.refine)
-                    self.refined[vector] = dict(zip(blocks, v))
+                    refined[vector] = dict(zip(blocks, v))
             if name in mapped:
                 states = hidden_states(model, cut_ends(self.sentences), blocks)
-                self.plain[name] = dict(zip(blocks, states.unbind(1)))
+                plain[name] = dict(zip(blocks, states.unbind(1)))
+        self.refined, self.plain = refined, plain

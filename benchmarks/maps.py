@@ -170,7 +170,7 @@ MEASURES = ["R² where v is read", "R² along v̂", "correlation along v̂"]
 
 def quality(fitted: AffineMap, x, y, v_hat) -> list[float]:
     """MEASURES of a map, on states x [n, d1] and y [n, d2] that it was not fitted on."""
-    predicted, y = fitted.states(x).double(), y.double()
+    predicted, y = fitted.predict(x).double(), y.double()
     r2, _ = fit_quality(predicted, y, y.mean(0))
     along = v_hat.double()[:, None]
     predicted, y = predicted @ along, y @ along

@@ -869,7 +869,7 @@ def test_the_last_fifth_is_held_out_and_scored(intercept):
     assert torch.equal(fitted.vector(x), train.vector(x))
     mean = y[:80].mean(0)
     true = y[80:] - mean
-    predicted = train.states(x[80:]) - mean
+    predicted = train.predict(x[80:]) - mean
     r2 = 1 - (true - predicted).square().sum() / true.square().sum()
     cosine = torch.cosine_similarity(predicted, true).mean()
     close(
@@ -990,7 +990,8 @@ def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
     assert all(text.startswith("The old cat sat") for text in texts)
     assert "2 of 14" in capsys.readouterr().out
     assert len(plain_texts(path, Models(), names[:1], 400)) == 13
-    one_line(lambda: plain_texts(path, Models(), names, 10), "only 8 texts")
+    assert len(plain_texts(path, Models(), names, 10)) == 10  # others take their place
+    one_line(lambda: plain_texts(path, Models(), names, 8), "only 8 texts")
 
 
 # ---------------------------------------------------------------- fitted where v is read
@@ -1783,8 +1784,17 @@ MISUSE = {  # each names the argument
         lambda model, move: common.hidden_states(model, "Tom felt", [1]),
         lambda model, move: common.generate(model, "Tom felt"),
         lambda model, move: common.perplexity(model, "Tom felt"),
+    ],
+    "prompts must be": [
         lambda model, move: common.score_labels(model, "Tom felt", ["happy", "sad"]),
     ],
+    "no positions [[]4]": [
+        lambda model, move: common.hidden_states(model, ["Tom"], [1], positions=[[4]]),
+    ],
+    "no positions [[]-9]": [
+        lambda model, move: common.hidden_states(model, ["Tom"], [1], positions=[[-9]]),
+    ],
+    "layers is empty": [lambda model, move: common.hidden_states(model, ["Tom felt"], [])],
     "texts is empty": [
         lambda model, move: common.hidden_states(model, [], [1]),
         lambda model, move: common.perplexity(model, []),

@@ -560,6 +560,10 @@ def test_the_verdict_of_what_should_fall():
     assert "**holds**: 10.0 %" in verdict(found, lower=True)
     assert "its strongest control, random 2: 50.0 %" in verdict(found, lower=True)
     assert "does not move it" in verdict(found)
+    nulls = {f"permuted_{k}": 0.8 for k in range(30)}
+    found = {"b": effects(base=0.9, contrans=0.1, random_1=0.5, **nulls)}
+    line = verdict(found, lower=True)
+    assert "**holds**: 10.0 %" in line and "permuted 0.032" in line  # 1 / 31
 
 
 def test_of_several_sources_the_verdict_spells_out_those_that_hold():
@@ -781,7 +785,9 @@ def test_a_table_shows_every_record_once_and_why_rows_are_missing():
     assert "too few" in pivot([], "concept", "alpha", missing)
     other = pivot([record(metric="perplexity", value=12.345)], "metric", "item")
     assert "12.35" in other or "12.34" in other
-    assert "|" in markdown(["a"], [[1]])
+    assert "too few" in pivot([], "concept", "alpha", {"joy": "too few"}, {"joy": "a note"})
+    [head, _, row] = markdown(["|v|"], [["a|b"]]).splitlines()
+    assert r"\|v\|" in head and r"a\|b" in row
 
 
 def test_the_numbers_of_the_paper_are_joined_by_the_papers_names():

@@ -169,7 +169,7 @@ def test_a_map_is_the_shortest_least_squares_solution_of_numpy(both, intercept):
     probe = vectors(3, x.shape[1]).double().numpy() * max(np.abs(x).max(), 1e-30)
     wanted = np.linalg.pinv(centred, rcond=1e-9) @ (y - y_mean)
     assert error(probe @ got @ fitted.y.numpy(), probe @ wanted) < 1e-12 * number**2 + 1e-7
-    predicted = fitted.states(torch.from_numpy(x)).numpy()
+    predicted = fitted.predict(torch.from_numpy(x)).numpy()
     solved = np.linalg.lstsq(centred, y - y_mean, rcond=1e-9)[0]
     assert error(predicted, centred @ solved + y_mean) < 1e-5
 

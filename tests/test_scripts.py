@@ -223,7 +223,7 @@ def test_the_folder_holds_everything(name, run):
     assert page.count('src="data:image/png;base64,') == len(figures)
     assert not re.search(r'(src|href)="(?!data:)|url\(', page)  # nothing is fetched
     paths = list(run.folder.glob("*.safetensors"))
-    assert len(paths) == VECTORS.get(name, 0)
+    assert len(paths) == {**VECTORS, "exp_template": 1}.get(name, 0)
     for path in paths:
         vector, about = harness.load_concept(path)
         assert vector.isfinite().all() and vector.any()
@@ -1120,6 +1120,36 @@ def test_a_local_map_moves_emotions_between_real_models(tmp_path):
     others = [each["value"] for each in local if "random" in (each["variant"] or "")]
     assert ours > base["value"] + 0.1
     assert ours > max(others)
+
+
+# ================================================================ the template
+
+
+def test_a_vector_is_saved_whenever_it_is_asked_for(finished, tmp_path):
+    run = finished("exp_template")
+    for name in ("one", "another"):
+        more = ["--save-vector", str(tmp_path / name)]
+        assert again("exp_template", run, *more).folder == run.folder
+        [path] = (tmp_path / name).iterdir()
+        _, about = harness.load_concept(path)
+        assert (about["concept"], about["alpha"]) == ("happiness", None)
+
+
+def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
+    path = tmp_path / "pairs.jsonl"
+
+    def start(negatives: list[str]):
+        pairs = [{"positive": "You won.", "negative": each} for each in negatives]
+        path.write_text("\n".join(map(json.dumps, pairs)))
+        argv = command("exp_template", "--data", data, "--pairs", path, "--limit", "-1")
+        return Finished(exp_template.main, argv, tmp_path / "out")
+
+    scenarios = json.loads((data / "emotions" / "sadness.json").read_text())
+    negatives = scenarios[:20] * 2
+    shuffled = random.Random(0).sample(negatives, 40)
+    [base] = start(negatives).find(method="base")
+    assert 0 < base["n"] == len(set(shuffled[20:]) - set(shuffled[:20])) < 10
+    one_line(lambda: start(["You lost it."] * 40), "repeats its negatives")
 
 
 # ================================================================ copies
