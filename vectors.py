@@ -241,6 +241,49 @@ def local_pool(
     return Pool(plain + windows, places + [[LAST]] * len(windows))
 
 
+def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
+    """`count` pieces of plain text with the lengths [words] and the final marks of the concept's
+    texts."""
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError("a Context needs texts, for the lengths of the pieces")
+    draw = random.Random(seed)
+    lengths = [len(text.split()) for text in texts]
+    marks = ["" if text[-1].isalnum() else text[-1] for text in texts]
+    pieces = []
+    for _ in range(count):
+        words = draw.choice(plain).split()
+        length = min(draw.choice(lengths), len(words))
+        start = draw.randint(0, len(words) - length)
+        piece = " ".join(words[start : start + length])
+        piece = piece[0].upper() + piece[1:]
+        pieces.append(piece.rstrip(".,;:!?-\"'") + draw.choice(marks))
+    return pieces
+
+
+def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
+    """For each text the character offsets where a token of every tokenizer ends."""
+    of_tokenizers = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
+    shared = []
+    for ends in zip(*of_tokenizers):  # of one text
+        everywhere = set.intersection(*map(set, ends))
+        shared.append(sorted(everywhere))
+    return shared
+
+
+def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
+    """For each text {character offset where a token ends: index of the token}."""
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
+    found = []
+    for offsets in encoded.offset_mapping:  # of special tokens they are empty
+        token_at = {}
+        for i, (start, end) in enumerate(offsets):
+            if end > start:
+                token_at[end] = i
+        found.append(token_at)
+    return found
+
+
 def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch.Tensor:
     """States [n, len(blocks), d] at the places `rows` of a pool (default: all, text after text)."""
     places = [(i, place) for i, each in enumerate(pool.places) for place in each]
@@ -276,6 +319,23 @@ def near_states(
         rows[block] = random.Random(seed).sample(chosen, len(chosen))
         nearest[block] = x[rows[block], number]
     return NearStates(pool, rows, nearest)
+
+
+def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
+    """Rows of x [N, d] nearest to `states` [m, d]: the nearest to every state, then the second
+    nearest to every state, and so on, by cosine similarity of standardized dimensions."""
+    mean = x.mean(0)
+    spread = x.std(0, correction=1 if len(x) > 1 else 0).clamp(min=1e-12)  # a constant dimension
+    pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
+    wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
+    similarity = wanted @ pool.T
+    depth = min(len(x), max(4, 4 * count // len(states) + 8))
+    while True:
+        ranked = similarity.topk(depth, dim=1).indices
+        chosen = list(dict.fromkeys(ranked.T.flatten().tolist()))
+        if len(chosen) >= count or depth == len(x):
+            return chosen[:count]
+        depth = min(len(x), 2 * depth)
 
 
 def fit_local(x: torch.Tensor, y: torch.Tensor) -> AffineMap:
@@ -329,66 +389,6 @@ class LocalMaps(Maps):
             along = along.double()[:, None]
             predicted, y = predicted @ along, y @ along
         return fit_quality(predicted, y[n:], y[:n].mean(0))[0]
-
-
-def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
-    """`count` pieces of plain text with the lengths [words] and the final marks of the concept's
-    texts."""
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ValueError("a Context needs texts, for the lengths of the pieces")
-    draw = random.Random(seed)
-    lengths = [len(text.split()) for text in texts]
-    marks = ["" if text[-1].isalnum() else text[-1] for text in texts]
-    pieces = []
-    for _ in range(count):
-        words = draw.choice(plain).split()
-        length = min(draw.choice(lengths), len(words))
-        start = draw.randint(0, len(words) - length)
-        piece = " ".join(words[start : start + length])
-        piece = piece[0].upper() + piece[1:]
-        pieces.append(piece.rstrip(".,;:!?-\"'") + draw.choice(marks))
-    return pieces
-
-
-def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
-    """For each text {character offset where a token ends: index of the token}."""
-    encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
-    found = []
-    for offsets in encoded.offset_mapping:  # of special tokens they are empty
-        token_at = {}
-        for i, (start, end) in enumerate(offsets):
-            if end > start:
-                token_at[end] = i
-        found.append(token_at)
-    return found
-
-
-def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
-    """For each text the character offsets where a token of every tokenizer ends."""
-    of_tokenizers = [token_ends(tokenizer, texts) for tokenizer in tokenizers]
-    shared = []
-    for ends in zip(*of_tokenizers):  # of one text
-        everywhere = set.intersection(*map(set, ends))
-        shared.append(sorted(everywhere))
-    return shared
-
-
-def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list[int]:
-    """Rows of x [N, d] nearest to `states` [m, d]: the nearest to every state, then the second
-    nearest to every state, and so on, by cosine similarity of standardized dimensions."""
-    mean = x.mean(0)
-    spread = x.std(0, correction=1 if len(x) > 1 else 0).clamp(min=1e-12)  # a constant dimension
-    pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
-    wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
-    similarity = wanted @ pool.T
-    depth = min(len(x), max(4, 4 * count // len(states) + 8))
-    while True:
-        ranked = similarity.topk(depth, dim=1).indices
-        chosen = list(dict.fromkeys(ranked.T.flatten().tolist()))
-        if len(chosen) >= count or depth == len(x):
-            return chosen[:count]
-        depth = min(len(x), 2 * depth)
 
 
 # ================================================================ 4  Controls
@@ -502,6 +502,30 @@ class Vectors:
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
+    def v(self, vector: Vector, block: int) -> torch.Tensor:
+        """v [d] after a block of the model that it was refined in (Eq. 1)."""
+        self._read_models()
+        return self.refined[vector][block]
+
+    def maps(self, vector: Vector, target: str, method: str = "contrans"):
+        """The paper's maps, or for "contrans-local" those fitted where this vector is read."""
+        self._read_models()
+        if method == "contrans":
+            key = vector.base, target
+            if key not in self.known_maps:
+                x, y = self.plain[vector.base], self.plain[target]
+                self.known_maps[key] = AffineMaps(x, y, **self.map_options)
+        elif method == "contrans-local":
+            context = self.context(vector.concept, vector.model)
+            key = vector.model, vector.base, target, context
+            if key not in self.known_maps:
+                near = self._read_near(vector, target, context)
+                model = self.models.load(target)
+                self.known_maps[key] = LocalMaps(near, model, self.blocks(target))
+        else:
+            raise ValueError(f"unknown map {method!r}: contrans or contrans-local")
+        return self.known_maps[key]
+
     def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
         """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
         v = self.v(vector, point.source_block)
@@ -509,19 +533,6 @@ class Vectors:
             return v
         maps = self.maps(vector, target, method)
         return maps.vector(v, point.source_block, point.block, **which)
-
-    def controls(
-        self, vector, target, point, others: list, method="contrans", n_permuted=0, **counts
-    ) -> dict[str, torch.Tensor]:
-        """control_directions of a vector, and "permuted k". others: other concepts' vectors."""
-        blocks = point.source_block, point.block
-        v, maps = self.v(vector, point.source_block), self.maps(vector, target, method)
-        known = {other.concept: self.v(other, point.source_block) for other in others}
-        directions = control_directions(maps, v, known, *blocks, **counts)
-        if n_permuted:
-            null = self.permuted(vector, target, point, method, n_permuted, counts["seed"])
-            directions |= {f"permuted {k}": each for k, each in enumerate(null)}
-        return directions
 
     def permuted(
         self, vector: Vector, target: str, point: Point, method: str, count: int, seed: int
@@ -535,6 +546,19 @@ class Vectors:
             null = self.maps(vector, target, method).vector(null, point.source_block, point.block)
             self.known_permuted[key] = rescale(null, self.at(vector, target, point, method))
         return self.known_permuted[key]
+
+    def controls(
+        self, vector, target, point, others: list, method="contrans", n_permuted=0, **counts
+    ) -> dict[str, torch.Tensor]:
+        """control_directions of a vector, and "permuted k". others: other concepts' vectors."""
+        blocks = point.source_block, point.block
+        v, maps = self.v(vector, point.source_block), self.maps(vector, target, method)
+        known = {other.concept: self.v(other, point.source_block) for other in others}
+        directions = control_directions(maps, v, known, *blocks, **counts)
+        if n_permuted:
+            null = self.permuted(vector, target, point, method, n_permuted, counts["seed"])
+            directions |= {f"permuted {k}": each for k, each in enumerate(null)}
+        return directions
 
     def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
         """Quality of the maps of a vector, as fields of report.record.
@@ -625,47 +649,6 @@ class Vectors:
                     texts |= dict.fromkeys(side)
         return list(texts)
 
-    def v(self, vector: Vector, block: int) -> torch.Tensor:
-        """v [d] after a block of the model that it was refined in (Eq. 1)."""
-        self._read_models()
-        return self.refined[vector][block]
-
-    def maps(self, vector: Vector, target: str, method: str = "contrans"):
-        """The paper's maps, or for "contrans-local" those fitted where this vector is read."""
-        self._read_models()
-        if method == "contrans":
-            key = vector.base, target
-            if key not in self.known_maps:
-                x, y = self.plain[vector.base], self.plain[target]
-                self.known_maps[key] = AffineMaps(x, y, **self.map_options)
-        elif method == "contrans-local":
-            context = self.context(vector.concept, vector.model)
-            key = vector.model, vector.base, target, context
-            if key not in self.known_maps:
-                near = self._read_near(vector, target, context)
-                model = self.models.load(target)
-                self.known_maps[key] = LocalMaps(near, model, self.blocks(target))
-        else:
-            raise ValueError(f"unknown map {method!r}: contrans or contrans-local")
-        return self.known_maps[key]
-
-    def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
-        """The near states of the source's base model, for each sample of text."""
-        size = self.map_options["n_sentences"]
-        names, others = [vector.base, target], context.others
-        samples = max(1, len(self.sentences) // size)
-        concept_states = self.states_of_context(vector.model, context)
-        model = self.models.load(vector.base)
-        found = []
-        for sample in range(samples):
-            rows = sample_rows(len(self.sentences), size, sample)
-            plain = [self.sentences[row] for row in rows]
-            rows = sample_rows(len(others), max(1, len(others) // samples), sample)
-            own = context._replace(others=tuple(others[row] for row in rows))
-            pool = local_pool(self.models, names, own, plain, seed=sample)
-            found.append(near_states(model, pool, concept_states, len(plain), seed=sample))
-        return found
-
     def _read_models(self) -> None:
         if self.refined:
             return
@@ -685,3 +668,20 @@ class Vectors:
                 states = hidden_states(model, cut_ends(self.sentences), blocks)
                 plain[name] = dict(zip(blocks, states.unbind(1)))
         self.refined, self.plain = refined, plain
+
+    def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
+        """The near states of the source's base model, for each sample of text."""
+        size = self.map_options["n_sentences"]
+        names, others = [vector.base, target], context.others
+        samples = max(1, len(self.sentences) // size)
+        concept_states = self.states_of_context(vector.model, context)
+        model = self.models.load(vector.base)
+        found = []
+        for sample in range(samples):
+            rows = sample_rows(len(self.sentences), size, sample)
+            plain = [self.sentences[row] for row in rows]
+            rows = sample_rows(len(others), max(1, len(others) // samples), sample)
+            own = context._replace(others=tuple(others[row] for row in rows))
+            pool = local_pool(self.models, names, own, plain, seed=sample)
+            found.append(near_states(model, pool, concept_states, len(plain), seed=sample))
+        return found

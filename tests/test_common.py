@@ -1,4 +1,4 @@
-"""common.py, in its own order, against plain transformers with hooks or the formula written out.
+"""common.py and vectors.py against plain transformers with hooks or the formula written out.
 
 The models are tiny and random; the families are those of conftest.py. Maps of
 any rank and scale are in test_hypothesis.py.

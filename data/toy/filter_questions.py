@@ -4,7 +4,8 @@
 
 TruthfulQA was made like this: its authors left out most questions that GPT-3 answered truthfully
 (Lin et al. 2022). Here qwen-s takes GPT-3's place. It read other documents with another tokenizer,
-and no row of Table 1 is about it.
+and no row of Table 1 is about it
+(in Table 3 its chat model is a source).
 """
 
 import argparse
