@@ -22,6 +22,7 @@ from harness import (
     Run,
     at_least,
     fail,
+    folder_path,
     map_methods,
     map_options,
     model_options,
@@ -44,18 +45,14 @@ def options(argv=None):
     parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
     add = parser.add_argument
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
-    asked = "Scenario: {text}\nThe emotion of the above scenario is"
-    add("--template", default=asked, help="prompt with {text} in it; the label follows")
-    labels = {"default": ["happiness", "sadness"], "metavar": ("POSITIVE", "NEGATIVE")}
-    add("--labels", nargs=2, **labels, help="words that follow; the first names the concept")
+    add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")
+    add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
-    add("--save-vector", type=Path, metavar="FOLDER", help="copy each v_hat there")
+    add("--save-vector", type=folder_path, metavar="FOLDER", help="copy each v_hat there")
     args = parse_options(parser, FAMILIES, argv)
     if args.layer == "auto":
         fail("--layer auto has no use here: give a block, or a fraction of the depth")
-    if args.save_vector and args.save_vector.is_file():
-        fail(f"--save-vector {args.save_vector} is a file; name a folder")
     if "{text}" not in args.template:
         fail("--template needs {text} in it")
     return args
@@ -72,26 +69,18 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
 
 
 def steer(args, models: Models, pairs, test, sentences, target: str, folder: str) -> list[dict]:
-    """The effect of v_hat, of its controls and of the target's own vector, as records. v_hat is
-    saved in the folder."""
+    """Records of the effect of v_hat, its controls and the target's own vector; saves v_hat."""
     concept = args.labels[0]
     positive, negative = zip(*pairs)
     v, own = Vector(concept, args.src, args.src_base), Vector(concept, target, target)
     source_block, block = models.block(args.src, args.layer), models.block(target, args.layer, 1)
     point = Point(source_block, block, alpha=1.0)
-
-    def blocks(name: str) -> list[int]:
-        used = {block} if name == target else set()
-        if name in (args.src, args.src_base):
-            used.add(source_block)
-        return sorted(used)
-
     vectors = Vectors(
         models,
         wanted=[v, own],
         targets=[target],
         pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
-        blocks=blocks,
+        blocks=lambda name: [block if name == target else source_block],
         context=lambda *_: Context((args.template,), positive + negative),
         sentences=sentences,
         refine=args.refine,
@@ -164,10 +153,9 @@ def main(argv=None):
         records += found
     title = f"How often “{args.labels[0]}” is preferred, in % (n = {len(test)})"
     run.save(records, [], [verdict(judged), *figures, summary(title, judged)])
-    if args.save_vector and not args.dry_run:
+    for path in run.folder.glob("v_*.safetensors") if args.save_vector else []:
         args.save_vector.mkdir(parents=True, exist_ok=True)
-        for path in run.folder.glob("v_*.safetensors"):
-            shutil.copy(path, args.save_vector)
+        shutil.copy(path, args.save_vector)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from harness import (
     at_least,
     export_concept,
     fail,
+    folder_path,
     map_methods,
     map_options,
     model_options,
@@ -222,7 +223,7 @@ def options(argv=None):
     )
     add(
         "--save-vector",
-        type=Path,
+        type=folder_path,
         metavar="FOLDER",
         help="also save v_honesty of each target there, for this repo (.safetensors), "
         "lm-evaluation-harness (.pt) and llama.cpp (.gguf)",
@@ -230,8 +231,6 @@ def options(argv=None):
     args = parse_options(parser, FAMILIES, argv, paper=PAPER_POINT)
     if not args.validation:
         fail("--validation must be more than 0")
-    if args.save_vector and args.save_vector.exists() and not args.save_vector.is_dir():
-        fail(f"--save-vector {args.save_vector} is a file; name a folder")
     if (args.save_vector or args.generate) and args.table not in ("1", "all"):
         fail("--save-vector and --generate belong to --table 1")
     if args.tgt != FAMILIES[args.family].get("tgt") or not getattr(args, "target3", None):
@@ -833,6 +832,13 @@ def score_rows(run, lab, rows):
     return records, examples
 
 
+def save_vectors(args, run, lab, row, point) -> None:
+    if args.save_vector:  # whenever it is asked for, since that folder may be gone
+        lab.save(row, point, run.folder, args.save_vector)
+    else:
+        run.step(f"{row.host} saved", lab.save, row, point, run.folder)
+
+
 def one_target(args, run, lab, part):
     """(records, examples, report) of Table 1 for one target; the report begins with its figure."""
     name = Path(part.rows[0].host).name
@@ -869,10 +875,7 @@ def one_target(args, run, lab, part):
     for each, where in ((part.rows[0], None), *points.items()):
         result = answered(run, lab, each, where)
         groups += category_records(lab.data.test, result, each.about(where))
-    if args.save_vector:  # whenever it is asked for, since that folder may be gone
-        lab.save(row, points[row], run.folder, args.save_vector)
-    else:
-        run.step(f"{row.host} saved", lab.save, row, points[row], run.folder)
+    save_vectors(args, run, lab, row, points[row])
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
         curves,

@@ -70,6 +70,13 @@ def run_script(main) -> None:
         fail(str(error))
 
 
+def folder_path(text: str) -> Path:
+    """An option type: a folder that exists or can be made."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return Path(text)
+
+
 def at_least(lowest: int):
     """An option type: a whole number, not below `lowest`."""
 
