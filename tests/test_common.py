@@ -43,6 +43,7 @@ from vectors import (
     Vector,
     Vectors,
     control_directions,
+    count_samples,
     cut_ends,
     cut_windows,
     nearest_positions,
@@ -964,8 +965,13 @@ def test_plain_texts_are_lines_first_columns_or_json_lines(tmp_path, capsys, one
         (tmp_path / name).write_text(content)
         assert plain_texts(tmp_path / name, Models(), names, 20) == texts[:20]
     assert capsys.readouterr().out == ""
-    (tmp_path / "b.jsonl").write_text(files["a.jsonl"] + "\n{}")
-    one_line(lambda: plain_texts(tmp_path / "b.jsonl", Models(), names, 50), "b.jsonl, line 31")
+    for line in ("{}", '{"text": null}', "[1]"):
+        (tmp_path / "b.jsonl").write_text(f"{files['a.jsonl']}\n{line}")
+        one_line(lambda: plain_texts(tmp_path / "b.jsonl", Models(), names, 50), "b.jsonl, line 31")
+    odd = json.dumps({"text": "a line\u2028separator\tis white space"}, ensure_ascii=False)
+    (tmp_path / "c.jsonl").write_text(f"{odd}\n{files['a.jsonl']}")
+    first = plain_texts(tmp_path / "c.jsonl", Models(), names, 20)[0]
+    assert first == "a line separator is white space"
 
 
 def test_cut_ends_drops_two_to_four_words_as_in_the_released_code():
@@ -992,6 +998,21 @@ def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
     assert len(plain_texts(path, Models(), names[:1], 400)) == 13
     assert len(plain_texts(path, Models(), names, 10)) == 10  # others take their place
     one_line(lambda: plain_texts(path, Models(), names, 8), "only 8 texts")
+
+
+def test_no_sample_of_text_is_counted_twice(capsys):
+    texts = [f"sentence {number}" for number in range(10)]
+    assert count_samples(3, texts, 3) == 3 and not capsys.readouterr().out
+    assert count_samples(5, texts, 3) == 3
+    assert "3 instead of 5 maps" in capsys.readouterr().out
+    assert count_samples(2, texts, 20) == 1
+
+
+def test_labels_of_one_pair_cannot_be_permuted():
+    one, other = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    with pytest.raises(ValueError, match="two pairs or more"):
+        permuted_vectors(one, other, 3, seed=0)
+    assert permuted_vectors(one, other, 0, seed=0).shape == (0, 2, 4)
 
 
 # ---------------------------------------------------------------- fitted where v is read
@@ -1073,7 +1094,11 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     v_hat = {method: found.at(vector, names[1], point, method) for method in ("contrans", LOCAL)}
     cosine = {k: torch.cosine_similarity(v, found.v(own, 6), dim=0) for k, v in v_hat.items()}
     assert cosine[LOCAL] > 0.4 > 0.2 > cosine["contrans"]
+    with pytest.raises(ValueError, match="unknown map 'lokal'"):
+        found.maps(vector, names[1], "lokal")
     local = found.maps(vector, names[1], LOCAL)
+    with pytest.raises(ValueError, match="text for 1 samples"):
+        local.fit(6, 6, sample=1)
     x, y = local.states(6, 6)
     assert len(x) == len(y) == 960
     spread = [(each - each.mean(0)).norm() for each in (x, y)]

@@ -1135,6 +1135,13 @@ def test_a_vector_is_saved_whenever_it_is_asked_for(finished, tmp_path):
         assert (about["concept"], about["alpha"]) == ("happiness", None)
 
 
+def test_a_sample_of_text_is_not_shown_as_another(tmp_path, data):
+    argv = command("exp_template", "--data", data, "--sentences", "250", "--maps", "2")
+    run = Finished(exp_template.main, argv, tmp_path)  # of 400 plain texts
+    assert "1 instead of 2 maps" in run.said
+    assert run.find(variant="shuffled map") and not run.find(variant="map 1")
+
+
 def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
     path = tmp_path / "pairs.jsonl"
 
