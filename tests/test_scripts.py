@@ -222,6 +222,7 @@ def test_the_folder_holds_everything(name, run):
         assert f"![{figure}]({figure}.png)" in report
     assert page.count('src="data:image/png;base64,') == len(figures)
     assert not re.search(r'(src|href)="(?!data:)|url\(', page)  # nothing is fetched
+    assert page.count("<table>") == len(re.findall(r"^\|-", report, re.M))
     paths = list(run.folder.glob("*.safetensors"))
     assert len(paths) == {**VECTORS, "exp_template": 1}.get(name, 0)
     for path in paths:
