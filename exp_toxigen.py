@@ -98,6 +98,7 @@ SETTINGS = {
 }
 ZOO_SETTINGS = {
     "layer": "auto",
+    "sentences": 1000,
     "classifier": f"{ZOO}/classifier",
     "max_new_tokens": 16,
     "validation": 5,

@@ -576,6 +576,10 @@ def test_of_several_sources_the_verdict_spells_out_those_that_hold():
     assert "ConTrans of a **holds**: 90.0 %" in line and line.count("holds") == 1
     assert "ConTrans of b 30.0 %, ConTrans of c 10.0 % **do not hold**" in line
     assert "(strongest control, random 1: 30.0 %)" in line
+    own, _ = effects(random_2=0.2, random_3=0.6)  # of b alone
+    own = [each | {"source": "big/b"} for each in own]
+    line, _ = verdict({"t": (records + others + own, {})}).split("\n\n")
+    assert "(strongest control, random 3: 60.0 %)" in line
 
 
 def test_the_summary_carries_the_controls_of_the_verdict():
