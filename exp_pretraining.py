@@ -98,8 +98,8 @@ def options(argv=None):
     add("--keep-downloads", action="store_true", help="leave checkpoints in the hub's cache")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)
-    if args.layer == "auto":
-        fail("--layer auto has no use here: all checkpoints are compared at one block")
+    if args.layer == "auto" or "," in args.layer:
+        fail("--layer must be one index or fraction: all checkpoints are compared at one block")
     args.tokens = args.tokens or [known_tokens(name) for name in args.tgt]
     if len(args.tokens) != len(args.tgt):
         fail(f"{len(args.tokens)} --tokens for {len(args.tgt)} checkpoints: give one each")
@@ -426,11 +426,13 @@ class Lab:
                     controls.setdefault(variant, []).append(one)
             for variant, own in controls.items():
                 found[method, variant] = torch.stack(own)
-        null = rescale(each.vector(self.source["permuted"], *blocks), vectors[method])
+        last = map_methods(args)[-1]  # vectors of permuted labels stand beside the last map only
+        null = maps[last].vector(self.source["permuted"], *blocks)
+        null = rescale(null, vectors[last])
         for k, permuted in enumerate(null):
-            found[method, f"permuted {k}"] = permuted
+            found[last, f"permuted {k}"] = permuted
         for k, permuted in enumerate(null[:OWN_CHOICES]):
-            found[method, f"own-α permuted {k}"] = permuted
+            found[last, f"own-α permuted {k}"] = permuted
         return found
 
     def choose_alphas(self, name: str, directions: dict) -> dict[tuple, float]:
@@ -550,7 +552,7 @@ def draw_accuracy(args, records: list[dict]):
     curves = {("base", None): "without: false positives"}
     for method in map_methods(args):
         curves[method, None] = f"{METHODS[method]}: v̂ of the last checkpoint"
-    curves[method, "random"] = f"{args.random} random directions, range"
+    curves[map_methods(args)[-1], "random"] = f"{args.random} random directions, range"
     for axis, metric in zip(axes, ("token_acc", "logit_acc")):
         found = [each for name in args.tgt for each in chosen(records, name, metric)]
         for (method, variant), text in curves.items():
@@ -583,7 +585,7 @@ def main(argv=None):
         lab.block(name)  # an impossible --layer ends here, before any weights are loaded
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
-    ignore = ("tokens", "keep_downloads", "model", "revisions")
+    ignore = ("keep_downloads", "model", "revisions")
     run = Run(
         __file__,
         args,

@@ -179,11 +179,14 @@ def check_models(args, models: Models, names: list[str]) -> None:
         if not path.exists():
             fail(f"no file {path}; exp_truthfulqa.py --save-vector FOLDER writes it")
         try:
-            made_for = load_concept(path)[1]["fingerprint"]
+            about = load_concept(path)[1]
+            concept, made_for = about["concept"], about["fingerprint"]
         except Exception as error:  # not safetensors, or without the description
             fail(f"{path} is not a concept vector: {error}")
         if made_for != models.fingerprint(target):
             fail(f"{path} was made for another model than {target}")
+        if "honesty" not in concept:
+            fail(f"{path} is a vector of {concept}, not of honesty")
 
 
 # ---------------------------------------------------------------- data
@@ -264,6 +267,8 @@ def load_split(args, models: Models, template: Template, names, classifier) -> S
         split.counts.append([group, *sizes, len(validation), len(test)])
     if len(split.lists) < total:
         print(f"{total - len(split.lists)} of {total} prompts exceed a context: left out")
+    if len(split.hate) == 1 and args.permutations:
+        fail("one pair: labels can be permuted in two or more; add --permutations 0")
     if not (split.hate and split.validation and split.test):
         fail(f"{folder} has too few toxic prompts that fit: fewer --pairs, or data/prepare.py")
     return split
@@ -661,7 +666,7 @@ class Lab:
         fairness = self.direction(target, method, point)
         model = self.models.load(target)
         honesty, about = load_concept(Path(path), model)
-        v_honesty = Transplant.of(honesty, about["layer"], about.get("alpha", 1))
+        v_honesty = Transplant.of(honesty, about["layer"], about.get("alpha") or 1)
         v_fairness = Transplant.of(fairness, point.block, point.alpha)
         both, seen = v_honesty + v_fairness, set(about.get("questions", []))
         unseen = [item for item in self.data.questions if item["question"].strip() not in seen]
@@ -739,8 +744,9 @@ class Findings:
     def add_cost(self, method: str, metric: str, value: float, n=None, **fields) -> None:
         """Perplexity of OpenWebText, or on the texts that limit alpha its ratio to the base's."""
         part = "OpenWebText" if metric == "perplexity" else "OpenWebText, validation"
-        fields |= {"value": value, "n": n or self.n_tokens, "part": part}
-        self.add(method, metric, **fields)
+        if metric == "perplexity":
+            n = n or self.n_tokens
+        self.add(method, metric, value=value, n=n, part=part, **fields)
 
     def add_row(self, method: str, written: dict, variant=None, note="", **point) -> None:
         """The continuations of the test prompts under one condition, see Lab.write."""
@@ -832,8 +838,8 @@ def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> 
 
 
 def null_rows(args, run, lab: Lab, found: Findings, method, point) -> None:
-    """Random directions at the point of a map, and vectors of permuted labels, each at its own
-    alpha."""
+    """Random directions at the point of a map, and vectors of permuted labels at its blocks, which
+    choose their own alpha."""
     name = Path(found.target).name
     for variants in in_steps("random", args.random):
         at_point = [point] * len(variants)

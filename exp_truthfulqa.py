@@ -58,6 +58,7 @@ from models import Models, context_length, fit_space, spaced
 from report import (
     METHODS,
     OWN_CHOICES,
+    at_strength,
     beside_controls,
     draw_grid,
     draw_strength,
@@ -342,6 +343,8 @@ def split(args, questions: list[Question]):
     if len(questions) < 4 or not test:
         fail(f"{len(questions)} questions are too few for a validation and a test part")
     limit = args.limit if args.limit > 0 else None
+    if args.permutations and len(learn[:limit]) < 2:
+        fail("one validation question: labels can be permuted in two or more; add --permutations 0")
     return learn[:limit], test[:limit]
 
 
@@ -519,6 +522,9 @@ def rows_of(args, table: str, roles: dict):
         fields = f"Table {table}", roles.get(source), target, concept, method, variant or None
         row = Row(*fields, host, base, start)
         mapped = method == "contrans" and start != base
+        if table == "3" and method == "contrans" and not mapped:
+            row = row._replace(method="self-align")  # the chat model of the target itself
+            method = "self-align"
         for each in map_methods(args) if mapped else [method]:
             rows.append((row._replace(method=each), source))
     return rows
@@ -870,12 +876,12 @@ def one_target(args, run, lab, part):
     title = f"TruthfulQA: {Path(args.src).name} → {name} (vertical: α chosen)"
     curves = run.figure(draw_mc1(mine, points, lab.data.test, title), f"alpha_{name}")
 
-    # Categories, vectors and texts, of the local map if there is one
     groups = []
     for each, where in ((part.rows[0], None), *points.items()):
         result = answered(run, lab, each, where)
         groups += category_records(lab.data.test, result, each.about(where))
-    save_vectors(args, run, lab, row, points[row])
+    row, point = list(points.items())[-1]  # the local map, if there is one
+    save_vectors(args, run, lab, row, point)
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
         curves,
@@ -889,11 +895,11 @@ def one_target(args, run, lab, part):
     ]
     if groups:
         report += ["MC1 by category", pivot(groups, "group", label)]
-    cells = run.step(f"{row.host}, tokens", lab.token_changes, row, points[row])
+    cells = run.step(f"{row.host}, tokens", lab.token_changes, row, point)
     title = f"Table 8: tokens among the ten that change most, of {len(lab.data.test)} questions"
     report += [title, markdown(["", "increased", "decreased"], [["honesty", *cells]])]
     if args.generate:
-        texts = answers(args, run, lab, part, row, points[row])
+        texts = answers(args, run, lab, part, row, point)
         examples += texts
         lines = [[text[:60] for text in each.values()] for each in texts]
         report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
@@ -1044,7 +1050,7 @@ def instruct_targets(args, records) -> str:
         certain = sum(p < 0.05 for p in raised)
         in_paper = PAPER_TABLE_6[name.partition("v of ")[2]]
         rows.append([name, f"{len(raised)} of {len(found)}", certain, f"{in_paper} of 8"])
-    header = ["", "instruct models with a higher MC1", "at p < 0.05", "in the paper"]
+    header = ["", "instruct models with a higher MC1", "at p < 0.05, uncorrected", "in the paper"]
     return markdown(header, rows)
 
 
@@ -1057,7 +1063,7 @@ def print_table(records, part, notes) -> str:
 def gain_table(records, alphas) -> str:
     """How much each vector raises the log-odds of the right answer, paired by question."""
     found = select(records, metric="log_odds", part="test", group=None)
-    found = [each for each in found if each["alpha"] in (None, 0, alphas.get(each["method"]))]
+    found = at_strength(found, alphas)
     plain = [each for each in found if each["variant"] in (None, "shuffled map")]
     rows = []
     for ours in select(plain, variant=None):
@@ -1094,7 +1100,7 @@ def opening(args, data, first: str) -> str:
         f"{parts} (chance {100 * chance(data.test):.1f} %). Prompt {args.prompt}: {first!r}\n"
         "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, Holm-corrected, "
         "in Table 1 against the base model, elsewhere against the same model without a vector. "
-        f"{choice}. Controls have the norm of v_hat."
+        f"{choice}. Controls have the norm of v_hat, but for other samples of text."
     )
 
 

@@ -298,6 +298,9 @@ def parse_options(
     settings = dict(families[args.family])
     if getattr(args, "protocol", None) == "paper":
         settings |= paper
+        if args.map == "local":
+            fail("--protocol paper has the paper's map alone; leave out --map local")
+        args.map = "paper"
     if "src" in given:
         settings.pop("src_base", None)  # the family's partner does not go with another model
     if "tgt" in given:
@@ -324,7 +327,7 @@ def parse_options(
         print(f"note: {n} sentences fit each affine map, which says little (paper: 1600)")
     if args.dtype in ("nf4", "int8") and not importlib.util.find_spec("bitsandbytes"):
         fail(f"--dtype {args.dtype} needs bitsandbytes: pip install bitsandbytes")
-    folder = os.environ.get("CONTRANS_CACHE", ROOT / "cache")
+    folder = os.environ.get("CONTRANS_CACHE") or ROOT / "cache"
     DRY_RUN["folder"] = tempfile.TemporaryDirectory() if args.dry_run else None
     if args.dry_run:
         args.out = folder = Path(DRY_RUN["folder"].name)
@@ -636,7 +639,8 @@ def _await_answers(host: str, wait, send) -> list:
         if re.search("out of memory|OutOfMemory", text):
             raise torch.OutOfMemoryError(reason)
         # A refusal, or a traceback that comes twice, will not go away.
-        refused = 400 <= code < 500 or "Could not deploy" in text
+        refused = 400 <= code < 500 and code not in (408, 429)  # too slow, too many: try again
+        refused = refused or "Could not deploy" in text
         if seconds is None or refused or ("Traceback" in text and text == last):
             fail(f"NDIF ({host}): {reason}; run the same command again to continue")
         print(f"NDIF: {reason}; retry in {seconds} s", file=sys.stderr)
@@ -997,9 +1001,8 @@ def list_runs(folder: Path) -> str:
             found = [each for each in read_text(report).splitlines() if each.startswith("- **")]
             lines += [f"{path.parent}  {when}  whole", *found]
         else:
-            lines.append(
-                f"{path.parent}  {when}  interrupted after {len(list(steps.iterdir()))} steps"
-            )
+            count = len(list(steps.glob("*")))
+            lines.append(f"{path.parent}  {when}  interrupted after {count} steps")
     return "\n".join(lines).replace("**", "") or f"no run in {folder}"
 
 
@@ -1009,7 +1012,7 @@ def compare_runs(one: Path, other: Path) -> str:
     Targets are matched by their order, rates by all fields of a record except the blocks. The 95 %
     interval of a difference is Newcombe's for independent samples."""
     for folder in (one, other):
-        if not (folder / "records.jsonl").exists():
+        if not (folder / "report.md").exists():
             fail(f"{folder} is not the folder of a finished run")
     abouts = [read_json(folder / "args.json") for folder in (one, other)]
     differing = []

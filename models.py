@@ -245,7 +245,7 @@ def _takes_padding(name: str, nn) -> bool:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the model lacks
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ValueError(f"{name} does not run on text alone: {reason}") from error
         width = nn.config.get_text_config(decoder=True).hidden_size
         shape = [*inputs["input_ids"].shape, width]
@@ -369,8 +369,9 @@ class Models:
                 trust_remote_code=self.trust_remote_code,
                 **self.loading,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[-1]  # the lines above it are a traceback
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            text = str(error).strip() or type(error).__name__
+            reason = text.splitlines()[-1]  # the lines above it are a traceback
             fail(f"cannot load model {name}: {reason}")
 
     def costs(self) -> str:

@@ -548,6 +548,14 @@ def test_the_verdict_is_about_the_strongest_control(rates, outcome, word):
     assert line.count("**") == 4
 
 
+@pytest.mark.parametrize("count, above, holds", [(9, 0, 1), (9, 1, 0), (19, 0, 1), (99, 1, 1)])
+def test_among_few_vectors_of_permuted_labels_a_vector_must_be_above_all(count, above, holds):
+    """Since no rank among 19 or fewer has p < 0.05."""
+    nulls = {f"permuted_{k}": 0.93 if k < above else 0.5 for k in range(count)}
+    line, _ = verdict({"t": effects(base=0.5, contrans=0.92, random_1=0.5, **nulls)}).split("\n\n")
+    assert ("**holds**" in line) == bool(holds)
+
+
 def test_over_other_items_a_rate_is_compared_by_fishers_test():
     records, alphas = effects(base=0.5, contrans=0.9, random_1=0.5)
     records[2]["hits"] = records[2]["hits"] * 2  # 140 items

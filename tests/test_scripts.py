@@ -412,7 +412,9 @@ EMOTION_TASK = {
     "--labels a b c d e": "6 different",
     "--labels a b c d e a": "6 different",
     "--labels ab abc d e f g": "told apart",
-    "--shots 40 --pairs 1": "",  # too few scenarios, or too long for the context
+    "--shots 40 --pairs 2": "",  # too few scenarios, or too long for the context
+    "--pairs 1": "--permutations 0",
+    "--protocol paper --map local": "--map local",
     "--protocol dirty": "--protocol",
 }
 OF_ONE_SCRIPT = {
@@ -436,6 +438,7 @@ OF_ONE_SCRIPT = {
         f"--tgt {LATE} {LATE}": "twice",
         f"--tgt data {LATE} --tokens 1 2": "config.json",
         "--layer auto": "--layer",
+        "--layer 1,2": "--layer",
     },
     "exp_pythia": {
         f"--models {ZOO}/pythia-1": "--models",
@@ -481,6 +484,7 @@ OF_ONE_SCRIPT = {
         "--prompt rude": "--prompt",
         f"--src {ZOO}/llama-s --prompt chat": "chat template",
         "--validation 0": "--validation",
+        "--limit 1": "--permutations 0",
         "--validation 1": "--validation",
         "--generate -1": "--generate",
         "--table 3": "--table 1",  # with --generate
@@ -859,6 +863,13 @@ def test_permuted_labels_choose_alpha_as_the_vector_does(tmp_path, data):
         assert each["alpha"] == best["alpha"]
     report = (run.folder / "report.md").read_text()
     assert "permuted labels, own α [range]" in report
+
+
+def test_log_odds_are_compared_with_those_of_the_targets_own_vector(finished):
+    report = (finished("exp_truthfulqa").folder / "report.md").read_text()
+    [_, table] = report.split("minus those of")
+    for method in ("Base Model", "Align-Training", "EFT/proxy-tuning", "Self-Align"):
+        assert re.search(rf"^\| ConTrans, local map +\| {method} ", table, re.M), method
 
 
 def test_answers_of_the_base_and_of_the_chat_model_are_shown(finished):
