@@ -207,9 +207,10 @@ def load_data(args) -> Data:
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     """As in the released emotion code: a vector's negatives are also its validation and test."""
     shots = []
+    others = {emotion: iter(texts) for emotion, texts in lists.items()}
     for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]
-        shots.append((word, text if known else lists[true_class][0]))
+        shots.append((word, text if known else next(others[true_class])))
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
@@ -293,7 +294,7 @@ class Lab:
         source_blocks = [models.block(args.src, depth, side=0) for depth in depths]
         blocks = [models.block(target, depth, side=1) for depth in depths]
         self.grid = list(dict.fromkeys(zip(source_blocks, blocks)))
-        counts = ["", *(f" {n}" for n in pair_counts(args))]
+        counts = ["", *(f" {n}" for n in pair_counts(args, data))]
         wanted = [self.source(emotion + count) for emotion in EMOTIONS for count in counts]
         wanted += [Vector(emotion, target, target) for emotion in EMOTIONS]
         context = read_context(args, data)
@@ -414,7 +415,7 @@ class Lab:
                 n_random=args.random,
                 seed=self.seed(emotion),
             )
-            for n_pairs in pair_counts(args):
+            for n_pairs in pair_counts(args, self.data):
                 concept = f"{emotion} {n_pairs}"
                 controls[f"pairs {n_pairs}"] = self.direction(concept, method)
             for variant, direction in controls.items():
@@ -556,10 +557,11 @@ class Lab:
         return {"labels": labels, "points": tsne.fit_transform(states.numpy()).tolist()}
 
 
-def pair_counts(args) -> list[int]:
-    """Numbers of pairs that Figure 5 compares."""
-    counts = [n for n in PAIRS_OF_FIGURE_5 if n <= args.pairs]
-    return counts or [args.pairs]
+def pair_counts(args, data: Data) -> list[int]:
+    """Numbers of pairs that Figure 5 compares; every emotion has as many."""
+    most = min(len(pairs(args, data, emotion)[0]) for emotion in EMOTIONS)
+    counts = [n for n in PAIRS_OF_FIGURE_5 if n <= most]
+    return counts or [most]
 
 
 def own_scenarios(data: Data, each: int) -> tuple[list[str], list[str]]:

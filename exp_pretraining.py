@@ -229,9 +229,10 @@ def load_data(args) -> Data:
 def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     """As in the released emotion code: a vector's negatives are also its validation and test."""
     shots = []
+    others = {emotion: iter(texts) for emotion, texts in lists.items()}
     for word, true_class, text in PAPER_SHOTS[: args.shots]:
         known = text in lists[true_class]
-        shots.append((word, text if known else lists[true_class][0]))
+        shots.append((word, text if known else next(others[true_class])))
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
