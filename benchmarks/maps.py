@@ -227,7 +227,7 @@ def measure(column: Column) -> tuple[list[list], list[list[float]]]:
                 v = [vectors.v(each, blocks[0]) for each in column.concepts]
                 v_hat = [fitted.vector(each) for each in v]
                 directions.setdefault(way, {})[blocks] = v_hat
-                other = local.states(*blocks, sample + 1)
+                other = local.states(*blocks, (sample + 1) % len(local.near))
                 measured[way, blocks] = [quality(fitted, *other, each) for each in v_hat]
         for way, each in directions.items():
             best, rate = choose(column, each)
