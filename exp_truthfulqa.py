@@ -1011,21 +1011,19 @@ def row_name(each: dict) -> str:
 def row_notes(records) -> dict[str, str]:
     """p against the first row about the same target (McNemar, Holm-corrected over the table), block
     and alpha."""
-    references, p_values, points = {}, {}, {}
+    references, p_values = {}, {}
+    parts: dict[str, list[str]] = {}  # of the note on each row
     for each in select(records, metric="mc1"):
         name = row_name(each)
         reference = references.setdefault(each["target"], each)
         if each is not reference:
             p_values[name] = mcnemar(reference["hits"], each["hits"])
-        points[name] = []
+        parts[name] = []
         if each["block"] is not None:
-            points[name] = ["block {source_block} → {block}, α = {alpha:g}".format(**each)]
-    notes = dict.fromkeys(points, "")
-    corrected = dict(zip(p_values, holm(list(p_values.values()))))
-    for name, point in points.items():
-        p = [f"p = {corrected[name]:.1g}"] if name in corrected else []
-        notes[name] = ", ".join(p + point)
-    return notes
+            parts[name].append("block {source_block} → {block}, α = {alpha:g}".format(**each))
+    for name, p in zip(p_values, holm(list(p_values.values()))):
+        parts[name].insert(0, f"p = {p:.1g}")
+    return {name: ", ".join(each) for name, each in parts.items()}
 
 
 def instruct_targets(args, records) -> str:

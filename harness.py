@@ -374,7 +374,7 @@ def model_options(args) -> dict:
 
 def map_methods(args) -> list[str]:
     """The methods of --map: "contrans" is the paper's map, "contrans-local" ours."""
-    if args.map == "paper" or getattr(args, "protocol", None) == "paper":
+    if args.map == "paper":
         return ["contrans"]
     return ["contrans-local"] if args.map == "local" else ["contrans", "contrans-local"]
 
