@@ -195,9 +195,11 @@ def load_data(args) -> Data:
         others = [shuffled[other][shots_each:] for other in EMOTIONS if other != emotion]
         negative = take_turns([texts[:40] for texts in others])
         negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
+        positive = shuffled[emotion][shots_each:]
+        n = min(len(positive), len(negative), args.pairs)
         emotions[emotion] = Scenarios(
-            positive=shuffled[emotion][shots_each:][: args.pairs],
-            negative=negative[: args.pairs],
+            positive=positive[:n],
+            negative=negative[:n],
             validation=take_turns([texts[40:50] for texts in others]),
             test=take_turns([texts[50:] for texts in others])[:limit],
         )
@@ -214,10 +216,10 @@ def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
-        count = min(args.pairs, len(others))
-        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, count)
+        n = min(args.pairs, len(lists[emotion]), len(others))
+        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, n)
         test = negative[:limit]
-        emotions[emotion] = Scenarios(shuffled[emotion][: args.pairs], negative, test, test)
+        emotions[emotion] = Scenarios(shuffled[emotion][:n], negative, test, test)
     return Data(shots, emotions)
 
 
@@ -246,17 +248,18 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     """Positive and negative prompts of an emotion's vector; "fear 50" is of 50 pairs."""
     emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
-    n = min(len(positive), len(negative), int(count or args.pairs))
+    n = int(count or len(positive))
     asked = prompts(args, data, positive[:n] + negative[:n], shots=False)
     return asked[:n], asked[n:]
 
 
 def read_context(args, data: Data) -> Context:
-    """Where the emotions are read: the template, and the scenarios that make the vectors."""
+    """Where the emotions are read: the template, and the negatives of all emotions' vectors. The
+    positives of one emotion's vector are test scenarios of the others."""
     template = args.template.replace("{scenario}", "{text}")
     texts: dict[str, None] = {}  # each once, in order
     for each in data.emotions.values():
-        texts |= dict.fromkeys([*each.positive, *each.negative])
+        texts |= dict.fromkeys(each.negative)
     return Context((template,), tuple(texts))
 
 

@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from common import BASE, Transplant, concept_vector, hidden_states, score_labels
+from common import BASE, Transplant, score_labels
 from harness import (
     MODELS,
     TOY,
@@ -59,20 +59,7 @@ from report import (
     select,
     verdict,
 )
-from vectors import (
-    AffineMaps,
-    Context,
-    LocalMaps,
-    Maps,
-    NearStates,
-    control_directions,
-    cut_ends,
-    local_pool,
-    near_states,
-    permuted_vectors,
-    plain_texts,
-    rescale,
-)
+from vectors import Context, Point, Vector, Vectors, plain_texts
 
 import numpy as np
 import torch
@@ -217,9 +204,11 @@ def load_data(args) -> Data:
         others = [shuffled[other][shots_each:] for other in EMOTIONS if other != emotion]
         negative = take_turns([texts[:40] for texts in others])
         negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
+        positive = shuffled[emotion][shots_each:]
+        n = min(len(positive), len(negative), args.pairs)
         emotions[emotion] = Scenarios(
-            positive=shuffled[emotion][shots_each:][: args.pairs],
-            negative=negative[: args.pairs],
+            positive=positive[:n],
+            negative=negative[:n],
             validation=take_turns([texts[40:50] for texts in others]),
             test=take_turns([texts[50:] for texts in others])[:limit],
         )
@@ -236,10 +225,10 @@ def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
-        count = min(args.pairs, len(others))
-        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, count)
+        n = min(args.pairs, len(lists[emotion]), len(others))
+        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, n)
         test = negative[:limit]
-        emotions[emotion] = Scenarios(shuffled[emotion][: args.pairs], negative, test, test)
+        emotions[emotion] = Scenarios(shuffled[emotion][:n], negative, test, test)
     return Data(shots, emotions)
 
 
@@ -268,17 +257,18 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     """Positive and negative prompts of an emotion's vector; "fear 50" is of 50 pairs."""
     emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
-    n = min(len(positive), len(negative), int(count or args.pairs))
+    n = int(count or len(positive))
     asked = prompts(args, data, positive[:n] + negative[:n], shots=False)
     return asked[:n], asked[n:]
 
 
 def read_context(args, data: Data) -> Context:
-    """Where the emotions are read: the template, and the scenarios that make the vectors."""
+    """Where the emotions are read: the template, and the negatives of all emotions' vectors. The
+    positives of one emotion's vector are test scenarios of the others."""
     template = args.template.replace("{scenario}", "{text}")
     texts: dict[str, None] = {}  # each once, in order
     for each in data.emotions.values():
-        texts |= dict.fromkeys([*each.positive, *each.negative])
+        texts |= dict.fromkeys(each.negative)
     return Context((template,), tuple(texts))
 
 
@@ -307,104 +297,77 @@ def named(model, args, data: Data, part: str, emotion: str, transplants) -> list
 
 
 class Lab:
-    """What every step needs. Its methods are the steps."""
+    """What every step needs to know about one checkpoint. Its methods are the steps."""
 
-    def __init__(self, args, data: Data, sentences: list[str], models: Models):
-        self.args, self.data, self.sentences, self.models = args, data, sentences, models
-        self.context = read_context(args, data)
-        names = list(dict.fromkeys([args.src, *args.tgt]))
-        self.pool = None  # of a local map
-        if "contrans-local" in map_methods(args):
-            self.pool = local_pool(models, names, self.context, sentences)
-        self.source: dict[str, torch.Tensor] = {}  # see collect_source
+    def __init__(self, args, data: Data, sentences: list[str], models: Models, target: str):
+        self.args, self.data, self.models, self.target = args, data, models, target
+        source_block, block = [models.block(name, args.layer) for name in (args.src, target)]
+        self.point = Point(source_block, block, 1)  # each vector has an alpha of its own
+        context = read_context(args, data)
+        self.vectors = Vectors(
+            models,
+            [Vector(emotion, name, name) for name in (args.src, target) for emotion in EMOTIONS],
+            [target],
+            pairs=lambda concept, name: pairs(args, data, concept),
+            blocks=lambda name: [models.block(name, args.layer)],
+            context=lambda concept, name: context,
+            sentences=sentences,
+            refine=args.refine,
+            **map_options(args),
+        )
 
-    def block(self, name: str) -> int:
-        """The block that is read and edited."""
-        return self.models.block(name, self.args.layer, side=name != self.args.src)
+    @property
+    def model(self):
+        return self.models.load(self.target)
 
-    def load(self, name: str):
-        return self.models.load(name)
+    def source(self, emotion: str) -> Vector:
+        return Vector(emotion, self.args.src, self.args.src)
 
-    def collect(self, name: str) -> dict[str, torch.Tensor]:
-        """v of each emotion [6, d] (Eq. 1) and states of the plain sentences [n, d] of a
-        checkpoint."""
-        model, block, v = self.load(name), self.block(name), []
-        for emotion in EMOTIONS:
-            both = pairs(self.args, self.data, emotion)
-            v.append(concept_vector(model, *both, [block], self.args.refine)[0])
-        plain = hidden_states(model, cut_ends(self.sentences), [block])[:, 0]
-        return {"v": torch.stack(v), "plain": plain}
-
-    def collect_source(self, name: str) -> dict[str, torch.Tensor]:
-        """The same of the source, its vectors of permuted labels [n, 6, d], and for a local map its
-        states x [m, d] at those places (rows) of the pool that are nearest to the states that v is
-        computed from."""
-        model, block = self.load(name), self.block(name)
-        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        states = hidden_states(model, read, [block])
-        state_of, null = dict(zip(read, states)), []
-        for e, emotion in enumerate(EMOTIONS):
-            both = pairs(self.args, self.data, emotion)
-            positive, negative = [torch.stack([state_of[each] for each in side]) for side in both]
-            permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
-            null.append(permuted[:, 0])
-        found = self.collect(name) | {"permuted": torch.stack(null, 1)}
-        if self.pool:
-            near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
-            found |= {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
+    def directions(self, emotion: str) -> dict[tuple, torch.Tensor]:
+        """{(method, variant): direction [d]} of an emotion: the checkpoint's own vector, v_hat of
+        each map, and their controls."""
+        args = self.args
+        own = Vector(emotion, self.target, self.target)
+        found = {("self-align", None): self.vectors.v(own, self.point.block)}
+        for method in map_methods(args):
+            inputs = self.source(emotion), self.target, self.point
+            found[method, None] = self.vectors.at(*inputs, method)  # Eq. 2
+            is_last = method == map_methods(args)[-1]  # permuted labels stand beside it only
+            controls = self.vectors.controls(
+                *inputs,
+                [],
+                method,
+                n_permuted=args.permutations if is_last else 0,
+                n_maps=1,
+                n_random=args.random,
+                seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
+            )
+            for variant, direction in controls.items():
+                found[method, variant] = direction
+            for k in range(min(OWN_CHOICES, args.permutations) if is_last else 0):
+                found[method, f"own-α permuted {k}"] = controls[f"permuted {k}"]
         return found
-
-    def seed(self, e: int) -> int:
-        """Of the random directions and permuted labels of emotion e."""
-        return self.args.seed * len(EMOTIONS) + e
-
-    def maps(self, name: str, own: dict, method: str) -> Maps:
-        """The maps of a method from the source to a checkpoint."""
-        source_block, block = self.block(self.args.src), self.block(name)
-        if method == "contrans":
-            x, y = {source_block: self.source["plain"]}, {block: own["plain"]}
-            return AffineMaps(x, y, **map_options(self.args))
-        rows = {source_block: self.source["rows"].tolist()}
-        near = NearStates(self.pool, rows, {source_block: self.source["x"]})
-        return LocalMaps([near], self.load(name), [block])
 
     # ------------------------------------------------------------ transplant, score: the steps
 
-    def measure(self, name: str) -> list[dict]:
+    def measure(self) -> list[dict]:
         """What a checkpoint names without a vector, with its own, with v_hat of each map, and with
         controls: records."""
-        args, own = self.args, self.collect(name)
-        blocks = self.block(args.src), self.block(name)
-        maps = {method: self.maps(name, own, method) for method in map_methods(args)}
-        vectors = {"self-align": own["v"]}
-        for method, each in maps.items():
-            vectors[method] = each.vector(self.source["v"], *blocks)  # Eq. 2
-        directions = self.directions(vectors, maps, blocks)
-        alphas = self.choose_alphas(name, directions)
-        about = {"target": name, "source_block": blocks[0], "block": blocks[1]}
-        about["group"] = f"{args.tokens[args.tgt.index(name)]:.4g} tokens"
-        records = []
-        for method, each in maps.items():
-            fitted = each.fit(*blocks)
-            cosine = torch.cosine_similarity(vectors[method], own["v"]).mean().item()
-            quality = {"r2": fitted.r2, "cosine_to_own": cosine}
-            if "contrans-local" in maps:
-                quality["r2_where_read"] = maps["contrans-local"].r2_where_read(fitted, *blocks)
-            what = about | {"source": args.src, "method": method, "alpha": alphas[method, None]}
-            what |= {"concept": "map", "part": "held-out", "n": fitted.n}
-            for metric, value in quality.items():
-                records.append(record(metric=metric, value=value, **what))
-        for e, emotion in enumerate(EMOTIONS):
+        args, (source_block, block, _) = self.args, self.point
+        directions = {emotion: self.directions(emotion) for emotion in EMOTIONS}
+        alphas = self.choose_alphas(directions)
+        about = {"target": self.target, "source_block": source_block, "block": block}
+        about["group"] = f"{args.tokens[args.tgt.index(self.target)]:.4g} tokens"
+        records = self.measure_maps(directions, alphas, about)
+        for emotion in EMOTIONS:
             arms = [("base", None, 0, BASE)]
-            for (method, variant), direction in directions.items():
-                is_curve = method in maps and not variant
+            for (method, variant), direction in directions[emotion].items():
+                is_curve = method in map_methods(args) and not variant
                 chosen = alphas.get((method, variant), alphas[method, None])
                 for alpha in args.alpha if is_curve else [chosen]:
-                    move = Transplant.of(direction[e], blocks[1], alpha)
-                    arms.append((method, variant, alpha, move))
+                    arms.append((method, variant, alpha, Transplant.of(direction, block, alpha)))
             moves = [move for *_, move in arms]
-            model = self.load(name)
-            found = named(model, args, self.data, "test", emotion, moves)
+            found = named(self.model, args, self.data, "test", emotion, moves)
             for (method, variant, alpha, _), hits in zip(arms, found):
                 what = about | {"method": method, "variant": variant, "alpha": alpha}
                 what |= {"concept": emotion, "part": "test", "item": "Figure 3"}
@@ -413,42 +376,41 @@ class Lab:
                     records.append(record(hits[metric], metric=metric, **what))
         return records
 
-    def directions(self, vectors: dict, maps: dict, blocks) -> dict[tuple, torch.Tensor]:
-        """{(method, variant): a direction of each emotion [6, d]}: vectors, and the controls of
-        each map."""
-        args, found = self.args, {}
-        for method, vector in vectors.items():
-            found[method, None] = vector
+    def measure_maps(self, directions: dict, alphas: dict, about: dict) -> list[dict]:
+        """What each map is worth, and how near v_hat is to the checkpoint's own v: records."""
+        source_block, block, _ = self.point
+        maps, records = {}, []
+        for method in map_methods(self.args):
+            maps[method] = self.vectors.maps(self.source(EMOTIONS[0]), self.target, method)
         for method, each in maps.items():
-            controls: dict[str, list] = {}
-            for e, v in enumerate(self.source["v"]):
-                counts = {"n_maps": 1, "n_random": args.random, "seed": self.seed(e)}
-                for variant, one in control_directions(each, v, {}, *blocks, **counts).items():
-                    controls.setdefault(variant, []).append(one)
-            for variant, own in controls.items():
-                found[method, variant] = torch.stack(own)
-        last = map_methods(args)[-1]  # vectors of permuted labels stand beside the last map only
-        null = maps[last].vector(self.source["permuted"], *blocks)
-        null = rescale(null, vectors[last])
-        for k, permuted in enumerate(null):
-            found[last, f"permuted {k}"] = permuted
-        for k, permuted in enumerate(null[:OWN_CHOICES]):
-            found[last, f"own-α permuted {k}"] = permuted
-        return found
+            fitted = each.fit(source_block, block)
+            cosines = []
+            for found in directions.values():
+                own, v_hat = found["self-align", None], found[method, None]
+                cosines.append(torch.cosine_similarity(v_hat, own, dim=0))
+            quality = {"r2": fitted.r2, "cosine_to_own": torch.stack(cosines).mean().item()}
+            if "contrans-local" in maps:
+                where_read = maps["contrans-local"].r2_where_read(fitted, source_block, block)
+                quality["r2_where_read"] = where_read
+            what = about | {"source": self.args.src, "method": method}
+            what |= {"alpha": alphas[method, None], "concept": "map"}
+            what |= {"part": "held-out", "n": fitted.n}
+            for metric, value in quality.items():
+                records.append(record(metric=metric, value=value, **what))
+        return records
 
-    def choose_alphas(self, name: str, directions: dict) -> dict[tuple, float]:
+    def choose_alphas(self, directions: dict[str, dict]) -> dict[tuple, float]:
         """Of each vector, and of permuted labels that choose: the strength with the most hits on
         the validation scenarios; the smaller of equals."""
         hits: dict[tuple, dict] = {}
-        for key in directions:
+        for key in directions[EMOTIONS[0]]:
             if key[-1] is None or key[-1].startswith("own-α"):
                 hits[key] = dict.fromkeys(self.args.alpha, 0)
         tried = list(product(hits, self.args.alpha))
-        block, model = self.block(name), self.load(name)
-        for e, emotion in enumerate(EMOTIONS):
-            moves = [Transplant.of(directions[key][e], block, alpha) for key, alpha in tried]
-            found = named(model, self.args, self.data, "validation", emotion, moves)
-            for (key, alpha), each in zip(tried, found):
+        for emotion, found in directions.items():
+            moves = [Transplant.of(found[key], self.point.block, alpha) for key, alpha in tried]
+            answers = named(self.model, self.args, self.data, "validation", emotion, moves)
+            for (key, alpha), each in zip(tried, answers):
                 hits[key][alpha] += sum(each["token_acc"])
         chosen = {}
         for key, hits_at in hits.items():
@@ -488,9 +450,9 @@ def cached_revisions(name: str) -> list:
 # ---------------------------------------------------------------- one target
 
 
-def one_target(run: Run, lab: Lab, name: str) -> list[dict]:
+def one_target(run: Run, lab: Lab) -> list[dict]:
     """Records of one checkpoint: each emotion, and the mean of all at the chosen alpha."""
-    records = run.step(f"checkpoint {name}", lab.measure, name)
+    records = run.step(f"checkpoint {lab.target}", lab.measure)
     means = pool(select(records, part="test"), "concept", "mean")
     return [each for each in records if not is_permuted(each)] + means
 
@@ -527,10 +489,11 @@ def accuracy_table(args, records: list[dict]) -> str:
         shown += beside_controls(mine, alphas)
         strengths = [f"{METHODS[method]} {alpha:g}" for method, alpha in alphas.items()]
         notes[row(mine[0])] = "α: " + ", ".join(strengths)
+    chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return (
         f"v_emotion of {short(args.src)} in earlier checkpoints. Token Acc in % [95 % interval], "
         "mean of all emotions, on scenarios of the others "
-        f"(n = {shown[0]['n']}); block {args.layer}; α chosen on validation\n\n"
+        f"(n = {shown[0]['n']}); block {args.layer}; α chosen on {chosen_on}\n\n"
         + pivot(shown, row, label, notes=notes)
     )
 
@@ -580,34 +543,24 @@ def main(argv=None):
     names = list(dict.fromkeys([args.src, *args.tgt]))  # the source first: loaded once
     for name in names:
         check_prompts(args, data, models, name)
+    for name in names:
+        models.block(name, args.layer)  # an impossible --layer ends here, before any weights
     sentences = plain_texts(args.texts, models, names, args.sentences)
-    lab = Lab(args, data, sentences, models)
-    for name in names:
-        lab.block(name)  # an impossible --layer ends here, before any weights are loaded
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
-    first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
+    first_prompts += prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
     ignore = ("keep_downloads", "model", "revisions")
-    run = Run(
-        __file__,
-        args,
-        models,
-        [data, sentences],
-        first_prompts + first_test,
-        ignore,
-        len(names) + 1,
-    )
+    run = Run(__file__, args, models, [data, sentences], first_prompts, ignore, len(args.tgt))
 
-    found = {}
+    is_ours = {}  # downloaded by this run; steps, so that an interrupted one still knows
     for name in names:
-        # A step, so that an interrupted run still knows which downloads are its own.
         on_hub = not Path(name).is_dir()
-        is_ours = on_hub and not run.step(f"in the hub's cache: {name}", is_downloaded, name)
-        if name == args.src:
-            lab.source = run.tensors(f"source {name}", lab.collect_source, name)
+        is_ours[name] = on_hub and not run.step(f"in the hub's cache: {name}", is_downloaded, name)
+    found = {}
+    for name in [*names[1:], args.src]:  # all need the source
         if name in args.tgt:
-            found[name] = one_target(run, lab, name)
-        if is_ours and not args.keep_downloads and not args.dry_run:
-            models.release()
+            found[name] = one_target(run, Lab(args, data, sentences, models, name))
+        if is_ours[name] and not args.keep_downloads and not args.dry_run:
+            models.release(keep=[args.src])
             run.step(f"remove {name}", delete_revision, name)
     records = [each for name in args.tgt for each in found[name]]
     judged = {}

@@ -9,8 +9,7 @@ The emotion vectors of every model are mapped into every model and added there. 
 and how often without? Figure 4: improvement ratio and absolute improvement, every source times
 every target. Figure 8: t-SNE of three sizes' states.
 
-alpha is chosen for each pair of models on a validation part. Each model is loaded once and kept
-(--one-at-a-time: one is in memory, and all but the last are loaded twice).
+alpha is chosen for each pair of models on a validation part.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from common import BASE, Transplant, hidden_states, refine, score_labels
+from common import BASE, Transplant, hidden_states, score_labels
 from harness import (
     TOY,
     Run,
@@ -48,20 +47,7 @@ from report import (
     spread,
     verdict,
 )
-from vectors import (
-    AffineMaps,
-    Context,
-    LocalMaps,
-    Maps,
-    NearStates,
-    cut_ends,
-    local_pool,
-    near_states,
-    permuted_vectors,
-    plain_texts,
-    random_directions,
-    rescale,
-)
+from vectors import Context, Point, Vector, Vectors, plain_texts, random_directions
 
 import numpy as np
 import torch
@@ -81,7 +67,6 @@ def options(argv=None):
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="from small to large")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
-    add("--one-at-a-time", action="store_true", help="hold one model in memory")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)
     if args.layer == "auto" or "," in args.layer:
@@ -175,9 +160,11 @@ def load_data(args) -> Data:
         others = [shuffled[other][shots_each:] for other in EMOTIONS if other != emotion]
         negative = take_turns([texts[:40] for texts in others])
         negative = random.Random(f"{args.seed} {emotion}").sample(negative, len(negative))
+        positive = shuffled[emotion][shots_each:]
+        n = min(len(positive), len(negative), args.pairs)
         emotions[emotion] = Scenarios(
-            positive=shuffled[emotion][shots_each:][: args.pairs],
-            negative=negative[: args.pairs],
+            positive=positive[:n],
+            negative=negative[:n],
             validation=take_turns([texts[40:50] for texts in others]),
             test=take_turns([texts[50:] for texts in others])[:limit],
         )
@@ -194,10 +181,10 @@ def paper_split(args, lists: dict, shuffled: dict, limit: int | None) -> Data:
     emotions = {}
     for emotion in EMOTIONS:
         others = [text for other in EMOTIONS if other != emotion for text in shuffled[other]]
-        count = min(args.pairs, len(others))
-        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, count)
+        n = min(args.pairs, len(lists[emotion]), len(others))
+        negative = random.Random(f"{args.seed} {emotion} negative").sample(others, n)
         test = negative[:limit]
-        emotions[emotion] = Scenarios(shuffled[emotion][: args.pairs], negative, test, test)
+        emotions[emotion] = Scenarios(shuffled[emotion][:n], negative, test, test)
     return Data(shots, emotions)
 
 
@@ -226,17 +213,18 @@ def pairs(args, data: Data, concept: str) -> tuple[list[str], list[str]]:
     """Positive and negative prompts of an emotion's vector; "fear 50" is of 50 pairs."""
     emotion, _, count = concept.partition(" ")
     positive, negative, *_ = data.emotions[emotion]
-    n = min(len(positive), len(negative), int(count or args.pairs))
+    n = int(count or len(positive))
     asked = prompts(args, data, positive[:n] + negative[:n], shots=False)
     return asked[:n], asked[n:]
 
 
 def read_context(args, data: Data) -> Context:
-    """Where the emotions are read: the template, and the scenarios that make the vectors."""
+    """Where the emotions are read: the template, and the negatives of all emotions' vectors. The
+    positives of one emotion's vector are test scenarios of the others."""
     template = args.template.replace("{scenario}", "{text}")
     texts: dict[str, None] = {}  # each once, in order
     for each in data.emotions.values():
-        texts |= dict.fromkeys([*each.positive, *each.negative])
+        texts |= dict.fromkeys(each.negative)
     return Context((template,), tuple(texts))
 
 
@@ -268,65 +256,47 @@ class Lab:
     """What every step needs. Its methods are the steps."""
 
     def __init__(self, args, data: Data, sentences: list[str], models: Models):
-        self.args, self.data, self.sentences, self.models = args, data, sentences, models
-        self.context = read_context(args, data)
-        self.pool = None  # of a local map
-        if "contrans-local" in map_methods(args):
-            self.pool = local_pool(models, args.models, self.context, sentences)
-        self.states: dict[str, dict[str, torch.Tensor]] = {}  # of each model, see collect
+        self.args, self.data, self.models = args, data, models
+        context = read_context(args, data)
+        self.vectors = Vectors(
+            models,
+            [Vector(emotion, name, name) for name in args.models for emotion in EMOTIONS],
+            args.models,
+            pairs=lambda concept, name: pairs(args, data, concept),
+            blocks=lambda name: [self.block(name)],
+            context=lambda concept, name: context,
+            sentences=sentences,
+            refine=args.refine,
+            **map_options(args),
+        )
 
     def block(self, name: str) -> int:
         """The block that is read and edited."""
         return self.models.block(name, self.args.layer)
 
-    def load(self, name: str):
-        if self.args.one_at_a_time:
-            self.models.release(keep=[name])
-        return self.models.load(name, keep=self.args.models)
+    def seed(self, emotion: str) -> int:
+        """Of the random directions and permuted labels of an emotion."""
+        return self.args.seed * len(EMOTIONS) + EMOTIONS.index(emotion)
 
-    def collect(self, name: str) -> dict[str, torch.Tensor]:
-        """What a model gives to the others: v of each emotion [6, d] (Eq. 1), its states of the
-        plain sentences [n, d], vectors of permuted labels [k, 6, d], its states of 20 scenarios of
-        each emotion [120, d] for Figure 8, and for local maps its states x [m, d] at those places
-        (rows) of the pool that are nearest to the states that v is computed from."""
-        model, block = self.load(name), self.block(name)
-        read = prompts(self.args, self.data, list(self.context.texts), shots=False)
-        states = hidden_states(model, read, [block])
-        state_of, v, null = dict(zip(read, states)), [], []
-        for e, emotion in enumerate(EMOTIONS):
-            both = pairs(self.args, self.data, emotion)
-            positive, negative = [torch.stack([state_of[each] for each in side]) for side in both]
-            v.append(refine(positive, negative, self.args.refine)[0])  # Eq. 1
-            permuted = permuted_vectors(positive, negative, self.args.permutations, self.seed(e))
-            null.append(permuted[:, 0])
-        texts = []
-        for each in self.data.emotions.values():
-            texts += each.positive[-20:]
-        shown = prompts(self.args, self.data, texts, shots=False)
-        found = {
-            "v": torch.stack(v),
-            "plain": hidden_states(model, cut_ends(self.sentences), [block])[:, 0],
-            "permuted": torch.stack(null, 1),
-            "shown": hidden_states(model, shown, [block])[:, 0],
-        }
-        if self.pool:
-            near = near_states(model, self.pool, {block: states[:, 0]}, len(self.sentences))
-            found |= {"x": near.x[block], "rows": torch.tensor(near.rows[block])}
+    def directions(self, target: str, emotion: str) -> dict[tuple, torch.Tensor]:
+        """{(method, source, variant): direction [d]} of an emotion: the target's own vector, v_hat
+        of every other model by each map (Eq. 2), and vectors of permuted labels."""
+        args, block = self.args, self.block(target)
+        own = Vector(emotion, target, target)
+        found = {("self-align", target, None): self.vectors.v(own, block)}
+        for method, source in product(map_methods(args), args.models):
+            if source == target:
+                continue
+            point = Point(self.block(source), block, 1)
+            inputs = Vector(emotion, source, source), target, point, method
+            found[method, source, None] = self.vectors.at(*inputs)
+            if method == map_methods(args)[-1]:
+                null = self.vectors.permuted(*inputs, args.permutations, self.seed(emotion))
+                for k, permuted in enumerate(null):
+                    found[method, source, f"permuted {k}"] = permuted
+                    if k < OWN_CHOICES:
+                        found[method, source, f"own-α permuted {k}"] = permuted
         return found
-
-    def seed(self, e: int) -> int:
-        """Of the random directions and permuted labels of emotion e."""
-        return self.args.seed * len(EMOTIONS) + e
-
-    def maps(self, source: str, target: str, method: str) -> Maps:
-        """The maps of a method from one model to another."""
-        ours, source_block, block = self.states[source], self.block(source), self.block(target)
-        if method == "contrans":
-            x, y = {source_block: ours["plain"]}, {block: self.states[target]["plain"]}
-            return AffineMaps(x, y, **map_options(self.args))
-        rows = {source_block: ours["rows"].tolist()}
-        near = NearStates(self.pool, rows, {source_block: ours["x"]})
-        return LocalMaps([near], self.load(target), [block])
 
     # ------------------------------------------------------------ transplant, score: the steps
 
@@ -334,67 +304,61 @@ class Lab:
         """What one target names without a vector, with its own, with every source's v_hat by each
         map, and with random directions as strong as the strongest of these: records."""
         args, block = self.args, self.block(target)
-        about = {"item": "Figure 4", "target": target, "block": block, "concept": "mean"}
-        directions = {("self-align", target, None): self.states[target]["v"]}
-        records = []
-        for method, source in product(map_methods(args), args.models):
-            if source == target:
-                continue
-            maps, source_block = self.maps(source, target, method), self.block(source)
-            v_hat = maps.vector(self.states[source]["v"], source_block, block)  # Eq. 2
-            directions[method, source, None] = v_hat
-            if method == map_methods(args)[-1]:
-                null = maps.vector(self.states[source]["permuted"], source_block, block)
-                for k, permuted in enumerate(rescale(null, v_hat)):
-                    directions[method, source, f"permuted {k}"] = permuted
-                    if k < OWN_CHOICES:
-                        directions[method, source, f"own-α permuted {k}"] = permuted
-            fitted = maps.fit(source_block, block)
-            what = about | {"source": source, "method": method, "source_block": source_block}
-            what |= {"concept": "map", "part": "held-out", "n": fitted.n}
-            records.append(record(metric="r2", value=fitted.r2, **what))
-            records.append(record(metric="cosine", value=fitted.cosine, **what))
+        about = {"item": "Figure 4", "target": target, "block": block}
+        directions = {emotion: self.directions(target, emotion) for emotion in EMOTIONS}
         alphas = self.choose_alphas(target, directions)
-        lengths = {}  # of what is added, for each vector
-        for key, direction in directions.items():
-            if key[2] is None:
-                lengths[key] = direction.norm() * abs(alphas[key])
-        strongest = max(lengths, key=lengths.get)
+        strongest = strongest_key(directions, alphas)
         hits: dict[tuple, list] = {}
-        model = self.load(target)
-        for e, emotion in enumerate(EMOTIONS):
+        model = self.models.load(target)
+        for emotion, found in directions.items():
             moves = {("base", None, None, 0): BASE}
-            for key, direction in directions.items():
+            for key, direction in found.items():
                 alpha = alphas.get(key) or alphas[(*key[:2], None)]
-                moves[(*key, alpha)] = Transplant.of(direction[e], block, alpha)
-            alpha, v_hat = alphas[strongest], directions[strongest][e]
-            for r, direction in enumerate(random_directions(v_hat, args.random, self.seed(e))):
+                moves[(*key, alpha)] = Transplant.of(direction, block, alpha)
+            alpha, v_hat = alphas[strongest], found[strongest]
+            randoms = random_directions(v_hat, args.random, self.seed(emotion))
+            for r, direction in enumerate(randoms):
                 moves[None, None, f"random {r}", alpha] = Transplant.of(direction, block, alpha)
-            found = named(model, args, self.data, "test", emotion, list(moves.values()))
-            for key, each in zip(moves, found):
+            answers = named(model, args, self.data, "test", emotion, list(moves.values()))
+            for key, each in zip(moves, answers):
                 hits.setdefault(key, []).extend(each["token_acc"])
         units = [emotion for emotion in EMOTIONS for _ in self.data.emotions[emotion].test]
+        records = self.measure_maps(target, about)
         for (method, source, variant, alpha), found in hits.items():
             what = about | {"source": source, "variant": variant, "alpha": alpha}
             what["source_block"] = self.block(source) if source else None
-            what |= {"metric": "token_acc", "part": "test"}
+            what |= {"concept": "mean", "metric": "token_acc", "part": "test"}
             for each in [method] if method else map_methods(args):  # a control of both maps
                 records.append(record(found, units=units, method=each, **what))
         return records
 
-    def choose_alphas(self, name: str, directions: dict) -> dict[tuple, float]:
+    def measure_maps(self, target: str, about: dict) -> list[dict]:
+        """What the maps from every other model are worth: records."""
+        records = []
+        for method, source in product(map_methods(self.args), self.args.models):
+            if source == target:
+                continue
+            maps = self.vectors.maps(Vector(EMOTIONS[0], source, source), target, method)
+            fitted = maps.fit(self.block(source), self.block(target))
+            what = about | {"source": source, "method": method, "n": fitted.n}
+            what |= {"source_block": self.block(source), "concept": "map", "part": "held-out"}
+            records.append(record(metric="r2", value=fitted.r2, **what))
+            records.append(record(metric="cosine", value=fitted.cosine, **what))
+        return records
+
+    def choose_alphas(self, target: str, directions: dict[str, dict]) -> dict[tuple, float]:
         """Of each vector, and of permuted labels that choose: the strength with the most hits on
         the validation scenarios; the smaller of equals."""
         hits: dict[tuple, dict] = {}
-        for key in directions:
+        for key in directions[EMOTIONS[0]]:
             if key[-1] is None or key[-1].startswith("own-α"):
                 hits[key] = dict.fromkeys(self.args.alpha, 0)
         tried = list(product(hits, self.args.alpha))
-        block, model = self.block(name), self.load(name)
-        for e, emotion in enumerate(EMOTIONS):
-            moves = [Transplant.of(directions[key][e], block, alpha) for key, alpha in tried]
-            found = named(model, self.args, self.data, "validation", emotion, moves)
-            for (key, alpha), each in zip(tried, found):
+        block, model = self.block(target), self.models.load(target)
+        for emotion, found in directions.items():
+            moves = [Transplant.of(found[key], block, alpha) for key, alpha in tried]
+            answers = named(model, self.args, self.data, "validation", emotion, moves)
+            for (key, alpha), each in zip(tried, answers):
                 hits[key][alpha] += sum(each["token_acc"])
         chosen = {}
         for key, hits_at in hits.items():
@@ -404,13 +368,27 @@ class Lab:
         return chosen
 
     def tsne(self, name: str) -> list:
-        """t-SNE of a model's states [120, 2]."""
+        """t-SNE of a model's states of 20 scenarios of each emotion [120, 2]."""
         from sklearn.manifold import TSNE
 
-        states = self.states[name]["shown"].numpy()
+        texts = []
+        for each in self.data.emotions.values():
+            texts += each.positive[-20:]
+        shown = prompts(self.args, self.data, texts, shots=False)
+        states = hidden_states(self.models.load(name), shown, [self.block(name)])[:, 0]
         neighbours = min(30, len(states) // 4)
         tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
-        return tsne.fit_transform(states).tolist()
+        return tsne.fit_transform(states.numpy()).tolist()
+
+
+def strongest_key(directions: dict[str, dict], alphas: dict[tuple, float]) -> tuple:
+    """The vector that is longest when added, over all emotions."""
+    lengths = {}
+    for key, alpha in alphas.items():
+        if key[-1] is None:
+            of_emotions = torch.stack([found[key] for found in directions.values()])
+            lengths[key] = of_emotions.norm() * abs(alpha)
+    return max(lengths, key=lengths.get)
 
 
 # ---------------------------------------------------------------- one target
@@ -462,10 +440,11 @@ def tables(args, records: list[dict], method: str) -> list[str]:
         tested.sort(key=lambda each: order.index(each["source"]))
         shown += [*tested, spread(directions, "random")]
     ratios = by_method(select(records, metric="improvement_ratio"), method)
+    chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return [
         f"{METHODS[method]}: Token Acc in % [95 % interval], mean of all emotions, on scenarios of "
         f"the others (n = {shown[0]['n']}); rows are targets, columns sources, on the diagonal "
-        f"Self-Align; block {args.layer}, α chosen on validation for each pair. The {args.random} "
+        f"Self-Align; block {args.layer}, α chosen on {chosen_on} for each pair. The {args.random} "
         "random directions are as strong as the strongest vector of the row",
         pivot(shown, short, column),
         "Improvement ratio (none over a baseline of 0)",
@@ -541,14 +520,9 @@ def main(argv=None):
     lab = Lab(args, data, sentences, models)
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     first_prompts += prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
-    steps, ignore = 2 * len(args.models) + 3, ("one_at_a_time",)
-    run = Run(__file__, args, models, [data, sentences], first_prompts, ignore, steps)
+    run = Run(__file__, args, models, [data, sentences], first_prompts, steps=len(args.models) + 3)
 
-    for name in args.models:
-        lab.states[name] = run.tensors(f"states {name}", lab.collect, name)
-    found = {}
-    for name in reversed(args.models):  # the last, and largest, is still in memory
-        found[name] = one_target(run, lab, name)
+    found = {name: one_target(run, lab, name) for name in args.models}
     records = [each for name in args.models for each in found[name]]
     three = dict.fromkeys([args.models[0], args.models[len(args.models) // 2], args.models[-1]])
     points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in three}

@@ -342,10 +342,12 @@ def sentences_of(prompt: str) -> list[str]:
 # ---------------------------------------------------------------- prompts
 
 
-def read_context(template: Template, split: Split, concept: str) -> Context:
+def read_context(template: Template, data: Data, concept: str) -> Context:
     """Where a concept is read, and for fairness the lists that are used nowhere else."""
     if concept != "fairness":
-        return Context(("Scenario: {text}",), ("",))
+        happy, sad = data.concepts[concept]
+        return Context(("{text}",), (*happy, *sad))
+    split = data.split
     refined = (*split.neutral, *split.hate)
     used = {*refined, *split.validation, *split.test}
     others = tuple(prompt for prompt in split.lists if prompt not in used)
@@ -497,7 +499,7 @@ class Lab:
         for target in args.tgt:
             if self.has_own(target):
                 wanted.append(self.own(target))
-        contexts = {name: read_context(template, data.split, name) for name in data.concepts}
+        contexts = {name: read_context(template, data, name) for name in data.concepts}
         self.vectors = Vectors(
             models,
             wanted,

@@ -244,6 +244,10 @@ def options(argv=None):
             if row["family"] == "table 3":
                 args.sources.append((row["chat"], row["base"], PROMPT_OF_TAGS[row["tags"]]))
     args.sources = args.sources or [(args.src, args.src_base, None)]
+    names = {args.src, args.src_base, *args.tgt, *filter(None, args.tgt_chat)}
+    names |= {name for chat, base, _ in args.sources for name in (chat, base)}
+    if len({Path(name).name for name in names}) < len(names):
+        fail("two models have one name, which tables could not tell apart; rename or link a folder")
     return args
 
 

@@ -500,6 +500,7 @@ class Vectors:
         self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
+        self.known_near: dict[tuple, list[NearStates]] = {}
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
@@ -529,7 +530,7 @@ class Vectors:
     def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
         """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
         v = self.v(vector, point.source_block)
-        if vector.base == target:  # its own vector needs no map
+        if method == "self-align":  # the target's own vector needs no map
             return v
         maps = self.maps(vector, target, method)
         return maps.vector(v, point.source_block, point.block, **which)
@@ -626,35 +627,33 @@ class Vectors:
         return [torch.stack([states[text] for text in side]) for side in (positive, negative)]
 
     def states_of_context(self, name: str, context: Context) -> dict[int, torch.Tensor]:
-        """{block: states [m, d] of all prompts of a model that are read in this context}."""
+        """{block: states [m, d] of a model} of the texts of a context in its templates, which are
+        prompts of a vector."""
         known = self.prompt_states(name)
-        states = torch.stack([known[text] for text in self.prompts(name, context)])
-        return dict(zip(self.blocks(name), states.unbind(1)))
+        states = []
+        for template, text in itertools.product(context.templates, context.texts):
+            states.append(known[template.replace("{text}", text)])
+        return dict(zip(self.blocks(name), torch.stack(states).unbind(1)))
 
     def prompt_states(self, name: str) -> dict[str, torch.Tensor]:
         """{prompt: states [blocks, d]} of all vectors of a model, which share many prompts."""
         if name not in self.known_states:
-            texts = self.prompts(name)
-            states = hidden_states(self.models.load(name), texts, self.blocks(name))
+            texts: dict[str, None] = {}  # each once, in order
+            for vector in self.wanted:
+                for side in self.pairs(vector.concept, name) if vector.model == name else ():
+                    texts |= dict.fromkeys(side)
+            states = hidden_states(self.models.load(name), list(texts), self.blocks(name))
             self.known_states[name] = dict(zip(texts, states))
         return self.known_states[name]
 
-    def prompts(self, name: str, context: Context | None = None) -> list[str]:
-        """The prompts of all vectors of a model, or of those that are read in one context."""
-        texts: dict[str, None] = {}
-        for vector in self.wanted:
-            is_here = context is None or context == self.context(vector.concept, name)
-            if vector.model == name and is_here:
-                for side in self.pairs(vector.concept, name):
-                    texts |= dict.fromkeys(side)
-        return list(texts)
-
     def _read_models(self) -> None:
+        """Read all models, one after the other; the first target last, since it is used next."""
         if self.refined:
             return
         refined, plain = {}, {}  # kept when all models were read
         mapped = {vector.base for vector in self.wanted} | set(self.targets)
-        for name in sorted(mapped | {vector.model for vector in self.wanted}):
+        sources = (mapped | {vector.model for vector in self.wanted}) - set(self.targets)
+        for name in [*sorted(sources), *reversed(self.targets)]:
             model, blocks = self.models.load(name), self.blocks(name)
             for vector in self.wanted:
                 if vector.model == name:
@@ -670,9 +669,13 @@ class Vectors:
         self.refined, self.plain = refined, plain
 
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
-        """The near states of the source's base model, for each sample of text."""
-        size = self.map_options["n_sentences"]
-        names, others = [vector.base, target], context.others
+        """The near states of the source's base model, for each sample of text: the same for all
+        targets with one vocabulary."""
+        alike = [name for name in self.targets if self.models.same_vocabulary(name, target)]
+        key = vector.model, vector.base, context, *alike
+        if key in self.known_near:
+            return self.known_near[key]
+        size, others = self.map_options["n_sentences"], context.others
         samples = max(1, len(self.sentences) // size)
         concept_states = self.states_of_context(vector.model, context)
         model = self.models.load(vector.base)
@@ -682,6 +685,7 @@ class Vectors:
             plain = [self.sentences[row] for row in rows]
             rows = sample_rows(len(others), max(1, len(others) // samples), sample)
             own = context._replace(others=tuple(others[row] for row in rows))
-            pool = local_pool(self.models, names, own, plain, seed=sample)
+            pool = local_pool(self.models, [vector.base, *alike], own, plain, seed=sample)
             found.append(near_states(model, pool, concept_states, len(plain), seed=sample))
+        self.known_near[key] = found
         return found

@@ -488,6 +488,7 @@ OF_ONE_SCRIPT = {
         "--validation 1": "--validation",
         "--generate -1": "--generate",
         "--table 3": "--table 1",  # with --generate
+        "--src my/llama-m": "one name",
         "--save-vector README.md": "README.md",
     },
 }
@@ -653,11 +654,14 @@ def test_both_ways_to_fit_the_map_of_the_paper_are_steered_with(finished):
 @pytest.mark.parametrize("seed", ["0", "5"])
 def test_clean_parts_are_disjoint(seed):
     argv = ["--seed", seed, "--shots", "8", "--limit", "-1", "--pairs", "240"]
-    shots, emotions = exp_emotion.load_data(exp_emotion.options(argv))
-    whole = {emotion: emotions[emotion].positive for emotion in emotions}
+    args = exp_emotion.options(argv)
+    data = exp_emotion.load_data(args)
+    shots, emotions = data
+    folder = args.data / "emotions"
+    whole = {emotion: harness.read_texts(folder / f"{emotion}.json") for emotion in emotions}
     shown = {text for _, text in shots}
     assert len(shown) == 8
-    assert all(text not in whole[emotion] for emotion, text in shots)
+    assert all(text not in emotions[emotion].positive for emotion, text in shots)
     for emotion, parts in emotions.items():
         texts = [text for part in parts for text in part]
         assert len(set(texts)) == len(texts)
@@ -665,6 +669,10 @@ def test_clean_parts_are_disjoint(seed):
         others = {text for other in whole if other != emotion for text in whole[other]}
         assert others >= {*parts.negative, *parts.validation, *parts.test}
         assert min(map(len, parts)) >= 50
+    # Local maps are fitted near states of these scenarios.
+    tested = {text for parts in emotions.values() for text in [*parts.validation, *parts.test]}
+    context = exp_emotion.read_context(args, data)
+    assert len(context.texts) == 240 and not tested & set(context.texts)
 
 
 @pytest.mark.parametrize("name", EMOTION_SCRIPTS)
@@ -740,6 +748,7 @@ def test_a_run_by_the_protocol_of_the_paper_has_its_map_alone(name, data, tmp_pa
     methods = {each["method"] for each in run.records}
     assert "contrans" in methods and "contrans-local" not in methods
     assert {each["protocol"] for each in run.records} == {"paper"}
+    assert "chosen on the test scenarios" in (run.folder / "report.md").read_text()
 
 
 def test_improvements_are_with_minus_without(finished):
@@ -757,12 +766,6 @@ def test_improvements_are_with_minus_without(finished):
         assert len(ratios) == (1 if base["value"] else 0)
         for ratio in ratios:
             assert ratio["value"] == pytest.approx(ours["value"] / base["value"])
-
-
-def test_one_model_at_a_time_gives_the_same_numbers(finished, tmp_path):
-    run = finished("exp_pythia")
-    alone = Finished(exp_pythia.main, [*run.argv, "--one-at-a-time"], tmp_path)
-    assert alone.records == run.records
 
 
 # ================================================================ TruthfulQA
