@@ -32,7 +32,6 @@ from models import (
     context_length,
     fit_space,
     label_tokens,
-    pad_left,
     residual_stream,
     spaced,
 )
@@ -76,17 +75,21 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
         if not all(-len(row) <= place < len(row) for place in places):
             raise ValueError(f"a text of {len(row)} tokens has no positions {places}")
     wanted = sorted(set(layers))
-    fixed = (wanted, _shifts(model, [transplant]), not model.remote, lens)
+    from_end = []  # positions counted from the end, for rows are padded on the left
+    for row, places in zip(ids, positions):
+        from_end.append([place if place < 0 else place - len(row) for place in places])
+    past = _prefix_length(model, [(row, []) for row in ids])
+    if any(place + len(row) < past for row, places in zip(ids, from_end) for place in places):
+        past = 0  # a place in the prefix is read
+    prefix, rows = ids[0][:past], [row[past:] for row in ids]
+    sharing = _sharing(model) if past else (False,) * 4
+    fixed = (prefix, wanted, _shifts(model, [transplant]), sharing, not model.remote, lens)
     parts = [None] * len(ids)
 
     def pack(batch):
-        rows = [ids[i] for i in batch]
-        from_end = []  # positions counted from the end, for rows are padded on the left
-        for i, row in zip(batch, rows):
-            from_end.append([place if place < 0 else place - len(row) for place in positions[i]])
-        return {"rows": rows, "from_end": from_end}
+        return {"rows": [rows[i] for i in batch], "from_end": [from_end[i] for i in batch]}
 
-    for batch, found in _each_batch(model, _state_reader, fixed, pack, list(map(len, ids))):
+    for batch, found in _each_batch(model, _state_reader, fixed, pack, list(map(len, rows))):
         counts = [len(positions[i]) for i in batch]
         for i, states in zip(batch, found.float().cpu().split(counts)):
             parts[i] = states
@@ -95,17 +98,24 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
     return states[:, [wanted.index(layer) for layer in layers]]
 
 
-def _state_reader(nn, layers: list[int], shifts: dict, stop: bool, lens: bool = False):
+def _state_reader(nn, prefix, layers: list[int], shifts: dict, sharing, stop: bool, lens: bool):
     """Make a function that reads the states [n, layers, d] of one batch at the positions from_end
-    of each row, in the model's dtype. lens: return token probabilities [n, 1, vocabulary] instead,
-    read off the last of these blocks."""
+    of each row, in the model's dtype. prefix: tokens before all rows, read once, here. lens: return
+    token probabilities [n, 1, vocabulary] instead, read off the last of these blocks."""
+    cache = ()
+    if prefix:
+        _, cache = _forward(nn, [(prefix, [])], shifts, 1, sharing, keep_cache=True)
 
     def read(rows, from_end):
-        inputs = pad_left(rows, nn.tokenizer.pad_token_id)
+        trees = [(row, []) for row in rows]
+        inputs, *_ = _pack_trees(trees, nn.tokenizer.pad_token_id, len(prefix), nn.dtype)
+        kept = {"use_cache": False}
+        if prefix:
+            kept = {"past_key_values": _kv_cache(cache, len(prefix))}
         row = [i for i, places in enumerate(from_end) for _ in places]
         column = [place for places in from_end for place in places]
         with torch.no_grad():
-            with nn.trace(inputs, use_cache=False, logits_to_keep=1) as tracer:
+            with nn.trace(inputs, logits_to_keep=1, **kept) as tracer:
                 found = []
                 for layer in range(max(layers) + 1):
                     if layer in layers or layer in shifts:
@@ -189,7 +199,7 @@ def concept_vector(
 
 def _pair_refiner(nn, layers: list[int]):
     """Make a function that refines the pairs of one batch, on the server."""
-    read = _state_reader(nn, layers, {}, False)
+    read = _state_reader(nn, [], layers, {}, (), False, False)
 
     def refine_batch(rows):
         last = [[-1]] * len(rows)
@@ -919,7 +929,7 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
     _reduce, computed where the model is: full logits of a real vocabulary are 100 MB a batch."""
     sharing = _sharing(model)
     heads = [head for head, _ in trees]
-    past = _common_prefix(heads) if sharing[CACHE] and _fits_window(model, trees) else 0
+    past = _prefix_length(model, trees)
     prefix = heads[0][:past]
     costs = []
     for head, tails in trees:
@@ -1082,13 +1092,14 @@ def _add_logits(logits: torch.Tensor, sign: int, others: torch.Tensor) -> torch.
     return logits[..., :width] + sign * others[..., :width].to(logits)
 
 
-def _common_prefix(rows: list[list[int]]) -> int:
-    """Number of tokens that all rows begin with; 0 if too few to be worth a cache."""
-    if len(rows) < 2:
-        return 0
-    shared = os.path.commonprefix(rows)
-    length = min(len(shared), min(map(len, rows)) - 1)  # every row keeps a token of its own
-    return length if length >= MIN_PREFIX else 0
+def _prefix_length(model: Model, trees: list) -> int:
+    """Number of tokens that all trees begin with; 0 if they are too few to be worth a cache, or if
+    the model cannot share them."""
+    heads = [head for head, _ in trees]
+    length = len(os.path.commonprefix(heads))
+    length = min(length, min(map(len, heads)) - 1)  # every head keeps a token of its own
+    worth = len(heads) > 1 and length >= MIN_PREFIX
+    return length if worth and _fits_window(model, trees) and _sharing(model)[CACHE] else 0
 
 
 def _fits_window(model: Model, trees: list) -> bool:
@@ -1312,12 +1323,15 @@ def _require_finite(values: torch.Tensor, what: str) -> None:
 # counts what _state_reader, _scorer, _writer … would do, and answers with made-up numbers.
 
 
-def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
+def _count_states(model: Model, prefix, layers, shifts, sharing, stop: bool, lens: bool):
+    if prefix:
+        model.cost.add_pass([len(prefix)], 0, {}, 1, 1)
+
     def read(rows, from_end):
         places = torch.tensor([place for own in from_end for place in own])
         width = max(map(len, rows))
         blocks = slice(max(layers) + 1 if stop else None)
-        model.cost.add(len(rows) * width, width, blocks)
+        model.cost.add(len(rows) * width, len(prefix) + width, blocks)
         states = torch.randn(len(places), len(layers), NARROW, generator=model.cost.generator)
         states[places == -1] += 2  # near_states finds that ends of texts are alike
         return states
@@ -1326,7 +1340,7 @@ def _count_states(model: Model, layers, shifts, stop: bool, lens: bool = False):
 
 
 def _count_pairs(model: Model, layers):
-    read = _count_states(model, layers, {}, False)
+    read = _count_states(model, [], layers, {}, (), False, False)
 
     def refine_batch(rows):
         last = [[-1]] * len(rows)

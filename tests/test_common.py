@@ -1640,9 +1640,16 @@ def test_eft_refuses_another_vocabulary_a_full_context_and_nan(model, tmp_path):
 
 
 def check_sharing(model, reference):
-    """Logits and choices behind a long prefix are the reference's."""
+    """Logits, choices and states behind a long prefix are the reference's."""
     check_logits(model, reference, LONG_TEXTS)
     check_choices(model, reference, pairs_of(LONG_TEXTS), STEERED[:3])
+    ends = [len(reference.ids(text)[0]) - 1 for text in LONG_TEXTS]
+    for transplant, shifts in STEERED[:3]:
+        wanted = reference.states(LONG_TEXTS, shifts)
+        for place in ([[-1]] * len(ends), [[end] for end in ends]):
+            close(hidden_states(model, LONG_TEXTS, None, transplant, place), wanted)
+    first = [[0, -1]] * len(ends)  # the first token is in the prefix
+    close(hidden_states(model, LONG_TEXTS, None, None, first)[1::2], reference.states(LONG_TEXTS))
 
 
 def test_a_shared_prefix_changes_nothing(any_pair):
@@ -1697,6 +1704,10 @@ def test_each_thing_is_computed_once(any_pair):
     assert (rows, seen[3][0]) == (1, (5, prefix))
     assert prefix >= 32
     assert prefix + rest == max(len(reference.ids(text)[0]) for text in LONG_TEXTS)
+    for transplant in (None, sweep[1]):
+        with watched(model) as seen:
+            hidden_states(model, LONG_TEXTS, [2], transplant)
+        assert seen[0] == [(1, prefix), (len(LONG_TEXTS), rest)]
 
 
 def test_more_choices_than_fit_one_row_are_several(llama):
