@@ -432,8 +432,9 @@ def choice_logprobs(
     its context, or if the vocabularies differ."""
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError("pairs must be a list of (context, continuation)")
-    contexts = [fit_space(model.tokenizer, *pair)[0] for pair in pairs]
-    contexts = _encode(model, contexts)
+    _require_strings("texts", [text for pair in pairs for text in pair])
+    fitted = fit_space(model.tokenizer, pairs)
+    contexts = _encode(model, [context for context, _ in fitted])
     rows = _encode(model, [context + text for context, text in pairs])
     for context, row, pair in zip(contexts, rows, pairs):
         if row[: len(context)] != context or len(row) == len(context):
@@ -460,8 +461,8 @@ def score_labels(
         raise ValueError("some prompts end in white space, others do not")
     words = label_tokens(model.tokenizer, prompts[0], labels)
     label = spaced(labels[0], prompts[0])
-    prompts = [fit_space(model.tokenizer, prompt, label)[0] for prompt in prompts]
-    rows = _encode(model, prompts)
+    fitted = fit_space(model.tokenizer, [(prompt, label) for prompt in prompts])
+    rows = _encode(model, [prompt for prompt, _ in fitted])
     heads = [row for row in rows for _ in words]
     tails = words * len(rows)
     sums, greedy = _logprobs(model, heads, tails, transplants, share_heads=True)

@@ -375,7 +375,7 @@ def longest(args, models, name: str, question: Question) -> int:
     pairs = asked(args, models, name, question)
     pairs += asked(args, models, name, question, honest=True)
     encode = models.tokenizer(name)
-    pairs = [fit_space(encode, *pair) for pair in pairs]
+    pairs = fit_space(encode, pairs)
     prompts = encode([prompt for prompt, _ in pairs], verbose=False).input_ids
     wholes = encode([prompt + answer for prompt, answer in pairs], verbose=False).input_ids
     for ids, whole, (prompt, _) in zip(prompts, wholes, pairs):

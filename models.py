@@ -599,20 +599,26 @@ def spaced(text: str, after: str) -> str:
     return text if after[-1:].isspace() else f" {text}"
 
 
-def fit_space(tokenizer, prompt: str, text: str) -> tuple[str, str]:
+def fit_space(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """(prompt, continuation) with the space between them where the tokenizer has it.
 
     Most put it before a word. Where it ends the previous word ("Tom▁"), it ends the prompt, too."""
-    if text.startswith(" "):
-        ids, whole, spaced = tokenizer([prompt, prompt + text, f"{prompt} "]).input_ids
-        if whole[: len(ids)] != ids and whole[: len(spaced)] == spaced:
-            return f"{prompt} ", text[1:]
-    return prompt, text
+    texts = []
+    for prompt, text in pairs:
+        texts += [prompt, prompt + text, f"{prompt} "]
+    ids = tokenizer(texts, verbose=False).input_ids
+    fitted = []
+    for (prompt, text), alone, whole, spaced in zip(pairs, ids[::3], ids[1::3], ids[2::3]):
+        splits = whole[: len(alone)] == alone
+        if text.startswith(" ") and not splits and whole[: len(spaced)] == spaced:
+            prompt, text = f"{prompt} ", text[1:]
+        fitted.append((prompt, text))
+    return fitted
 
 
 def label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
     """The first tokens of each label after the prompt: as many as tell them apart, usually one."""
-    start, _ = fit_space(tokenizer, prompt, spaced(labels[0], prompt))
+    [(start, _)] = fit_space(tokenizer, [(prompt, spaced(labels[0], prompt))])
     texts = [start, *(prompt + spaced(label, prompt) for label in labels)]
     start, *rows = tokenizer(texts, verbose=False).input_ids
     if any(row[: len(start)] != start for row in rows):

@@ -78,6 +78,7 @@ def test_tokens_of_hidden_states(run):
     }
 
 
+@pytest.mark.slow
 def test_tokens_of_the_sweep(run):
     tokens, _, lengths = run("emotion")
     assert tokens["released"] == 8 * sum(lengths)
@@ -109,6 +110,7 @@ def test_a_share_has_the_lengths_of_all_items():
     assert benchmark.share_of(items, None) == list(range(100))
 
 
+@pytest.mark.slow
 def test_a_wrong_result_ends_with_1(monkeypatch, capsys):
     monkeypatch.setitem(harness.CACHE, "folder", None)
     right = common.choice_logprobs

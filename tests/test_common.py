@@ -62,6 +62,7 @@ from conftest import (
     CONFIGS,
     GROUPED,
     LLAMA_PATHS,
+    MAIN,
     SENTENCES,
     Reference,
     close,
@@ -1407,6 +1408,7 @@ def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path
     assert generate(model, TEXTS[1:2], [transplant], 8) == [wanted[1:2]]
 
 
+@pytest.mark.parametrize("pair", ["llama", *map(slow, MAIN[1:])], indirect=True)
 @pytest.mark.parametrize("batch_tokens", [1, slow(40), slow(300), 2048])
 def test_many_transplants_write_what_each_writes_alone(pair, tmp_path, batch_tokens):
     """Whatever is computed together; texts end at different steps, by token 0 or another."""
@@ -1519,7 +1521,7 @@ def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "gpt_neox", "gpt2"],
+    params=["llama", slow("gpt_neox"), "gpt2"],
 )
 def trio(request, tmp_path_factory):
     """GPT-2 has learned positions, which padding must not move."""

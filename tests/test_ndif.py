@@ -39,7 +39,7 @@ import nnsight
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, MAIN, close, same_records, save_model, vectors
+from conftest import CONFIGS, MAIN, close, same_records, save_model, slow, vectors
 from hub import Hub
 from ndif_server import serve
 
@@ -180,6 +180,7 @@ CALLS = {
     "states": (hidden_states, TEXTS, [5, 2, 5]),
     "states of all blocks": (hidden_states, TEXTS),
     "states, transplant": (hidden_states, TEXTS, [2, 6], STEERED[2]),
+    "states, prefix": (hidden_states, LONG, [2, 6], STEERED[2]),
     "next token": (next_token_logits, TEXTS, STEERED),
     "next token, prefix": (next_token_logits, LONG, STEERED),
     "labels, prefix": (score_labels, LONG, LABELS, STEERED),
@@ -204,7 +205,7 @@ def call(name: str, model, small):
     return function(model, *args, **options)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [slow(name) if name == "text, EFT" else name for name in CALLS])
 def test_a_function_returns_what_it_returns_locally(name, here, there, small, server):
     same(call(name, here, small), call(name, there, small))
     assert NDIF_STATS["requests"]
