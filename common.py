@@ -102,7 +102,7 @@ def _state_reader(nn, prefix, layers: list[int], shifts: dict, sharing, stop: bo
     """Make a function that reads the states [n, layers, d] of one batch at the positions from_end
     of each row, in the model's dtype. prefix: tokens before all rows, read once, here. lens: return
     token probabilities [n, 1, vocabulary] instead, read off the last of these blocks."""
-    cache = ()
+    cache, buffers = (), {}
     if prefix:
         _, cache = _forward(nn, [(prefix, [])], shifts, 1, sharing, keep_cache=True)
 
@@ -111,7 +111,7 @@ def _state_reader(nn, prefix, layers: list[int], shifts: dict, sharing, stop: bo
         inputs, *_ = _pack_trees(trees, nn.tokenizer.pad_token_id, len(prefix), nn.dtype)
         kept = {"use_cache": False}
         if prefix:
-            kept = {"past_key_values": _kv_cache(cache, len(prefix))}
+            kept = {"past_key_values": _kv_cache(cache, len(prefix), buffers)}
         row = [i for i, places in enumerate(from_end) for _ in places]
         column = [place for places in from_end for place in places]
         with torch.no_grad():
@@ -699,12 +699,14 @@ def _encode(model: Model, texts: list[str]) -> list[list[int]]:
 # ---------------------------------------------------------------- one forward pass
 
 
-def _forward(nn, trees, shifts: dict, copies: int, sharing: tuple, prefix=(), keep_cache=False):
+def _forward(
+    nn, trees, shifts: dict, copies: int, sharing: tuple, prefix=(), buffers=None, keep_cache=False
+):
     """One forward pass of `trees` under each of `copies` transplants.
 
     shifts: {block: [copies, d]}. prefix: keys and values of each block for the tokens before all
-    trees. Returns [copies, nodes, d or vocabulary], see _run, and with keep_cache keys and values
-    of each block."""
+    trees; buffers: a dictionary for _kv_cache. Returns [copies, nodes, d or vocabulary], see _run,
+    and with keep_cache keys and values of each block."""
     from transformers.cache_utils import DynamicCache
 
     past = prefix[0][0].shape[2] if prefix else 0
@@ -715,7 +717,9 @@ def _forward(nn, trees, shifts: dict, copies: int, sharing: tuple, prefix=(), ke
         inputs = {name: _repeat(value, copies) for name, value in inputs.items()}
     rows = torch.cat([rows + n * copy for copy in range(copies)])
     columns = columns.repeat(copies)
-    cache = _kv_cache(prefix, past) if prefix else DynamicCache() if keep_cache else None
+    cache = DynamicCache() if keep_cache else None
+    if prefix:
+        cache = _kv_cache(prefix, past, buffers)
     found = _run(nn, inputs, rows, columns, shifts, sharing, cache)
     kept = [(layer.keys, layer.values) for layer in cache.layers] if keep_cache else None
     return found.unflatten(0, (copies, -1)), kept
@@ -829,36 +833,42 @@ def _repeat(value, copies: int):
     return value  # a KV cache, a flag, a tensor without rows
 
 
-def _kv_cache(blocks, filled: int):
+def _kv_cache(blocks, filled: int, buffers: dict | None = None):
     """A KV cache that begins with `filled` tokens of keys and values [rows, H, room, d] of each
-    block. New tokens are written in place while there is room. Otherwise everything is copied, each
-    row as often as there are new rows for it."""
+    block. New tokens are written in place where there is room for them. Otherwise everything is
+    copied to a buffer, each row as often as there are new rows for it. In `buffers` the next batch
+    finds it again: batches come longest first, so there is room if they have as many rows."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    def extended(whole, new):
-        end = filled + new.shape[2]
-        if whole.shape[2] < end:
-            rows, heads, _, size = new.shape
-            old, whole = whole, new.new_empty(rows, heads, end, size)
+    buffers = {} if buffers is None else buffers
+
+    def extended(name, old, new):
+        rows, heads, count, size = new.shape
+        end = filled + count
+        whole = buffers.get(name, old)
+        if whole.shape[2] < end or len(whole) != rows:
+            buffers[name] = whole = None  # frees the memory of the last one first
+            buffers[name] = whole = new.new_empty(rows, heads, end, size)
             copies_of_old = whole.unflatten(0, (len(old), -1))
-            copies_of_old[:, :, :, :filled] = old[:, None]
+            copies_of_old[:, :, :, :filled] = old[:, None, :, :filled]
         whole[:, :, filled:end] = new
         return whole[:, :, :end]
 
-    def cache_layer(keys, values):
+    def cache_layer(number, keys, values):
         layer = DynamicLayer()
         layer.keys, layer.values = keys[:, :, :filled], values[:, :, :filled]
         layer.is_initialized = True
 
         def update(new_keys, new_values, *_args, **_kwargs):
-            layer.keys, layer.values = extended(keys, new_keys), extended(values, new_values)
+            layer.keys = extended(("keys", number), keys, new_keys)
+            layer.values = extended(("values", number), values, new_values)
             return layer.keys, layer.values
 
         layer.update = update
         return layer
 
     cache = DynamicCache()
-    cache.layers = [cache_layer(keys, values) for keys, values in blocks]
+    cache.layers = [cache_layer(number, *each) for number, each in enumerate(blocks)]
     return cache
 
 
@@ -981,12 +991,12 @@ def _groups(model: Model, transplants, cost: float, copies_are_cheap=False):
 
 def _scorer(nn, prefix: list[int], shifts: dict, copies: int, sharing: tuple, reduce: bool):
     """Make a function that scores one batch of trees; the prefix is read once, here."""
-    cache = ()
+    cache, buffers = (), {}
     if prefix:
         _, cache = _forward(nn, [(prefix, [])], shifts, copies, sharing, keep_cache=True)
 
     def score(trees):
-        states, _ = _forward(nn, trees, shifts, copies, sharing, cache)
+        states, _ = _forward(nn, trees, shifts, copies, sharing, cache, buffers)
         if reduce:
             return _reduce(lambda some: _unembed(nn, some, sharing), states, trees)
         return _unembed(nn, states, sharing)

@@ -180,7 +180,7 @@ class AffineMaps(Maps):
 #
 # The linear relation between two models differs from one kind of position to another, so a map
 # works best where it was fitted. Local maps are fitted near the states that v is computed from. No
-# label or answer is used (docs/map.md says where unlabelled test items are among these states).
+# label, answer or test item is used.
 
 WINDOWS = 2.0  # texts inside the refinement templates, for each plain text
 POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
