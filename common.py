@@ -84,12 +84,13 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
     prefix, rows = ids[0][:past], [row[past:] for row in ids]
     sharing = _sharing(model) if past else (False,) * 4
     fixed = (prefix, wanted, _shifts(model, [transplant]), sharing, not model.remote, lens)
+    costs = [max(len(row), (past + len(row)) / CACHED_PER_COMPUTED) for row in rows]
     parts = [None] * len(ids)
 
     def pack(batch):
         return {"rows": [rows[i] for i in batch], "from_end": [from_end[i] for i in batch]}
 
-    for batch, found in _each_batch(model, _state_reader, fixed, pack, list(map(len, rows))):
+    for batch, found in _each_batch(model, _state_reader, fixed, pack, costs):
         counts = [len(positions[i]) for i in batch]
         for i, states in zip(batch, found.float().cpu().split(counts)):
             parts[i] = states
@@ -847,7 +848,8 @@ def _kv_cache(blocks, filled: int, buffers: dict | None = None):
         end = filled + count
         whole = buffers.get(name, old)
         if whole.shape[2] < end or len(whole) != rows:
-            buffers[name] = whole = None  # frees the memory of the last one first
+            whole = None
+            buffers.pop(name, None)  # frees the memory of the last one first
             buffers[name] = whole = new.new_empty(rows, heads, end, size)
             copies_of_old = whole.unflatten(0, (len(old), -1))
             copies_of_old[:, :, :, :filled] = old[:, None, :, :filled]

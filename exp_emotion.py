@@ -145,8 +145,8 @@ def emotion_options(parser) -> None:
 
 
 def check_emotion_options(args) -> None:
-    if "{scenario}" not in args.template:
-        fail("--template needs {scenario} in it")
+    if "{scenario}" not in args.template or "{text}" in args.template:
+        fail("--template needs {scenario} in it, and no {text}")
     words = {word for word in args.labels if word.strip()}
     if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")

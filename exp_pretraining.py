@@ -154,8 +154,8 @@ def emotion_options(parser) -> None:
 
 
 def check_emotion_options(args) -> None:
-    if "{scenario}" not in args.template:
-        fail("--template needs {scenario} in it")
+    if "{scenario}" not in args.template or "{text}" in args.template:
+        fail("--template needs {scenario} in it, and no {text}")
     words = {word for word in args.labels if word.strip()}
     if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
@@ -296,25 +296,31 @@ def named(model, args, data: Data, part: str, emotion: str, transplants) -> list
 # ---------------------------------------------------------------- refine, map
 
 
+def make_vectors(args, data: Data, sentences, models: Models, names: list[str], source=None):
+    """The vectors of these checkpoints, which are targets of the vectors of `source`."""
+    context = read_context(args, data)
+    return Vectors(
+        models,
+        [Vector(emotion, name, name) for name in [args.src, *names] for emotion in EMOTIONS],
+        names,
+        pairs=lambda concept, name: pairs(args, data, concept),
+        blocks=lambda name: [models.block(name, args.layer)],
+        context=lambda concept, name: context,
+        sentences=sentences,
+        refine=args.refine,
+        read=source,
+        **map_options(args),
+    )
+
+
 class Lab:
     """What every step needs to know about one checkpoint. Its methods are the steps."""
 
-    def __init__(self, args, data: Data, sentences: list[str], models: Models, target: str):
+    def __init__(self, args, data: Data, models: Models, target: str, vectors: Vectors):
         self.args, self.data, self.models, self.target = args, data, models, target
         source_block, block = [models.block(name, args.layer) for name in (args.src, target)]
         self.point = Point(source_block, block, 1)  # each vector has an alpha of its own
-        context = read_context(args, data)
-        self.vectors = Vectors(
-            models,
-            [Vector(emotion, name, name) for name in (args.src, target) for emotion in EMOTIONS],
-            [target],
-            pairs=lambda concept, name: pairs(args, data, concept),
-            blocks=lambda name: [models.block(name, args.layer)],
-            context=lambda concept, name: context,
-            sentences=sentences,
-            refine=args.refine,
-            **map_options(args),
-        )
+        self.vectors = vectors
 
     @property
     def model(self):
@@ -540,7 +546,7 @@ def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
     data = load_data(args)
-    names = list(dict.fromkeys([args.src, *args.tgt]))  # the source first: loaded once
+    names = list(dict.fromkeys([args.src, *args.tgt]))
     for name in names:
         check_prompts(args, data, models, name)
     for name in names:
@@ -555,10 +561,12 @@ def main(argv=None):
     for name in names:
         on_hub = not Path(name).is_dir()
         is_ours[name] = on_hub and not run.step(f"in the hub's cache: {name}", is_downloaded, name)
+    source = make_vectors(args, data, sentences, models, [])  # read once
     found = {}
     for name in [*names[1:], args.src]:  # all need the source
+        vectors = make_vectors(args, data, sentences, models, [name], source)
         if name in args.tgt:
-            found[name] = one_target(run, Lab(args, data, sentences, models, name))
+            found[name] = one_target(run, Lab(args, data, models, name, vectors))
         if is_ours[name] and not args.keep_downloads and not args.dry_run:
             models.release(keep=[args.src])
             run.step(f"remove {name}", delete_revision, name)

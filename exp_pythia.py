@@ -110,8 +110,8 @@ def emotion_options(parser) -> None:
 
 
 def check_emotion_options(args) -> None:
-    if "{scenario}" not in args.template:
-        fail("--template needs {scenario} in it")
+    if "{scenario}" not in args.template or "{text}" in args.template:
+        fail("--template needs {scenario} in it, and no {text}")
     words = {word for word in args.labels if word.strip()}
     if len(words) != len(EMOTIONS) or len(args.labels) != len(EMOTIONS):
         fail(f"--labels must be {len(EMOTIONS)} different words, for {', '.join(EMOTIONS)}")
@@ -397,6 +397,7 @@ def strongest_key(directions: dict[str, dict], alphas: dict[tuple, float]) -> tu
 def one_target(run: Run, lab: Lab, target: str) -> list[dict]:
     """Records of one target, and what each vector gains over the model without one."""
     records = run.step(f"target {target}", lab.measure, target)
+    lab.vectors.known_maps.clear()  # those into other targets are others
     [base] = select(records, method="base")
     gains = []
     for each in select(records, metric="token_acc", variant=None):

@@ -575,7 +575,7 @@ class Lab:
         self.vectors = Vectors(
             models,
             [row.vector for row in rows if row.vector] + [happiness(args)],
-            {row.base for row in rows},
+            dict.fromkeys(row.base for row in rows),
             self.pairs,
             partial(blocks, args, models),
             partial(read_context, args, models, data),
@@ -596,8 +596,9 @@ class Lab:
         return list(zip(source_blocks, blocks(self.args, self.models, row.host)))
 
     def v_hat(self, row, point):
-        """v_hat [d_target] (Eq. 2)."""
-        return self.vectors.at(row.vector, row.base, point, row.method)
+        """v_hat [d_target] (Eq. 2); v itself in the model pair that it comes from."""
+        method = "self-align" if row.start == row.base else row.method
+        return self.vectors.at(row.vector, row.base, point, method)
 
     def move(self, row, point) -> Transplant:
         return Transplant.of(self.v_hat(row, point), point.block, point.alpha)

@@ -763,24 +763,8 @@ class Run:
 
     def step(self, name: str, function, *args, **kwargs):
         """function(*args, **kwargs), a JSON value; read from the folder if computed before."""
-
-        def compute():
-            return json.dumps(function(*args, **kwargs))
-
-        return self._once(name, "json", compute, lambda path: json.loads(path.read_text()))
-
-    def tensors(self, name: str, function, *args, **kwargs) -> dict:
-        """As step, for a dictionary of tensors."""
-        from safetensors.torch import load, save
-
-        def compute():
-            tensors = function(*args, **kwargs)
-            return save({key: each.contiguous() for key, each in tensors.items()})
-
-        return self._once(name, "safetensors", compute, lambda path: load(path.read_bytes()))
-
-    def _once(self, name: str, suffix: str, compute, read):
-        path = self._path(name, suffix)
+        short = re.sub(r"[^\w.-]+", "-", name)[:60]  # two names may shorten to one
+        path = self.steps / f"{short}-{_digest(name)[:6]}.json"
         if path.exists():
             self.reused |= {name} - self.computed
         else:
@@ -791,18 +775,14 @@ class Run:
             if self.bar.disable and not PROGRESS["quiet"]:
                 total = max(self.bar.total, number)
                 print(f"[{time.strftime('%H:%M:%S')}] {number}/{total} {name}", file=sys.stderr)
-            _write_file(path, compute())
+            _write_file(path, json.dumps(function(*args, **kwargs)))
         self.bar.initial = len(self.reused)  # not part of the estimated time left
         self.bar.n = len(self.reused | self.computed)
         self.bar.refresh()
         try:
-            return read(path)
-        except Exception as error:  # each format has its own
-            fail(f"{path} is damaged ({type(error).__name__}); remove it to compute it again")
-
-    def _path(self, name: str, suffix: str) -> Path:
-        short = re.sub(r"[^\w.-]+", "-", name)[:60]  # two names may shorten to one
-        return self.steps / f"{short}-{_digest(name)[:6]}.{suffix}"
+            return json.loads(path.read_text())
+        except ValueError:
+            fail(f"{path} is damaged; remove it to compute it again")
 
     def save(self, records: list[dict], examples: list[dict], headline: list[str], more=()) -> None:
         """Write records.csv, records.jsonl, examples.jsonl, report.md and report.html.

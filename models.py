@@ -314,6 +314,7 @@ class Models:
         self.loaded: dict[str, Model] = {}  # the one used last comes last
         self.sizes: dict[str, float] = {}  # of weights that were ever in memory [bytes]
         self.known: dict[str, tuple] = {}
+        self.vocabularies: dict[str, str] = {}  # see vocabulary
 
     def load(self, name: str, keep: tuple[str, ...] = ()) -> Model:
         """The model, from memory if it is still there.
@@ -329,7 +330,7 @@ class Models:
                     total -= self.sizes[other]
                     kept.remove(other)
             self.release(kept)
-            gc.freeze()  # older objects need not be searched when models are released
+            _freeze_imports()
             self.loaded[name] = self._load(name)
             self.sizes[name] = _bytes_in_memory(self.loaded[name])
         self.loaded[name] = self.loaded.pop(name)
@@ -472,8 +473,16 @@ class Models:
         return prompt
 
     def same_vocabulary(self, *names: str) -> bool:
-        first, *others = [self.tokenizer(name).get_vocab() for name in names]
-        return all(other == first for other in others)
+        return len({self.vocabulary(name) for name in names}) == 1
+
+    def vocabulary(self, name: str) -> str:
+        """The first model asked for that has the vocabulary of this one."""
+        if name not in self.vocabularies:
+            own = self.tokenizer(name).get_vocab()
+            alike = set(self.vocabularies.values())
+            same = [other for other in alike if self.tokenizer(other).get_vocab() == own]
+            self.vocabularies[name] = same[0] if same else name
+        return self.vocabularies[name]
 
     def same_shape(self, one: str, other: str) -> bool:
         """Whether a vector of one model can be added to the other as it is."""
@@ -490,6 +499,12 @@ class Models:
                 _require_safetensors(name)
             self.known[name] = _model_config(name, self.trust_remote_code)
         return self.known[name]
+
+
+@functools.cache
+def _freeze_imports() -> None:
+    """What was imported need not be searched for cycles whenever a model is released."""
+    gc.freeze()
 
 
 @functools.cache  # a large tokenizer takes a second to read

@@ -488,19 +488,33 @@ class Vectors:
     wanted: every Vector that will be asked for. targets: names of base models. pairs(concept,
     model): positive and negative prompts. blocks(model): sorted blocks to read. context(concept,
     model): where a concept is read, for local maps. sentences: plain text to fit maps between base
-    models on. refine: mean, pca or probe. maps: options of AffineMaps, n_sentences among them."""
+    models on. refine: mean, pca or probe. read: other Vectors whose models are not read again.
+    maps: options of AffineMaps, n_sentences among them."""
 
-    def __init__(self, models, wanted, targets, pairs, blocks, context, sentences, refine, **maps):
+    def __init__(
+        self,
+        models,
+        wanted,
+        targets,
+        pairs,
+        blocks,
+        context,
+        sentences,
+        refine,
+        read: Vectors | None = None,
+        **maps,
+    ):
         self.models = models
         self.wanted = list(dict.fromkeys(wanted))
         self.targets = list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
+        self.already = read
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
         self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
-        self.known_near: dict[tuple, list[NearStates]] = {}
+        self.known_near: dict[tuple, list[NearStates]] = read.known_near if read else {}
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
@@ -651,9 +665,15 @@ class Vectors:
         if self.refined:
             return
         refined, plain = {}, {}  # kept when all models were read
+        if self.already:
+            self.already._read_models()
+            refined, plain = dict(self.already.refined), dict(self.already.plain)
+            self.known_states |= self.already.known_states
         mapped = {vector.base for vector in self.wanted} | set(self.targets)
         sources = (mapped | {vector.model for vector in self.wanted}) - set(self.targets)
         for name in [*sorted(sources), *reversed(self.targets)]:
+            if name in plain:
+                continue
             model, blocks = self.models.load(name), self.blocks(name)
             for vector in self.wanted:
                 if vector.model == name:
@@ -666,15 +686,17 @@ class Vectors:
             if name in mapped:
                 states = hidden_states(model, cut_ends(self.sentences), blocks)
                 plain[name] = dict(zip(blocks, states.unbind(1)))
+            del model  # so that it can make room for the next
         self.refined, self.plain = refined, plain
 
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
         """The near states of the source's base model, for each sample of text: the same for all
         targets with one vocabulary."""
-        alike = [name for name in self.targets if self.models.same_vocabulary(name, target)]
-        key = vector.model, vector.base, context, *alike
+        vocabulary = self.models.vocabulary(target)
+        key = vector.model, vector.base, context, vocabulary
         if key in self.known_near:
             return self.known_near[key]
+        alike = [name for name in self.targets if self.models.vocabulary(name) == vocabulary]
         size, others = self.map_options["n_sentences"], context.others
         samples = max(1, len(self.sentences) // size)
         concept_states = self.states_of_context(vector.model, context)

@@ -528,7 +528,8 @@ def test_models_are_kept_while_needed_and_freed_before_the_next(zoo):
     model = models.load(a)
     assert models.load(a) is model
     assert model.batch_tokens == 7
-    alive = weakref.ref(model)
+    alive = weakref.ref(model.nn._module)
+    hidden_states(model, ["Tom"], [1], TRANSPLANTS[1])  # what has run is in reference cycles
     del model
     models.load(b, keep=(a,))
     assert list(models.loaded) == [a, b]
@@ -1741,9 +1742,10 @@ def test_a_forward_pass_holds_no_more_tokens_than_it_may(model):
         next_token_logits(model, TEXTS, TRANSPLANTS)
     assert len(seen[0]) > 8
     assert all(rows * tokens <= 64 for rows, tokens in seen[3])
-    with watched(model) as seen:
-        next_token_logits(model, [PREFIX] * 40)
-    assert max(rows for rows, _ in seen[0]) < 20  # cached tokens need memory, too
+    for ask in (next_token_logits, hidden_states):
+        with watched(model) as seen:
+            ask(model, [PREFIX] * 40)
+        assert max(rows for rows, _ in seen[0]) < 20  # cached tokens need memory, too
 
 
 @pytest.mark.parametrize("ask", ASK)
@@ -1765,6 +1767,23 @@ def test_a_batch_too_large_for_memory_is_halved_and_so_are_those_that_follow(mod
     assert failed
     assert model.batch_tokens < before
     assert same(got, wanted, 2e-5)
+
+
+def test_memory_may_run_out_where_a_prefix_is_copied(llama, monkeypatch):
+    model, reference = llama
+    new_empty, failed = torch.Tensor.new_empty, []
+
+    def limited(tensor, rows, *shape):
+        if rows > len(TRANSPLANTS):  # one text under each of them
+            failed.append(rows)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new_empty(tensor, rows, *shape)
+
+    texts = LONG_TEXTS * 2
+    next_token_logits(model, texts)  # tries what the model can share
+    monkeypatch.setattr(torch.Tensor, "new_empty", limited)
+    check_logits(replace(model), reference, texts)
+    assert failed
 
 
 def test_a_single_row_too_large_for_memory_is_an_error(model):

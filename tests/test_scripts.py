@@ -409,6 +409,7 @@ EVERY_SCRIPT = {
 }
 EMOTION_TASK = {
     "--template feel": "{scenario}",
+    "--template {scenario}{text}": "no {text}",
     "--labels a b c d e": "6 different",
     "--labels a b c d e a": "6 different",
     "--labels ab abc d e f g": "told apart",
