@@ -308,7 +308,7 @@ def make_vectors(args, data: Data, sentences, models: Models, names: list[str], 
         context=lambda concept, name: context,
         sentences=sentences,
         refine=args.refine,
-        read=source,
+        known=source,
         **map_options(args),
     )
 

@@ -488,7 +488,7 @@ class Vectors:
     wanted: every Vector that will be asked for. targets: names of base models. pairs(concept,
     model): positive and negative prompts. blocks(model): sorted blocks to read. context(concept,
     model): where a concept is read, for local maps. sentences: plain text to fit maps between base
-    models on. refine: mean, pca or probe. read: other Vectors whose models are not read again.
+    models on. refine: mean, pca or probe. known: other Vectors whose models are not read again.
     maps: options of AffineMaps, n_sentences among them."""
 
     def __init__(
@@ -501,7 +501,7 @@ class Vectors:
         context,
         sentences,
         refine,
-        read: Vectors | None = None,
+        known: Vectors | None = None,
         **maps,
     ):
         self.models = models
@@ -509,12 +509,12 @@ class Vectors:
         self.targets = list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
-        self.already = read
+        self.known = known
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
         self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
-        self.known_near: dict[tuple, list[NearStates]] = read.known_near if read else {}
+        self.known_near: dict[tuple, list[NearStates]] = known.known_near if known else {}
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
@@ -654,8 +654,9 @@ class Vectors:
         if name not in self.known_states:
             texts: dict[str, None] = {}  # each once, in order
             for vector in self.wanted:
-                for side in self.pairs(vector.concept, name) if vector.model == name else ():
-                    texts |= dict.fromkeys(side)
+                if vector.model == name:
+                    for side in self.pairs(vector.concept, name):
+                        texts |= dict.fromkeys(side)
             states = hidden_states(self.models.load(name), list(texts), self.blocks(name))
             self.known_states[name] = dict(zip(texts, states))
         return self.known_states[name]
@@ -665,10 +666,10 @@ class Vectors:
         if self.refined:
             return
         refined, plain = {}, {}  # kept when all models were read
-        if self.already:
-            self.already._read_models()
-            refined, plain = dict(self.already.refined), dict(self.already.plain)
-            self.known_states |= self.already.known_states
+        if self.known:
+            self.known._read_models()
+            refined, plain = dict(self.known.refined), dict(self.known.plain)
+            self.known_states |= self.known.known_states
         mapped = {vector.base for vector in self.wanted} | set(self.targets)
         sources = (mapped | {vector.model for vector in self.wanted}) - set(self.targets)
         for name in [*sorted(sources), *reversed(self.targets)]:

@@ -15,7 +15,7 @@ from conftest import surroundings
 from test_scripts import ROOT, SCRIPTS, command
 
 KILLS = 2
-FEWER = {"exp_truthfulqa": ["--table", "1"]}  # to save time
+FEWER = {"exp_truthfulqa": ["--table", "1"], "exp_toxigen": ["--map", "paper"]}  # to save time
 
 
 def start(name: str, folder: Path) -> subprocess.Popen:
