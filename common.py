@@ -84,7 +84,7 @@ def _read_states(model: Model, texts, layers, transplant, positions, lens=False)
     prefix, rows = ids[0][:past], [row[past:] for row in ids]
     sharing = _sharing(model) if past else (False,) * 4
     fixed = (prefix, wanted, _shifts(model, [transplant]), sharing, not model.remote, lens)
-    costs = [max(len(row), (past + len(row)) / CACHED_PER_COMPUTED) for row in rows]
+    costs = [_row_cost(past, len(row)) for row in rows]
     parts = [None] * len(ids)
 
     def pack(batch):
@@ -947,7 +947,7 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
     costs = []
     for head, tails in trees:
         own = len(head) - past + sum(len(tail) - 1 for tail in tails)
-        costs.append(max(own, (past + own) / CACHED_PER_COMPUTED))
+        costs.append(_row_cost(past, own))
 
     def pack(batch):
         some = [trees[i] for i in batch]
@@ -1113,6 +1113,11 @@ def _prefix_length(model: Model, trees: list) -> int:
     length = min(length, min(map(len, heads)) - 1)  # every head keeps a token of its own
     worth = len(heads) > 1 and length >= MIN_PREFIX
     return length if worth and _fits_window(model, trees) and _sharing(model)[CACHE] else 0
+
+
+def _row_cost(past: int, own: int) -> float:
+    """What a row of `own` tokens behind `past` cached ones costs, in computed tokens."""
+    return max(own, (past + own) / CACHED_PER_COMPUTED)
 
 
 def _fits_window(model: Model, trees: list) -> bool:

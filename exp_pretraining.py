@@ -564,8 +564,8 @@ def main(argv=None):
     source = make_vectors(args, data, sentences, models, [])  # read once
     found = {}
     for name in [*names[1:], args.src]:  # all need the source
-        vectors = make_vectors(args, data, sentences, models, [name], source)
         if name in args.tgt:
+            vectors = make_vectors(args, data, sentences, models, [name], source)
             found[name] = one_target(run, Lab(args, data, models, name, vectors))
         if is_ours[name] and not args.keep_downloads and not args.dry_run:
             models.release(keep=[args.src])

@@ -397,7 +397,7 @@ def strongest_key(directions: dict[str, dict], alphas: dict[tuple, float]) -> tu
 def one_target(run: Run, lab: Lab, target: str) -> list[dict]:
     """Records of one target, and what each vector gains over the model without one."""
     records = run.step(f"target {target}", lab.measure, target)
-    lab.vectors.known_maps.clear()  # those into other targets are others
+    lab.vectors.forget_maps()  # those into other targets are others
     [base] = select(records, method="base")
     gains = []
     for each in select(records, metric="token_acc", variant=None):

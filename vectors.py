@@ -541,6 +541,11 @@ class Vectors:
             raise ValueError(f"unknown map {method!r}: contrans or contrans-local")
         return self.known_maps[key]
 
+    def forget_maps(self) -> None:
+        """Let go of all maps and of what went through them, when a target is done."""
+        self.known_maps.clear()
+        self.known_permuted.clear()
+
     def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
         """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
         v = self.v(vector, point.source_block)
