@@ -70,22 +70,24 @@ def hidden_states(
 
 
 def _read_states(model: Model, texts, layers, transplant, positions, lens=False) -> torch.Tensor:
-    ids = _encode(model, texts)
-    for row, places in zip(ids, positions, strict=True):
+    rows, read, from_end = [], [], []
+    for row, places in zip(_encode(model, texts), positions, strict=True):
         if not all(-len(row) <= place < len(row) for place in places):
             raise ValueError(f"a text of {len(row)} tokens has no positions {places}")
-    wanted = sorted(set(layers))
-    from_end = []  # positions counted from the end, for rows are padded on the left
-    for row, places in zip(ids, positions):
-        from_end.append([place if place < 0 else place - len(row) for place in places])
-    past = _prefix_length(model, [(row, []) for row in ids])
-    if any(place + len(row) < past for row, places in zip(ids, from_end) for place in places):
+        places = [place % len(row) for place in places]
+        end = max(places, default=0) + 1  # no later token changes what is read
+        rows.append(row[:end])
+        read += places
+        from_end.append([place - end for place in places])  # rows are padded on the left
+    past = _prefix_length(model, [(row, []) for row in rows])
+    if min(read, default=0) < past:
         past = 0  # a place in the prefix is read
-    prefix, rows = ids[0][:past], [row[past:] for row in ids]
-    sharing = _sharing(model) if past else (False,) * 4
+    prefix, rows = rows[0][:past], [row[past:] for row in rows]
+    wanted = sorted(set(layers))
+    sharing = _sharing(model) if past else (False,) * 5
     fixed = (prefix, wanted, _shifts(model, [transplant]), sharing, not model.remote, lens)
     costs = [_row_cost(past, len(row)) for row in rows]
-    parts = [None] * len(ids)
+    parts = [None] * len(rows)
 
     def pack(batch):
         return {"rows": [rows[i] for i in batch], "from_end": [from_end[i] for i in batch]}
@@ -392,14 +394,15 @@ def _shifts(model: Model, transplants: list[Transplant]) -> dict[int, torch.Tens
         if not isinstance(transplant, Transplant):
             raise TypeError(f"transplant must be a Transplant, not {type(transplant).__name__}")
         for layer, alpha, vector in transplant.parts:
-            _require_block(model, layer)
             if len(vector) != width:
                 raise ValueError(
                     f"a vector of width {len(vector)} does not fit {model.name} ({width})"
                 )
-            shifts.setdefault(layer, torch.zeros(len(transplants), width))
+            if layer not in shifts:
+                shifts[layer] = torch.zeros(len(transplants), width)
             shifts[layer][row] += alpha * vector.float().cpu()
     for layer, shift in shifts.items():
+        _require_block(model, layer)
         # RMSNorm squares the stream. If that overflows, it returns zeros and no NaN.
         _require_finite((shift**2).sum(1), f"alpha * v_hat after block {layer}")
         if not model.remote:
@@ -589,8 +592,10 @@ def generate(
 #           other.
 # pieces    The unembedding is applied to a few states at a time, in float32: all logits of a
 #           batch would take more memory than the model.
+# last      Where logits are read at the last token of each row only, the last block computes keys
+#           and values of the tokens before it, and nothing else of them.
 #
-# All of it is exact. Architectures differ in what they support, so _sharing tests each of the four
+# All of it is exact. Architectures differ in what they support, so _sharing tests each of the five
 # against a plain forward pass on a few tokens of every model, and does without those that fail.
 #
 # A prompt with its continuations is a tree: (head, tails), token ids of the context and of each
@@ -599,7 +604,7 @@ def generate(
 # there as source text: they take the nnsight model `nn`, tensors, numbers, lists and tuples, and
 # use no class of this repo.
 
-BLOCKS, CACHE, BRANCHES, PIECES = range(4)  # places in `sharing`: which of these a model supports
+BLOCKS, CACHE, BRANCHES, PIECES, LAST = range(5)  # places in `sharing`: what a model supports
 JOBS_SENT = 2  # to NDIF at once: one runs, the other waits there
 CACHED_PER_COMPUTED = 8  # tokens that only take memory; so many count as one that is computed
 MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
@@ -735,6 +740,11 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
     rows_asked = max(map(len, shifts.values()), default=0)
     copies = rows_asked // len(inputs["input_ids"])
     parting = min(shifts) if copies > 1 else None
+    width = inputs["input_ids"].shape[1]
+    short = None  # the last block, if it computes the last token of each row only
+    if sharing[LAST] and width > 1 and bool((columns == width - 1).all()):
+        short = len(nn.layers) - 1
+        cache = _no_cache() if cache is None else cache
     options = {"use_cache": False} if cache is None else {"past_key_values": cache}
     with torch.no_grad():
         with nn.trace(inputs, **options):
@@ -743,13 +753,20 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
                     args, kwargs = nn.layers[block].inputs
                     args = (args[0], *_repeat(args[1:], copies))  # args[0] is the stream
                     nn.layers[block].inputs = args, _repeat(kwargs, copies)
-                if block == parting:
+                if block == short:
+                    args, kwargs = nn.layers[block].inputs
+                    _keep_keys(nn.layers[block], args, kwargs, cache)
+                    nn.layers[block].inputs = _last_token((args, kwargs), width)
+                if block in shifts or block == short:
                     output = nn.layers[block].output
-                    h = residual_stream(output).repeat(copies, 1, 1)
-                    add_shift(h, shifts[block])
+                    h = residual_stream(output)
+                    if block == parting:
+                        h = h.repeat(copies, 1, 1)
+                    if block in shifts:
+                        add_shift(h, shifts[block])
+                    if block == short:
+                        h = h.expand(-1, width, -1)  # as many tokens as the model expects
                     nn.layers[block].output = (h, *output[1:]) if isinstance(output, tuple) else h
-                elif block in shifts:
-                    add_shift(residual_stream(nn.layers[block].output), shifts[block])
             h = nn.unembed.input  # a large matrix: only what is asked for goes through it
             h = h[rows.to(h.device), columns.to(h.device)]
             if sharing[PIECES]:
@@ -780,27 +797,25 @@ def _pack_trees(trees, pad_id: int, past: int, dtype):
     """Inputs of trees, left-padded, and where their nodes are: rows [nodes], columns [nodes].
 
     past: tokens of the prefix that all trees continue."""
-    packed = []
-    for head, tails in trees:
-        tokens, branch = list(head), [0] * len(head)  # 0 is the head, 1, 2 … are the tails
-        positions = list(range(past, past + len(head)))
+    sizes = [len(head) + sum(len(tail) - 1 for tail in tails) for head, tails in trees]
+    width = max(sizes)
+    ids, branches, places, rows, columns = [], [], [], [], []
+    for row, (head, tails) in enumerate(trees):
+        padding = width - sizes[row]
+        end = past + len(head)
+        tokens = [pad_id] * padding + head
+        branch = [-1] * padding + [0] * len(head)  # -1 is padding, 0 the head, 1, 2 … the tails
+        positions = [0] * padding + list(range(past, end))
+        rows += [row] * (sizes[row] - len(head) + 1)
+        columns += range(len(tokens) - 1, width)
         for number, tail in enumerate(tails, 1):
             tokens += tail[:-1]
             branch += [number] * (len(tail) - 1)
-            positions += range(past + len(head), past + len(head) + len(tail) - 1)
-        packed.append((tokens, branch, positions, len(head) - 1))
-    width = max(len(tokens) for tokens, *_ in packed)
-    ids = torch.full((len(trees), width), pad_id)
-    branches = torch.full((len(trees), width), -1)  # -1 is padding
-    places = torch.full((len(trees), width), 0)
-    rows, columns = [], []
-    for row, (tokens, branch, positions, last) in enumerate(packed):
-        start = width - len(tokens)
-        ids[row, start:] = torch.tensor(tokens)
-        branches[row, start:] = torch.tensor(branch)
-        places[row, start:] = torch.tensor(positions)
-        rows += [row] * (len(tokens) - last)
-        columns += range(start + last, width)
+            positions += range(end, end + len(tail) - 1)
+        ids.append(tokens)
+        branches.append(branch)
+        places.append(positions)
+    ids, branches, places = map(torch.tensor, (ids, branches, places))
     mask = (branches >= 0).long()
     mask = torch.nn.functional.pad(mask, (past, 0), value=1)  # the prefix is never padding
     if branches.max() > 1:
@@ -825,13 +840,59 @@ def _tree_mask(branches: torch.Tensor, past: int, dtype) -> torch.Tensor:
 
 def _repeat(value, copies: int):
     """An argument of a block (mask, positions …) with its rows repeated."""
-    if isinstance(value, torch.Tensor) and value.dim() > 1:
-        return torch.cat([value] * copies)
+
+    def repeat(tensor):
+        return torch.cat([tensor] * copies) if tensor.dim() > 1 else tensor
+
+    return _each_tensor(value, repeat)
+
+
+def _last_token(value, width: int):
+    """Arguments of a block (stream, mask, positions …) for the last of `width` tokens alone."""
+
+    def last(tensor):
+        if tensor.dim() > 2:  # [rows, tokens, d] or [rows, 1, tokens, keys]
+            return tensor[..., -1:, :] if tensor.shape[-2] == width else tensor
+        return tensor[..., -1:] if tensor.shape[-1] == width else tensor
+
+    return _each_tensor(value, last)
+
+
+def _each_tensor(value, change):
+    """An argument of a block with each tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
     if isinstance(value, dict):
-        return {name: _repeat(each, copies) for name, each in value.items()}
+        return {name: _each_tensor(each, change) for name, each in value.items()}
     if isinstance(value, tuple):
-        return tuple(_repeat(each, copies) for each in value)
-    return value  # a KV cache, a flag, a tensor without rows
+        return tuple(_each_tensor(each, change) for each in value)
+    return value  # a KV cache, a flag
+
+
+def _keep_keys(block, args, kwargs, cache) -> None:
+    """Compute no more of a block than the keys and values of all tokens. What is computed next in
+    the block will attend to these."""
+    update, kept = cache.update, []
+
+    def keep(*states, **options):
+        kept.append(update(*states, **options))
+        raise StopIteration
+
+    cache.update = keep
+    try:  # noqa: SIM105, NDIF allows no contextlib
+        block(*args, **kwargs)
+    except StopIteration:
+        pass
+    cache.update = lambda *_, **__: kept[0]
+
+
+def _no_cache():
+    """A KV cache that keeps nothing."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    cache.update = lambda keys, values, *_, **__: (keys, values)
+    return cache
 
 
 def _kv_cache(blocks, filled: int, buffers: dict | None = None):
@@ -877,16 +938,16 @@ def _kv_cache(blocks, filled: int, buffers: dict | None = None):
 def _sharing(model: Model) -> tuple[bool, bool, bool, bool]:
     """Which of blocks, cache, branches and pieces work with this model; tested once."""
     if model.sharing is None:
-        fixed = (model.config.hidden_size, model.precision == "torch.float32")
+        fixed = (model.config.hidden_size, model.precision == "torch.float32", not model.remote)
         [(_, model.sharing)] = _each_batch(model, _try_sharing, fixed, lambda batch: {}, [1])
-        names = ("blocks", "a KV cache", "branches", "an unembedding in pieces")
+        names = ("blocks", "a KV cache", "branches", "an unembedding in pieces", "a short block")
         missing = [name for name, works in zip(names, model.sharing) if not works]
         if missing:
             print(f"{model.name} does without {', '.join(missing)}: slower, or more memory")
     return model.sharing
 
 
-def _try_sharing(nn, width: int, exact: bool):
+def _try_sharing(nn, width: int, exact: bool, here: bool):
     first, second = [3, 4, 5, 6], [3, 4, 5, 7, 8]
     generator = torch.Generator().manual_seed(0)
     shifts = {len(nn.layers) // 2: torch.randn(2, width, generator=generator)}
@@ -911,7 +972,7 @@ def _try_sharing(nn, width: int, exact: bool):
         return at_once(sharing, [tree])[:, [1, 3]]  # the last token of each tail
 
     def attempt():
-        plain = at_once((False, False, False, False))
+        plain = at_once((False,) * 5)
         tolerance = (1e-3 if exact else 0.1) * plain.std()
 
         def agrees(compute, *sharing) -> bool:
@@ -921,12 +982,13 @@ def _try_sharing(nn, width: int, exact: bool):
                 return False
             return bool((logits - plain).abs().max() <= tolerance)
 
-        blocks = agrees(at_once, True, False, False, False)
+        blocks = agrees(at_once, True, False, False, False, False)
         return (
             blocks,
-            agrees(from_cache, blocks, True, False, False),
-            agrees(from_branches, blocks, False, True, False),
-            agrees(at_once, blocks, False, False, True),
+            agrees(from_cache, blocks, True, False, False, False),
+            agrees(from_branches, blocks, False, True, False, False),
+            agrees(at_once, blocks, False, False, True, False),
+            here and agrees(at_once, blocks, False, False, False, True),
         )
 
     return attempt
@@ -977,13 +1039,13 @@ def _groups(model: Model, transplants, cost: float, copies_are_cheap=False):
     blocks up to it. copies_are_cheap: what is steered after the last block only is computed once
     and copied, so that a token costs 1 / CACHED_PER_COMPUTED."""
 
-    def first_block(i: int) -> int:
-        return min(_shifts(model, [transplants[i]]), default=sys.maxsize)
-
-    order = sorted(range(len(transplants)), key=first_block)
-    copied = []
-    if copies_are_cheap:
-        copied = [i for i in order if first_block(i) >= model.n_layers - 1]
+    _shifts(model, transplants)  # a wrong one is named before anything is computed
+    first_blocks = []
+    for transplant in transplants:
+        first_blocks.append(min([layer for layer, *_ in transplant.parts], default=sys.maxsize))
+    order = sorted(range(len(transplants)), key=first_blocks.__getitem__)
+    last_block = model.n_layers - 1
+    copied = [i for i in order if copies_are_cheap and first_blocks[i] >= last_block]
     computed = order[: len(order) - len(copied)]
     for some, weight in ((computed, 1), (copied, 1 / CACHED_PER_COMPUTED)):
         size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
@@ -1348,7 +1410,7 @@ def _count_states(model: Model, prefix, layers, shifts, sharing, stop: bool, len
     def read(rows, from_end):
         places = torch.tensor([place for own in from_end for place in own])
         width = max(map(len, rows))
-        blocks = slice(max(layers) + 1 if stop else None)
+        blocks = model.cost.blocks[: max(layers) + 1 if stop else None]
         model.cost.add(len(rows) * width, len(prefix) + width, blocks)
         states = torch.randn(len(places), len(layers), NARROW, generator=model.cost.generator)
         states[places == -1] += 2  # near_states finds that ends of texts are alike
@@ -1396,7 +1458,7 @@ def _count_texts(model: Model, shifts, copies: int, sharing, options: tuple, sma
         for each, own in steered + plain:
             each.cost.add_pass(sizes, 0, own, copies if own else 1, len(rows))
             read = copies * len(rows) * (count - 1)  # one by one, the last is not read
-            each.cost.add(read, max(sizes) + count / 2, slice(None), read)
+            each.cost.add(read, max(sizes) + count / 2, each.cost.blocks, read)
         written = [(row * count)[:count] for row in rows]
         return torch.tensor(written).repeat(copies, 1)
 
@@ -1408,5 +1470,5 @@ COUNTERS = {
     _pair_refiner: _count_pairs,
     _scorer: _count_scores,
     _writer: _count_texts,
-    _try_sharing: lambda *_: lambda: (True, True, True, True),
+    _try_sharing: lambda *_: lambda: (True,) * 5,
 }

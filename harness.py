@@ -460,17 +460,19 @@ def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
     """Set `paper` from data/paper.csv. names: what the paper calls our models.
 
     An empty cell of the file matches anything; the first row that matches is taken."""
-    known = read_table(Path(__file__).with_name("data") / "paper.csv", "item", "value")
+    known = []
+    for row in read_table(Path(__file__).with_name("data") / "paper.csv", "item", "value"):
+        value = float(row.pop("value"))
+        known.append(({key: cell for key, cell in row.items() if cell}, value))
     for each in records:
         if each["group"] or each["part"] == "validation":
             continue  # the paper has no such numbers
         ours = dict(each)
         for role in ("source", "target"):
             ours[role] = names.get(each[role], each[role])
-        for row in known:
-            wanted = {key: cell for key, cell in row.items() if key != "value" and cell}
+        for wanted, value in known:
             if all(_same(ours[key], cell) for key, cell in wanted.items()):
-                each["paper"] = float(row["value"])
+                each["paper"] = value
                 break
 
 

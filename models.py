@@ -74,7 +74,7 @@ DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
 DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
 CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
 CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
-CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
+CPU_BATCH_TOKENS = 8192  # more tokens in one forward pass no longer fit the caches of a CPU
 GPU_BATCH_TOKENS = 4096
 
 
@@ -88,7 +88,7 @@ class Model:
     precision: str  # "torch.float32", "nf4" …
     remote: str | None  # address of the NDIF server that runs it
     batch_tokens: int  # tokens computed in one forward pass
-    sharing: tuple[bool, bool, bool, bool] | None = None  # see _sharing
+    sharing: tuple[bool, ...] | None = None  # see _sharing
     cost: Cost | None = None  # of a model without weights
 
     @property
@@ -669,6 +669,7 @@ NARROW = 16  # width of states, and number of logits, in a dry run
 H100_FLOPS = 0.4 * 990e12  # a second
 H100_MEMORY = 72e9  # bytes for weights
 WEIGHT_BYTES = {"float32": 4, "int8": 1, "nf4": 0.5}  # else 2
+KEYS = r"(^|\.)(q|k|v|kv|qkv|Wqkv|query|key|value|c_attn)[._]"  # names of their weights
 ASSUMED = """Counted, not computed: no weights were loaded, nothing was written. A token that goes
 through half of the blocks counts as half. GPU hours: of as many H100 (or NDIF's) as hold the
 weights, at 40 % of 990 TFLOP/s, one after the other. Assumed: generated texts have their maximal
@@ -681,6 +682,7 @@ class Cost:
     """What a model would compute."""
 
     blocks: list[int]  # weights of each block that a token is multiplied with
+    keys: int  # of these, what makes queries, keys and values in the last block
     unembed: int  # weights of the unembedding
     width: int  # of the residual stream
     size: float  # of all weights [bytes]
@@ -689,10 +691,9 @@ class Cost:
     requests: int = 0  # to NDIF
     generator: torch.Generator = field(default_factory=torch.Generator)
 
-    def add(self, tokens: int, context: float, blocks: slice, logits: int = 0) -> None:
-        """Count tokens that go through these blocks, each beside `context` tokens, and states that
-        go through the unembedding."""
-        weights = self.blocks[blocks]
+    def add(self, tokens: int, context: float, weights: list[int], logits: int = 0) -> None:
+        """Count tokens that go through blocks of these weights, each beside `context` tokens, and
+        states that go through the unembedding."""
         attention = 2 * context * self.width * len(weights)
         self.tokens += tokens * sum(weights) / sum(self.blocks)
         self.flops += 2 * (tokens * (sum(weights) + attention) + logits * self.unembed)
@@ -701,8 +702,15 @@ class Cost:
         """Count what _forward does; rows: tokens of each row after `past` tokens of a prefix."""
         tokens, context = len(rows) * max(rows), past + max(rows)
         parting = min(shifts, default=-1) + 1
-        self.add(tokens, context, slice(parting))
-        self.add(copies * tokens, context, slice(parting, None), copies * logits)
+        *blocks, last_block = self.blocks
+        self.add(tokens, context, blocks[:parting])
+        self.add(copies * tokens, context, blocks[parting:], copies * logits)
+        times = copies if parting < len(self.blocks) else 1
+        if logits == len(rows):  # the last block for one token of each row
+            self.add(times * tokens, 0, [self.keys])
+            self.add(times * logits, context, [last_block - self.keys])
+        else:
+            self.add(times * tokens, context, [last_block])
 
 
 def _cost(nn, dtype: str) -> Cost:
@@ -711,14 +719,15 @@ def _cost(nn, dtype: str) -> Cost:
     experts = getattr(config, "num_experts_per_tok", None)
     blocks = []
     for block in nn.layers:
-        used = 0
-        for weight in block._module.parameters():
+        used = keys = 0
+        for name, weight in block._module.named_parameters():
             if weight.dim() == 3:  # all experts are one tensor, of which a token sees a few
                 weight = weight[:experts]
             if weight.dim() > 1:
                 used += weight.numel()
+                keys += weight.numel() if re.search(KEYS, name) else 0
         blocks.append(used)
     size = nn._module.num_parameters() * WEIGHT_BYTES.get(dtype, 2)
-    cost = Cost(blocks, nn.unembed._module.weight.numel(), config.hidden_size, size)
+    cost = Cost(blocks, keys, nn.unembed._module.weight.numel(), config.hidden_size, size)
     config.hidden_size = NARROW
     return cost

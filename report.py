@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import math
 import re
@@ -112,6 +113,7 @@ def spread(records: list[dict], variant: str) -> dict:
 RESAMPLES = 2000  # of a bootstrap
 
 
+@functools.cache  # scipy computes a p-value as well
 def _wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a rate (Wilson score)."""
     from scipy.stats import binomtest

@@ -515,6 +515,7 @@ class Vectors:
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
         self.known_near: dict[tuple, list[NearStates]] = known.known_near if known else {}
+        self.known_pools: dict[tuple, list[Pool]] = known.known_pools if known else {}
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
@@ -703,17 +704,27 @@ class Vectors:
         if key in self.known_near:
             return self.known_near[key]
         alike = [name for name in self.targets if self.models.vocabulary(name) == vocabulary]
-        size, others = self.map_options["n_sentences"], context.others
-        samples = max(1, len(self.sentences) // size)
         concept_states = self.states_of_context(vector.model, context)
         model = self.models.load(vector.base)
+        size = min(self.map_options["n_sentences"], len(self.sentences))
         found = []
-        for sample in range(samples):
-            rows = sample_rows(len(self.sentences), size, sample)
-            plain = [self.sentences[row] for row in rows]
-            rows = sample_rows(len(others), max(1, len(others) // samples), sample)
-            own = context._replace(others=tuple(others[row] for row in rows))
-            pool = local_pool(self.models, [vector.base, *alike], own, plain, seed=sample)
-            found.append(near_states(model, pool, concept_states, len(plain), seed=sample))
+        for sample, pool in enumerate(self._read_pools({vector.base, *alike}, context)):
+            found.append(near_states(model, pool, concept_states, size, seed=sample))
         self.known_near[key] = found
         return found
+
+    def _read_pools(self, names: set[str], context: Context) -> list[Pool]:
+        """The candidate places of a context for each sample of text."""
+        key = frozenset(names), context
+        if key not in self.known_pools:
+            size, others = self.map_options["n_sentences"], context.others
+            samples = max(1, len(self.sentences) // size)
+            self.known_pools[key] = []
+            for sample in range(samples):
+                rows = sample_rows(len(self.sentences), size, sample)
+                plain = [self.sentences[row] for row in rows]
+                rows = sample_rows(len(others), max(1, len(others) // samples), sample)
+                own = context._replace(others=tuple(others[row] for row in rows))
+                pool = local_pool(self.models, sorted(names), own, plain, seed=sample)
+                self.known_pools[key].append(pool)
+        return self.known_pools[key]

@@ -194,7 +194,7 @@ def test_a_listed_architecture_gives_what_plain_hooks_give(name, how, tmp_path):
             close(score, wanted, 1e-3)
     [texts] = generate(model, TEXTS, [moves[2]], 3)
     assert len(texts) == 3
-    shared = model.sharing or (False,) * 3
+    shared = model.sharing or (False,) * 5
     names = ("blocks", "cache", "branches")
     said = ", ".join(each for each, works in zip(names, shared) if works) or "nothing"
     if model.batch_tokens == 1:

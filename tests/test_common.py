@@ -211,7 +211,9 @@ def same(got, wanted, tolerance: float = 0.0) -> bool:
 
 @contextmanager
 def watched(model, act=lambda rows, tokens: None):
-    """{block: [(rows, tokens) of each forward pass meanwhile]}; act is called in the last block."""
+    """{block: [(rows, tokens) of each forward pass meanwhile]}; act is called in the last block.
+
+    That the last block is called again, for the last token of each row, is left out."""
     seen, handles = {}, []
 
     def watch(block):
@@ -220,8 +222,11 @@ def watched(model, act=lambda rows, tokens: None):
         def count(module, args, kwargs):
             stream = args[0] if args else kwargs["hidden_states"]
             rows, tokens = stream.shape[:2]
+            is_last = block == model.n_layers - 1
+            if is_last and len(seen[block]) == len(seen[block - 1]):
+                return
             seen[block].append((rows, tokens))
-            if block == model.n_layers - 1:
+            if is_last:
                 act(rows, tokens)
 
         module = plain_module(model.nn.layers[block])
@@ -1432,6 +1437,7 @@ def test_text_is_written_without_computing_twice(llama, tmp_path):
     """Blocks up to the steered one read a prompt once; texts that have ended are not continued."""
     model, reference = llama
     sweep = [Transplant.of(A, 2, alpha) for alpha in (0.5, 1.0, 2.0, 4.0)]
+    next_token_logits(model, TEXTS)  # tries what the model can share
     with watched(model) as seen:
         generate(model, TEXTS, sweep, 2)
     assert rows_through(seen) == [4 + 16, 4 + 16, 4 + 16, 16 + 16]
@@ -1677,13 +1683,13 @@ def test_each_thing_is_computed_once(any_pair):
     model, reference = any_pair
     sweep = [Transplant.of(A, 2, alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)]
     next_token_logits(model, TEXTS)  # tries what the model can share
-    assert model.sharing == (True, True, True, True)
+    assert model.sharing == (True,) * 5
     with watched(model) as seen:
         next_token_logits(model, TEXTS, sweep)
     assert rows_through(seen) == [4, 4, 4, 20]
     with watched(model) as seen:
         next_token_logits(
-            replace(model, sharing=(False, False, False, False)),
+            replace(model, sharing=(False,) * 5),
             TEXTS,
             sweep,
         )
@@ -1711,6 +1717,23 @@ def test_each_thing_is_computed_once(any_pair):
         with watched(model) as seen:
             hidden_states(model, LONG_TEXTS, [2], transplant)
         assert seen[0] == [(1, prefix), (len(LONG_TEXTS), rest)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_neo"])
+def test_where_one_logit_is_read_the_last_block_has_one_token_a_row(zoo, family):
+    model, _ = zoo(family)
+    sweep = [BASE, *(Transplant.of(A, 2, alpha) for alpha in (1.0, 2.0))]
+    next_token_logits(model, TEXTS)  # tries what the model can share
+    seen = []
+    mlp = plain_module(model.nn.layers[3]).mlp
+    handle = mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    next_token_logits(model, TEXTS, sweep)
+    assert seen == [(len(sweep) * len(TEXTS), 1)]
+    seen.clear()
+    choice_logprobs(model, [(text, " sad and happy") for text in TEXTS], sweep)
+    assert sum(rows for rows, _ in seen) == len(sweep) * len(TEXTS)
+    assert min(tokens for _, tokens in seen) > 3
+    handle.remove()
 
 
 def test_more_choices_than_fit_one_row_are_several(llama):
@@ -1805,9 +1828,9 @@ MAMBA = {
     "shared_intermediate_size": 64,
 }
 MORE = {  # what they can share, and as in CONFIGS
-    "gemma2": ([1, 1, 1, 0], transformers.Gemma2Config, GROUPED | GEMMA, *LLAMA_PATHS),
-    "bloom": ([1, 1, 0, 1], transformers.BloomConfig, {}, "transformer.h", "transformer.ln_f"),
-    "mamba": ([1, 0, 0, 1], transformers.GraniteMoeHybridConfig, GROUPED | MAMBA, *LLAMA_PATHS),
+    "gemma2": ([1, 1, 1, 0, 1], transformers.Gemma2Config, GROUPED | GEMMA, *LLAMA_PATHS),
+    "bloom": ([1, 1, 0, 1, 1], transformers.BloomConfig, {}, "transformer.h", "transformer.ln_f"),
+    "mamba": ([1, 0, 0, 1, 0], transformers.GraniteMoeHybridConfig, GROUPED | MAMBA, *LLAMA_PATHS),
 }
 
 
@@ -1833,7 +1856,7 @@ def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
     model = replace(llama[0], sharing=None)
     with watched(model, act) as seen:
         check_sharing(model, llama[1])
-    assert model.sharing == (False, True, True, True)
+    assert model.sharing == (False, True, True, True, True)
 
 
 MISUSE = {  # each names the argument

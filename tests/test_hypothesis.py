@@ -83,7 +83,7 @@ def test_what_is_shared_and_batched_changes_no_score(
 ):
     model, _ = zoo(family)
     fast = replace(model, batch_tokens=batch_tokens)
-    plain = replace(model, sharing=(False, False, False, False))
+    plain = replace(model, sharing=(False,) * 5)
     transplants = []
     for parts in moves:
         transplant = Transplant()

@@ -259,7 +259,7 @@ def test_every_family_of_models(family, own, families):
         lens = logit_lens(model, texts, 2, steered[:2])
         results.append((states, scores, written, lens))
     same(*results)
-    assert models[0].sharing == models[1].sharing
+    assert (*models[0].sharing[:4], False) == models[1].sharing  # a block is not interrupted there
 
 
 @pytest.mark.slow
