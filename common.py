@@ -923,11 +923,10 @@ def _kv_cache(blocks, filled: int, buffers: dict | None = None):
         layer.is_initialized = True
 
         def update(new_keys, new_values, *_args, **_kwargs):
-            layer.keys = extended(("keys", number), keys, new_keys)
-            layer.values = extended(("values", number), values, new_values)
-            return layer.keys, layer.values
+            all_keys = extended(("keys", number), keys, new_keys)
+            return all_keys, extended(("values", number), values, new_values)
 
-        layer.update = update
+        layer.update = update  # does not know the layer: a cycle would keep the tensors for long
         return layer
 
     cache = DynamicCache()
@@ -1256,8 +1255,8 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
             alive, token = alive[going], token[going]
             mask = torch.nn.functional.pad(mask[going], (0, 1), value=1)
             for i, (each, its_shifts, its_sharing) in enumerate(models):
-                if not going.all():
-                    caches[i] = [(keys[going], values[going]) for keys, values in caches[i]]
+                for block, (keys, values) in enumerate(caches[i] if not going.all() else []):
+                    caches[i][block] = keys[going], values[going]  # memory is freed block by block
                 of_rows = {block: shift[alive // n] for block, shift in its_shifts.items()}
                 scores[i] = _read_tokens(each, token, mask, of_rows, its_sharing, caches[i])
         return new_tokens

@@ -4,11 +4,13 @@ The models are tiny and random; the families are those of conftest.py. Maps of
 any rank and scale are in test_hypothesis.py.
 """
 
+import gc
 import json
 import math
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -1734,6 +1736,32 @@ def test_where_one_logit_is_read_the_last_block_has_one_token_a_row(zoo, family)
     assert sum(rows for rows, _ in seen) == len(sweep) * len(TEXTS)
     assert min(tokens for _, tokens in seen) > 3
     handle.remove()
+
+
+def tensors_in_memory() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of modules that load on access
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+
+def test_no_tensor_outlives_its_batch(llama):
+    """Without help by the garbage collector: on a GPU it would come too late."""
+    model, _ = llama
+
+    def work():
+        generate(model, LONG_TEXTS, TRANSPLANTS, 3)
+        next_token_logits(model, LONG_TEXTS, TRANSPLANTS)
+        choice_logprobs(model, pairs_of(LONG_TEXTS), TRANSPLANTS)
+
+    work()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors_in_memory()
+        work()
+        assert tensors_in_memory() == before
+    finally:
+        gc.enable()
 
 
 def test_more_choices_than_fit_one_row_are_several(llama):
