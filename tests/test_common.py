@@ -1530,7 +1530,7 @@ def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]
 
 @pytest.fixture(
     scope="module",
-    params=["llama", slow("gpt_neox"), "gpt2"],
+    params=["llama", slow("gpt_neox"), slow("gpt2")],
 )
 def trio(request, tmp_path_factory):
     """GPT-2 has learned positions, which padding must not move."""
@@ -1613,7 +1613,7 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
 
 @pytest.mark.parametrize(
     "padding",
-    [(13, 0, 0), (0, 13, 13), (13, 5, 0)],
+    [slow((13, 0, 0)), slow((0, 13, 13)), (13, 5, 0)],
     ids=str,
 )
 def test_eft_leaves_out_rows_of_padding_in_an_unembedding(tmp_path, padding):
@@ -1862,7 +1862,7 @@ MORE = {  # what they can share, and as in CONFIGS
 }
 
 
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", ["gemma2", "bloom", slow("mamba")])
 def test_what_a_model_cannot_share_is_computed_in_full(family, tmp_path, capsys):
     """ALiBi (BLOOM) knows no tree of choices; Mamba blocks have no cache of keys and values."""
     shares, config_class, settings, *paths = MORE[family]

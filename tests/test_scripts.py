@@ -71,8 +71,6 @@ OPTIONS = {
 }
 VECTORS = {"exp_emotion": 6, "exp_toxigen": 1, "exp_truthfulqa": 1}  # that a run writes
 HONESTY = ["--honesty", f"{harness.TOY}/concepts/v_honesty_llama-m.safetensors"]
-QUICK = [name for name in SCRIPTS if name not in VECTORS]
-HEAVY = [slow(name) for name in VECTORS]
 ONE = ["exp_template", *(slow(name) for name in SCRIPTS if name != "exp_template")]
 TARGETS = {"exp_pretraining": EARLY, "exp_pythia": ZOO / "pythia-2"}
 
@@ -331,7 +329,7 @@ def test_the_same_command_computes_nothing_again(name, run):
     assert second.bytes() == before
 
 
-@pytest.mark.parametrize("name", [*QUICK, *HEAVY])
+@pytest.mark.parametrize("name", ONE)
 def test_an_interrupted_run_is_continued(name, run):
     before = run.bytes()
     steps = sorted((run.folder / "steps").iterdir())
@@ -351,7 +349,7 @@ def test_a_fresh_run_computes_everything_again(name, run):
     assert fresh.bytes() == before
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.slow
 def test_what_changes_results_starts_a_folder_of_its_own(name, data, tmp_path):
     """Seen on a model that ends every run at its first states."""
     target = without_numbers(tmp_path / "model", name)
@@ -386,6 +384,7 @@ def test_help_says_what_the_script_does(name, capsys):
     assert not stopped.value.code and "--seed" in said and f"python {name}.py" in said
 
 
+@pytest.mark.parametrize("name", ONE)
 def test_nan_ends_in_one_line(name, data, tmp_path, capsys):
     target = without_numbers(tmp_path / "model", name)
     argv = command(name, "--data", data, "--out", tmp_path / "out", target=target)
@@ -736,13 +735,14 @@ def test_checkpoints_of_a_hub_are_removed_after_use(finished, data, tmp_path):
         assert [each["value"] for each in records] == wanted
 
 
+@pytest.mark.slow
 def test_one_random_direction_is_enough(tmp_path):
     run = Finished(exp_pretraining.main, command("exp_pretraining", "--random", "1"), tmp_path)
     assert run.find(variant="random 0", concept="mean")
     assert (run.folder / "figure_3.png").exists()
 
 
-@pytest.mark.parametrize("name", ["exp_pretraining", "exp_pythia"])
+@pytest.mark.parametrize("name", ["exp_pretraining", slow("exp_pythia")])
 def test_a_run_by_the_protocol_of_the_paper_has_its_map_alone(name, data, tmp_path):
     argv = command(name, "--protocol", "paper", "--data", data)
     run = Finished(SCRIPTS[name].main, argv, tmp_path)
@@ -1151,6 +1151,7 @@ def test_a_vector_is_saved_whenever_it_is_asked_for(finished, tmp_path):
         assert (about["concept"], about["alpha"]) == ("happiness", None)
 
 
+@pytest.mark.slow
 def test_a_sample_of_text_is_not_shown_as_another(tmp_path, data):
     argv = command("exp_template", "--data", data, "--sentences", "250", "--maps", "2")
     run = Finished(exp_template.main, argv, tmp_path)  # of 400 plain texts
