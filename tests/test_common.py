@@ -1077,6 +1077,7 @@ def test_windows_are_pieces_of_the_text_as_long_as_the_concepts_texts():
     assert pieces == cut_windows(plain, ["a b c!", "d e"], 200)
 
 
+@pytest.mark.slow
 def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
     models = Models(device="cpu")
@@ -1417,7 +1418,7 @@ def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path
 
 
 @pytest.mark.parametrize("pair", ["llama", *map(slow, MAIN[1:])], indirect=True)
-@pytest.mark.parametrize("batch_tokens", [1, slow(40), slow(300), 2048])
+@pytest.mark.parametrize("batch_tokens", [slow(1), slow(40), slow(300), 2048])
 def test_many_transplants_write_what_each_writes_alone(pair, tmp_path, batch_tokens):
     """Whatever is computed together; texts end at different steps, by token 0 or another."""
     model, reference = pair

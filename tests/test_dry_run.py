@@ -111,9 +111,8 @@ def test_what_is_counted_is_what_is_computed(name, dry, computed, tmp_path):
         assert table["total"][what] == pytest.approx(number, rel=0.02), what
 
 
-@pytest.mark.parametrize(
-    "name", ["exp_pythia", *map(slow, ["exp_emotion", "exp_pretraining", "exp_toxigen"])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp_emotion", "exp_pretraining", "exp_pythia", "exp_toxigen"])
 def test_other_scripts_are_counted_too(name, dry, data, tmp_path):
     out = tmp_path / "out"
     table = dry(SCRIPTS[name].main, command(name, "--data", data, "--out", out))

@@ -197,6 +197,9 @@ CALLS = {
 }
 
 
+SLOW = ["perplexity", "text, EFT"]
+
+
 def call(name: str, model, small):
     function, *args = CALLS[name]
     options = SAMPLED if name == "text, sampled" else {}
@@ -205,7 +208,7 @@ def call(name: str, model, small):
     return function(model, *args, **options)
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "text, EFT" else name for name in CALLS])
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CALLS])
 def test_a_function_returns_what_it_returns_locally(name, here, there, small, server):
     same(call(name, here, small), call(name, there, small))
     assert NDIF_STATS["requests"]
