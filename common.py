@@ -934,12 +934,14 @@ def _kv_cache(blocks, filled: int, buffers: dict | None = None):
     return cache
 
 
-def _sharing(model: Model) -> tuple[bool, bool, bool, bool]:
-    """Which of blocks, cache, branches and pieces work with this model; tested once."""
+def _sharing(model: Model) -> tuple[bool, ...]:
+    """Which of blocks, cache, branches, pieces and last work with this model; tested once."""
     if model.sharing is None:
         fixed = (model.config.hidden_size, model.precision == "torch.float32", not model.remote)
         [(_, model.sharing)] = _each_batch(model, _try_sharing, fixed, lambda batch: {}, [1])
-        names = ("blocks", "a KV cache", "branches", "an unembedding in pieces", "a short block")
+        names = ["blocks", "a KV cache", "branches", "an unembedding in pieces"]
+        if not model.remote:  # NDIF runs every block to its end
+            names.append("a short last block")
         missing = [name for name, works in zip(names, model.sharing) if not works]
         if missing:
             print(f"{model.name} does without {', '.join(missing)}: slower, or more memory")
