@@ -706,11 +706,10 @@ class Cost:
         self.add(tokens, context, blocks[:parting])
         self.add(copies * tokens, context, blocks[parting:], copies * logits)
         times = copies if parting < len(self.blocks) else 1
-        if logits == len(rows):  # the last block for one token of each row
+        if logits == len(rows):  # keys of all tokens, and then one token of each row
             self.add(times * tokens, 0, [self.keys])
-            self.add(times * logits, context, [last_block - self.keys])
-        else:
-            self.add(times * tokens, context, [last_block])
+            tokens = logits
+        self.add(times * tokens, context, [last_block])
 
 
 def _cost(nn, dtype: str) -> Cost:
