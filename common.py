@@ -1017,8 +1017,8 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
         return {"trees": [(head[past:], tails) for head, tails in some]}
 
     # Else all logits of the copies are in memory.
-    copies_are_cheap = reduce and sharing[BLOCKS] and sharing[PIECES]
-    for members, weight in _groups(model, transplants, max(costs), copies_are_cheap):
+    shares_blocks = reduce and sharing[BLOCKS] and sharing[PIECES]
+    for members, weight in _groups(model, transplants, max(costs), shares_blocks):
         copies = len(members)
         shifts = _shifts(model, [transplants[i] for i in members])
         fixed = (prefix, shifts, copies, sharing, reduce)
@@ -1033,25 +1033,29 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
             yield torch.tensor(members)[:, None], batch, scores
 
 
-def _groups(model: Model, transplants, cost: float, copies_are_cheap=False):
+def _groups(model: Model, transplants, cost: float, shares_blocks=False):
     """Yield (indices of transplants that are computed together, cost of a token under each).
 
     cost: of the most expensive row. Sorted by the first steered block, since transplants share the
-    blocks up to it. copies_are_cheap: what is steered after the last block only is computed once
-    and copied, so that a token costs 1 / CACHED_PER_COMPUTED."""
-
+    blocks up to it. shares_blocks: a token costs only its part of the blocks above that block, but
+    never less than one that only takes memory."""
     _shifts(model, transplants)  # a wrong one is named before anything is computed
     first_blocks = []
     for transplant in transplants:
         first_blocks.append(min([layer for layer, *_ in transplant.parts], default=sys.maxsize))
     order = sorted(range(len(transplants)), key=first_blocks.__getitem__)
     last_block = model.n_layers - 1
-    copied = [i for i in order if copies_are_cheap and first_blocks[i] >= last_block]
+    copied = [i for i in order if shares_blocks and first_blocks[i] >= last_block]
     computed = order[: len(order) - len(copied)]
-    for some, weight in ((computed, 1), (copied, 1 / CACHED_PER_COMPUTED)):
-        size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
-        for first in range(0, len(some), size):
-            yield some[first : first + size], weight
+    for some in (computed, copied):
+        while some:
+            weight = 1.0
+            if shares_blocks:
+                blocks_above = last_block - first_blocks[some[0]]
+                weight = max(blocks_above / model.n_layers, 1 / CACHED_PER_COMPUTED)
+            size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
+            yield some[:size], weight
+            some = some[size:]
 
 
 def _scorer(nn, prefix: list[int], shifts: dict, copies: int, sharing: tuple, reduce: bool):

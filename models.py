@@ -74,7 +74,7 @@ DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
 DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
 CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
 CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
-CPU_BATCH_TOKENS = 8192  # more tokens in one forward pass no longer fit the caches of a CPU
+CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
 GPU_BATCH_TOKENS = 4096
 
 

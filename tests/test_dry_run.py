@@ -68,9 +68,15 @@ def computed(monkeypatch):
         found["TFLOP"] += 4e-12 * query.numel() * key.shape[2]
         return attention(query, key, *args, **kwargs)
 
+    share = {}  # of all blocks, for each weight: there are eight blocks
+
     def count_tokens(module, inputs):
-        if type(module).__name__ == "LlamaMLP":  # one in each of eight blocks
-            found["tokens"] += inputs[0].shape[:-1].numel() / 8
+        if type(module).__name__ == "LlamaDecoderLayer":
+            weights = [weight for weight in module.parameters() if weight.dim() > 1]
+            total = sum(weight.numel() for weight in weights)
+            share.update({id(weight): weight.numel() / total / 8 for weight in weights})
+        elif id(getattr(module, "weight", None)) in share:
+            found["tokens"] += inputs[0].shape[:-1].numel() * share[id(module.weight)]
 
     monkeypatch.setattr(functional, "linear", counted_linear)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", counted_attention)
