@@ -719,12 +719,12 @@ class Vectors:
         if key not in self.known_pools:
             size, others = self.map_options["n_sentences"], context.others
             samples = max(1, len(self.sentences) // size)
-            self.known_pools[key] = []
+            pools = []
             for sample in range(samples):
                 rows = sample_rows(len(self.sentences), size, sample)
                 plain = [self.sentences[row] for row in rows]
                 rows = sample_rows(len(others), max(1, len(others) // samples), sample)
                 own = context._replace(others=tuple(others[row] for row in rows))
-                pool = local_pool(self.models, sorted(names), own, plain, seed=sample)
-                self.known_pools[key].append(pool)
+                pools.append(local_pool(self.models, sorted(names), own, plain, seed=sample))
+            self.known_pools[key] = pools  # when all are made
         return self.known_pools[key]
