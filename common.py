@@ -764,9 +764,9 @@ def _run(nn, inputs, rows, columns, shifts: dict, sharing: tuple, cache=None):
                         h = h.repeat(copies, 1, 1)
                     if block in shifts:
                         add_shift(h, shifts[block])
-                    if block == short:
-                        h = h.expand(-1, width, -1)  # as many tokens as the model expects
                     nn.layers[block].output = (h, *output[1:]) if isinstance(output, tuple) else h
+            if short is not None:  # as many tokens as the model expects from here on
+                nn.final_norm.output = nn.final_norm.output.expand(-1, width, -1)
             h = nn.unembed.input  # a large matrix: only what is asked for goes through it
             h = h[rows.to(h.device), columns.to(h.device)]
             if sharing[PIECES]:
@@ -1018,7 +1018,8 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
 
     # Else all logits of the copies are in memory.
     shares_blocks = reduce and sharing[BLOCKS] and sharing[PIECES]
-    for members, weight in _groups(model, transplants, max(costs), shares_blocks):
+    one_node = sharing[LAST] and all(len(tail) == 1 for _, tails in trees for tail in tails)
+    for members, weight in _groups(model, transplants, max(costs), shares_blocks, one_node):
         copies = len(members)
         shifts = _shifts(model, [transplants[i] for i in members])
         fixed = (prefix, shifts, copies, sharing, reduce)
@@ -1033,12 +1034,13 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
             yield torch.tensor(members)[:, None], batch, scores
 
 
-def _groups(model: Model, transplants, cost: float, shares_blocks=False):
+def _groups(model: Model, transplants, cost: float, shares_blocks=False, one_node=False):
     """Yield (indices of transplants that are computed together, cost of a token under each).
 
     cost: of the most expensive row. Sorted by the first steered block, since transplants share the
     blocks up to it. shares_blocks: a token costs only its part of the blocks above that block, but
-    never less than one that only takes memory."""
+    never less than one that only takes memory. one_node: logits are read at one token of each row,
+    and above the last block a row is no more than that."""
     _shifts(model, transplants)  # a wrong one is named before anything is computed
     first_blocks = []
     for transplant in transplants:
@@ -1052,7 +1054,9 @@ def _groups(model: Model, transplants, cost: float, shares_blocks=False):
             weight = 1.0
             if shares_blocks:
                 blocks_above = last_block - first_blocks[some[0]]
-                weight = max(blocks_above / model.n_layers, 1 / CACHED_PER_COMPUTED)
+                tokens = cost if one_node and not blocks_above else 1
+                least = 1 / tokens / CACHED_PER_COMPUTED
+                weight = max(blocks_above / model.n_layers, least)
             size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
             yield some[:size], weight
             some = some[size:]

@@ -620,13 +620,14 @@ def fit_space(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     Most put it before a word. Where it ends the previous word ("Tom▁"), it ends the prompt, too."""
     texts = []
     for prompt, text in pairs:
-        texts += [prompt, prompt + text, f"{prompt} "]
+        texts += [prompt, prompt + text]
     ids = tokenizer(texts, verbose=False).input_ids
     fitted = []
-    for (prompt, text), alone, whole, spaced in zip(pairs, ids[::3], ids[1::3], ids[2::3]):
-        splits = whole[: len(alone)] == alone
-        if text.startswith(" ") and not splits and whole[: len(spaced)] == spaced:
-            prompt, text = f"{prompt} ", text[1:]
+    for (prompt, text), alone, whole in zip(pairs, ids[::2], ids[1::2]):
+        if text.startswith(" ") and whole[: len(alone)] != alone:
+            spaced = tokenizer(f"{prompt} ", verbose=False).input_ids
+            if whole[: len(spaced)] == spaced:
+                prompt, text = f"{prompt} ", text[1:]
         fitted.append((prompt, text))
     return fitted
 

@@ -237,7 +237,8 @@ def local_pool(
     windows = list(itertools.compress(windows, keep))
     if texts:
         return Pool(windows, [[LAST]] * len(windows))
-    places = shared_token_ends([models.tokenizer(name) for name in names], plain)
+    vocabularies = sorted({models.vocabulary(name) for name in names})
+    places = shared_token_ends([models.tokenizer(name) for name in vocabularies], plain)
     return Pool(plain + windows, places + [[LAST]] * len(windows))
 
 
@@ -303,16 +304,15 @@ def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch
 
 
 def near_states(
-    model: Model, pool: Pool, concept_states: dict, n_sentences: int, seed: int = 0
+    pool: Pool, x: torch.Tensor, concept_states: dict, n_sentences: int, seed: int = 0
 ) -> NearStates:
     """The places of a pool whose states are nearest to those that v is computed from.
 
-    concept_states: {block: states [m, d]} of the refinement prompts. The places of each block are
-    in random order, since fit_affine holds out the last fifth."""
-    blocks = list(concept_states)
-    x = pool_states(model, pool, blocks)
+    x: states [N, blocks, d] at all places of the pool; concept_states: {block: states [m, d]} of
+    the refinement prompts, of the same blocks. The places of each block are in random order, since
+    fit_affine holds out the last fifth."""
     rows, nearest = {}, {}
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(concept_states):
         count = int(POSITIONS * n_sentences)
         chosen = nearest_positions(x[:, number], concept_states[block], count)
         chosen.sort()  # by place, since the order of distances can depend on rounding
@@ -355,16 +355,18 @@ class LocalMaps(Maps):
     """Affine maps fitted at the places of a pool that are nearest to a concept's states.
 
     near: the source's near states, one for each sample of text. The target is read at the same
-    places: self.y has for each sample {row of the pool: row of y} and y [n, len(blocks), d]."""
+    places: self.y has for each sample {row of the pool: row of y} and y [n, len(blocks), d].
+    whole: for each sample the target's states at all places of the pool, if they are known."""
 
-    def __init__(self, near: list[NearStates], target: Model, blocks: list[int]):
+    def __init__(self, near: list[NearStates], target: Model, blocks: list[int], whole=None):
         super().__init__()
         self.near, self.blocks = near, blocks
         self.y: list[tuple[dict, torch.Tensor]] = []
-        for each in near:
+        for sample, each in enumerate(near):
             rows = sorted(set().union(*each.rows.values()))
             number = {row: k for k, row in enumerate(rows)}
-            self.y.append((number, pool_states(target, each.pool, blocks, rows)))
+            y = whole[sample][rows] if whole else pool_states(target, each.pool, blocks, rows)
+            self.y.append((number, y))
 
     def states(self, source_block: int, block: int, sample: int = 0) -> tuple:
         """x [n, d1] and y [n, d2]: both models' states at the chosen positions."""
@@ -516,6 +518,7 @@ class Vectors:
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
         self.known_near: dict[tuple, list[NearStates]] = known.known_near if known else {}
         self.known_pools: dict[tuple, list[Pool]] = known.known_pools if known else {}
+        self.known_whole: dict[tuple, list[torch.Tensor]] = {}  # states at all places of the pools
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
@@ -536,8 +539,10 @@ class Vectors:
             key = vector.model, vector.base, target, context
             if key not in self.known_maps:
                 near = self._read_near(vector, target, context)
-                model = self.models.load(target)
-                self.known_maps[key] = LocalMaps(near, model, self.blocks(target))
+                model, blocks = self.models.load(target), self.blocks(target)
+                pool_key = self._pool_key(vector, target, context)
+                whole = self.known_whole.get((target, *blocks, *pool_key))
+                self.known_maps[key] = LocalMaps(near, model, blocks, whole)
         else:
             raise ValueError(f"unknown map {method!r}: contrans or contrans-local")
         return self.known_maps[key]
@@ -699,23 +704,33 @@ class Vectors:
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
         """The near states of the source's base model, for each sample of text: the same for all
         targets with one vocabulary."""
-        vocabulary = self.models.vocabulary(target)
-        key = vector.model, vector.base, context, vocabulary
+        key = vector.model, vector.base, context, self.models.vocabulary(target)
         if key in self.known_near:
             return self.known_near[key]
-        alike = [name for name in self.targets if self.models.vocabulary(name) == vocabulary]
         concept_states = self.states_of_context(vector.model, context)
-        model = self.models.load(vector.base)
+        model, blocks = self.models.load(vector.base), list(concept_states)
         size = min(self.map_options["n_sentences"], len(self.sentences))
-        found = []
-        for sample, pool in enumerate(self._read_pools({vector.base, *alike}, context)):
-            found.append(near_states(model, pool, concept_states, size, seed=sample))
+        found, whole = [], []
+        pool_key = self._pool_key(vector, target, context)
+        for sample, pool in enumerate(self._read_pools(*pool_key)):
+            x = pool_states(model, pool, blocks)
+            found.append(near_states(pool, x, concept_states, size, seed=sample))
+            if vector.base in self.targets:  # it will not be read again as the target
+                whole.append(x)
         self.known_near[key] = found
+        if whole:
+            self.known_whole[vector.base, *blocks, *pool_key] = whole
         return found
 
-    def _read_pools(self, names: set[str], context: Context) -> list[Pool]:
+    def _pool_key(self, vector: Vector, target: str, context: Context) -> tuple:
+        """The models whose tokens end at the places of a pool, and the pool's context."""
+        vocabulary = self.models.vocabulary(target)
+        alike = [name for name in self.targets if self.models.vocabulary(name) == vocabulary]
+        return frozenset({vector.base, *alike}), context
+
+    def _read_pools(self, names: frozenset[str], context: Context) -> list[Pool]:
         """The candidate places of a context for each sample of text."""
-        key = frozenset(names), context
+        key = names, context
         if key not in self.known_pools:
             size, others = self.map_options["n_sentences"], context.others
             samples = max(1, len(self.sentences) // size)

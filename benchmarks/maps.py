@@ -158,7 +158,8 @@ def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[st
     for way in ("windows", "nearest"):
         own = [each for each in zip(*pool) if (each[1] == [LAST]) == (way == "windows")]
         part = Pool(*map(list, zip(*own)))
-        near = near_states(source, part, wanted, len(plain), sample)
+        x = pool_states(source, part, [source_block])
+        near = near_states(part, x, wanted, len(plain), sample)
         y = pool_states(model, part, [block], near.rows[source_block])[:, 0]
         found[way] = fit_local(near.x[source_block], y)
     found["local"] = local.fit(source_block, block, sample)
