@@ -813,8 +813,7 @@ def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
     data = load_data(args)
-    if not models.same_shape(args.src, args.src_base):
-        fail(f"{args.src} and {args.src_base} differ in width or depth")
+    models.require_same_shape(args.src, args.src_base)
     for name in args.tgt:
         check_prompts(args, data, models, name)
     names = [args.src_base, *args.tgt]

@@ -12,47 +12,30 @@ which ends where the label begins, and --labels; or `hits`, if your concept show
 than a label (see choice_logprobs, generate and perplexity in common.py).
 """
 
-import random
-import shutil
 from pathlib import Path
 
+import harness
 from common import BASE, Transplant, score_labels
-from harness import (
-    TOY,
-    Run,
-    at_least,
-    fail,
-    folder_path,
-    map_methods,
-    map_options,
-    model_options,
-    option_parser,
-    parse_options,
-    read_families,
-    read_pairs,
-    run_script,
-    save_concept,
-)
+from harness import TOY, at_least, fail, map_methods
 from models import Models
 from report import draw_strength, record, summary, verdict
 from vectors import Context, Point, Vector, Vectors, count_samples, plain_texts
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
-FAMILIES = read_families("base", SETTINGS, toy={"sentences": 500, "tgt": [f"{TOY}/models/llama-m"]})
+ZOO = {"sentences": 500, "tgt": [f"{TOY}/models/llama-m"]}
+FAMILIES = harness.read_families("base", SETTINGS, toy=ZOO)
 
 
 def options(argv=None):
-    parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
+    parser = harness.option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
     add = parser.add_argument
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
     add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")
     add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
-    add("--save-vector", type=folder_path, metavar="FOLDER", help="copy each v_hat there")
-    args = parse_options(parser, FAMILIES, argv)
-    if args.layer == "auto":
-        fail("--layer auto has no use here: give a block, or a fraction of the depth")
+    add("--save-vector", type=harness.folder_path, metavar="FOLDER", help="write each v_hat there")
+    args = harness.parse_options(parser, FAMILIES, argv)
     if "{text}" not in args.template:
         fail("--template needs {text} in it")
     return args
@@ -68,95 +51,83 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
     return (preferred == 0).tolist()
 
 
-def steer(args, models: Models, pairs, test, sentences, target: str, folder: str) -> list[dict]:
-    """Records of the effect of v_hat, its controls and the target's own vector; saves v_hat."""
-    concept = args.labels[0]
-    positive, negative = zip(*pairs)
-    v, own = Vector(concept, args.src, args.src_base), Vector(concept, target, target)
-    source_block, block = models.block(args.src, args.layer), models.block(target, args.layer, 1)
-    point = Point(source_block, block, alpha=1.0)
-    vectors = Vectors(
-        models,
-        wanted=[v, own],
-        targets=[target],
-        pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
-        blocks=lambda name: [block if name == target else source_block],
-        context=lambda *_: Context((args.template,), positive + negative),
-        sentences=sentences,
-        refine=args.refine,
-        **map_options(args),
-    )
+def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) -> list[dict]:
+    """Records of the effect of v_hat, of its controls and of the target's own vector."""
+    v, own = Vector(args.labels[0], args.src, args.src_base), Vector(args.labels[0], target, target)
     # Refine (Eq. 1): v in the source, and in the target itself for comparison.
-    directions = {("self-align", None): vectors.v(own, block)}
+    directions = {("self-align", None): vectors.v(own, point.block)}
     # Reformulate (Eq. 2): v_hat by each kind of map, and its controls.
+    counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
     for method in map_methods(args):
         directions[method, None] = vectors.at(v, target, point, method)
-        counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
         counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
         controls = vectors.controls(v, target, point, [], method, **counts)
-        for variant, control in controls.items():
-            directions[method, variant] = control
+        directions |= {(method, variant): control for variant, control in controls.items()}
     # Transplant (Eq. 3): each of them at each strength.
-    arms = [("base", None, 0, BASE)]
+    moves = {("base", None, 0): BASE}
     for (method, variant), direction in directions.items():
         for alpha in args.alpha:
-            arms.append((method, variant, alpha, Transplant.of(direction, block, alpha)))
-    about = {"source": args.src, "target": target, "concept": concept, "metric": "logit_acc"}
-    about |= {"part": "test", "source_block": source_block, "block": block}
-    answers = hits(args, models.load(target), test, [move for *_, move in arms])
+            moves[method, variant, alpha] = Transplant.of(direction, point.block, alpha)
+    answers = hits(args, vectors.models.load(target), test, list(moves.values()))
+    about = {"source": args.src, "target": target, "concept": v.concept, "metric": "logit_acc"}
+    about |= {"part": "test", "source_block": point.source_block, "block": point.block}
     records = []
-    for (method, variant, alpha, _), found in zip(arms, answers):
+    for (method, variant, alpha), found in zip(moves, answers):
         records.append(record(found, method=method, variant=variant, alpha=alpha, **about))
-    best = map_methods(args)[-1]
-    path = Path(folder) / f"v_{concept}_{Path(target).name}.safetensors"
-    about = vectors.describe(v, target, point, best) | {"alpha": None}  # none is chosen
-    save_concept(path, directions[best, None], **about)
     return records
 
 
 def main(argv=None):
     args = options(argv)
-    models = Models(**model_options(args))
-    pairs = read_pairs(args.pairs)
-    pairs = random.Random(args.seed).sample(pairs, len(pairs))
-    half = len(pairs) // 2
-    seen = {text for pair in pairs[:half] for text in pair}
-    test = dict.fromkeys(negative for _, negative in pairs[half:] if negative not in seen)
-    test = list(test)[: args.limit if args.limit > 0 else None]
-    if not test:
-        fail(f"{args.pairs} repeats its negatives: none is left that made no vector")
-    if not models.same_shape(args.src, args.src_base):
-        fail(f"{args.src} and {args.src_base} differ in width or depth")
+    models = Models(**harness.model_options(args))
+    pairs, test = harness.read_pairs(args.pairs, args.seed, args.limit)
+    positive, negative = zip(*pairs)
+    models.require_same_shape(args.src, args.src_base)
     for side, name in enumerate([args.src, *args.tgt]):
         models.block(name, args.layer, side)  # an impossible --layer ends here
-        for texts in zip(*pairs):
-            models.require_fit(name, prompts(args, texts), new_tokens=8)
+        models.require_fit(name, prompts(args, [*positive, *negative, *test]), new_tokens=8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
-    count = args.maps * args.sentences
-    sentences = plain_texts(args.texts, models, [args.src_base, *args.tgt], count)
+    names = [args.src_base, *args.tgt]
+    sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
     args.maps = count_samples(args.maps, sentences, args.sentences)
-    first, ignore = prompts(args, test)[:1], ["save_vector"]
-    run = Run(__file__, args, models, [pairs, sentences], first, ignore, steps=len(args.tgt))
+    data, first, ignore = [pairs, test, sentences], prompts(args, test[:1]), ["save_vector"]
+    run = harness.Run(__file__, args, models, data, first, ignore, steps=len(args.tgt))
+
+    concept, source_block = args.labels[0], models.block(args.src, args.layer)
+    points = {}
+    for target in args.tgt:  # no strength is chosen: the figure shows all of them
+        points[target] = Point(source_block, models.block(target, args.layer, 1), alpha=None)
+    v = Vector(concept, args.src, args.src_base)
+    vectors = Vectors(
+        models,
+        wanted=[v, *(Vector(concept, target, target) for target in args.tgt)],
+        targets=args.tgt,
+        pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
+        blocks=lambda name: [points[name].block if name in points else source_block],
+        context=lambda *_: Context((args.template,), positive + negative),
+        sentences=sentences,
+        refine=args.refine,
+        **harness.map_options(args),
+    )
     records, figures, judged = [], [], {}
-    for target in args.tgt:
-        name = Path(target).name
-        inputs = (args, models, pairs[:half], test, sentences, target, str(run.folder))
-        found = run.step(f"steer {target}", steer, *inputs)
+    for target, point in points.items():
+        name, best = Path(target).name, map_methods(args)[-1]
+        found = run.step(f"steer {target}", steer, args, vectors, test, target, point)
+        if args.save_vector:
+            path = args.save_vector / f"v_{concept}_{name}.safetensors"
+            about = vectors.describe(v, target, point, best)
+            harness.save_concept(path, vectors.at(v, target, point, best), **about)
         for alpha in args.alpha:
             at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
             judged[f"{name}, α = {alpha:g}"] = at_alpha, {}
-        point = models.block(args.src, args.layer), models.block(target, args.layer, 1), None
-        points = dict.fromkeys(["self-align", *map_methods(args)], point)
-        wanted = f"prefers “{args.labels[0]}”"
-        figure = draw_strength(found, points, ylabel=wanted, title=f"{name} {wanted}")
+        wanted = f"prefers “{concept}”"
+        shown = dict.fromkeys(["self-align", *map_methods(args)], point)
+        figure = draw_strength(found, shown, ylabel=wanted, title=f"{name} {wanted}")
         figures.append(run.figure(figure, f"strength_{name}"))
         records += found
-    title = f"How often “{args.labels[0]}” is preferred, in % (n = {len(test)})"
+    title = f"How often “{concept}” is preferred, in % (n = {len(test)})"
     run.save(records, [], [verdict(judged), *figures, summary(title, judged)])
-    for path in run.folder.glob("v_*.safetensors") if args.save_vector else []:
-        args.save_vector.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, args.save_vector)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    harness.run_script(main)

@@ -167,8 +167,7 @@ def check_models(args, models: Models, names: list[str]) -> None:
     """End the program if the models, --layer, --tags or a --honesty file cannot work."""
     for name in names:
         blocks_of(args, models, name)
-    if not models.same_shape(args.src, args.src_base):
-        fail(f"{args.src} and {args.src_base} differ in width or depth")
+    models.require_same_shape(args.src, args.src_base)
     has_template = bool(models.tokenizer(args.src).chat_template)
     args.tags = args.tags or ("chat" if has_template else "inst")
     if args.tags == "chat" and not has_template:

@@ -1126,8 +1126,7 @@ def main(argv=None):
     models = Models(**model_options(args))
     if not args.prompt:
         args.prompt = "chat" if models.tokenizer(args.src).chat_template else "paper"
-    if not models.same_shape(args.src, args.src_base):
-        fail(f"{args.src} and {args.src_base} differ in width or depth")
+    models.require_same_shape(args.src, args.src_base)
     parts = plan(args, models)
     rows = [row for part in parts for row in part.rows]
     names = set()

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -426,9 +427,10 @@ def read_texts(path: Path) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts))
 
 
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """(positive, negative) of a .jsonl file with {"positive": text, "negative": text} on each
-    line."""
+def read_pairs(path: Path, seed: int, limit: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """(pairs, test) of a .jsonl file with {"positive": text, "negative": text} on each line: a
+    random half of the pairs, and negatives of the other half that are in none of them, at most
+    `limit` (-1: all)."""
     pairs = []
     for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
         try:
@@ -438,7 +440,13 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
             fail(f'{path}, line {number}: must be {{"positive": text, "negative": text}}')
     if len(pairs) < 20 or not all(text for pair in pairs for text in pair):
         fail(f"{path}: at least 20 pairs are needed, and no text may be empty")
-    return pairs
+    pairs = random.Random(seed).sample(pairs, len(pairs))
+    half = len(pairs) // 2
+    used = {text for pair in pairs[:half] for text in pair}
+    test = dict.fromkeys(negative for _, negative in pairs[half:] if negative not in used)
+    if not test:
+        fail(f"{path} repeats its negatives: none is left that made no vector")
+    return pairs[:half], list(test)[: limit if limit > 0 else None]
 
 
 def read_table(path: Path, *columns: str) -> list[dict[str, str]]:

@@ -490,6 +490,11 @@ class Models:
         same_width = first.hidden_size == second.hidden_size
         return same_width and first.num_hidden_layers == second.num_hidden_layers
 
+    def require_same_shape(self, one: str, other: str) -> None:
+        """End the program unless same_shape."""
+        if not self.same_shape(one, other):
+            fail(f"{one} and {other} differ in width or depth")
+
     def _read(self, name: str) -> tuple:
         if name not in self.known:
             if not Path(_split_revision(name)[0]).is_dir():
