@@ -1054,8 +1054,8 @@ def _groups(model: Model, transplants, cost: float, shares_blocks=False, one_nod
             weight = 1.0
             if shares_blocks:
                 blocks_above = last_block - first_blocks[some[0]]
-                tokens = cost if one_node and not blocks_above else 1
-                least = 1 / tokens / CACHED_PER_COMPUTED
+                in_memory = 1 if one_node and not blocks_above else cost  # tokens of each copy
+                least = in_memory / cost / CACHED_PER_COMPUTED
                 weight = max(blocks_above / model.n_layers, least)
             size = max(1, min(UNEMBED_ROWS, int(model.batch_tokens / (weight * cost))))
             yield some[:size], weight

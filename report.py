@@ -448,6 +448,7 @@ MAP_METRICS = {
     "cosine": "cosine held-out",
     "r2_where_read": "R² where v is read",
     "r2_along_v": "R² along v̂",
+    "cosine_to_response": "cosine to Cov(Y, X·v)",
     "n_over_d": "n / d",
     "effective_rank": "effective rank",
     "norm_v": "|v|",
@@ -484,6 +485,9 @@ def _map_warning(each: dict) -> list[str]:
         return [f"Warning: {name}: R² where v is read is {value:.2f}: {advice}"]
     if metric == "r2_along_v" and value < 0:
         return [f"Warning: {name}: R² along v̂ is {value:.2f}: expect no effect, or a chance one"]
+    if metric == "cosine_to_response" and value < 0.3:
+        advice = "below 0.3 maps rarely work (docs/map.md)"
+        return [f"Warning: {name}: v̂ has a cosine of {value:.2f} to Cov(Y, X·v): {advice}"]
     if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
         advice = "between 0.5 and 2 a map can be useless without --ridge 0.01"
         return [f"Warning: {name}: {value:.2f} sentences for each dimension: {advice}"]

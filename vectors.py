@@ -392,6 +392,25 @@ class LocalMaps(Maps):
             predicted, y = predicted @ along, y @ along
         return fit_quality(predicted, y[n:], y[:n].mean(0))[0]
 
+    def cosine_to_response(
+        self, v: torch.Tensor, v_hat: torch.Tensor, source_block: int, block: int
+    ) -> float:
+        """Cosine of v_hat [d2] with the direction in which the target's states move where the
+        source's move along v [d1], at the positions of the second sample of text. With one sample:
+        at those held out."""
+        second = len(self.near) > 1
+        x, y = self.states(source_block, block, sample=int(second))
+        first = 0 if second else self.fit(source_block, block).n
+        direction = response(v, x[first:], y[first:])
+        return torch.cosine_similarity(v_hat.double(), direction, dim=0).item()
+
+
+def response(v: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cov(y, x·v): the direction [d2] in which states y [n, d2] move where states x [n, d1] of the
+    same positions move along v [d1]. No label is used."""
+    along = (x - x.mean(0)).double() @ v.double()
+    return along @ (y - y.mean(0)).double() / len(y)
+
 
 # ================================================================ 4  Controls
 
@@ -607,8 +626,8 @@ class Vectors:
         return found
 
     def vector_quality(self, vector, target, point, method, own=None, where_read=True) -> dict:
-        """{metric: value}: norms of v, v_hat and both streams; R² along v_hat where v is read; and
-        the cosine of v_hat with the target's own vector."""
+        """{metric: value}: norms of v, v_hat and both streams; where v is read R² along v_hat and
+        cosine_to_response; and the cosine of v_hat with the target's own vector."""
         blocks = point.source_block, point.block
         v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
         source_norm, target_norm = self.maps(vector, target).stream_norms(*blocks)
@@ -618,6 +637,7 @@ class Vectors:
             fitted = self.maps(vector, target, method).fit(*blocks)
             local = self.maps(vector, target, "contrans-local")
             found["r2_along_v"] = local.r2_where_read(fitted, *blocks, along=v_hat)
+            found["cosine_to_response"] = local.cosine_to_response(v, v_hat, *blocks)
         if own:
             theirs = self.v(own, point.block)
             found["norm_own"] = theirs.norm().item()

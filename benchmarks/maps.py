@@ -43,10 +43,12 @@ from vectors import (
     plain_texts,
     pool_states,
     random_directions,
+    response,
     shared_token_ends,
 )
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 
@@ -166,18 +168,18 @@ def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[st
     return found
 
 
-MEASURES = ["R² where v is read", "R² along v̂", "correlation along v̂"]
+MEASURES = ["R² where v is read", "R² along v̂", "cosine to Cov(Y, X·v)"]
 
 
-def quality(fitted: AffineMap, x, y, v_hat) -> list[float]:
+def quality(fitted: AffineMap, x, y, v, v_hat) -> list[float]:
     """MEASURES of a map, on states x [n, d1] and y [n, d2] that it was not fitted on."""
+    cosine = torch.cosine_similarity(v_hat.double(), response(v, x, y), dim=0).item()
     predicted, y = fitted.predict(x).double(), y.double()
     r2, _ = fit_quality(predicted, y, y.mean(0))
     along = v_hat.double()[:, None]
     predicted, y = predicted @ along, y @ along
     r2_along, _ = fit_quality(predicted, y, y.mean(0))
-    correlation = np.corrcoef(predicted[:, 0], y[:, 0])[0, 1]
-    return [r2, r2_along, correlation]
+    return [r2, r2_along, cosine]
 
 
 def choose(column: Column, directions: dict[tuple[int, int], list]) -> tuple[Point, float]:
@@ -229,7 +231,7 @@ def measure(column: Column) -> tuple[list[list], list[list[float]]]:
                 v_hat = [fitted.vector(each) for each in v]
                 directions.setdefault(way, {})[blocks] = v_hat
                 other = local.states(*blocks, (sample + 1) % len(local.near))
-                measured[way, blocks] = [quality(fitted, *other, each) for each in v_hat]
+                measured[way, blocks] = [quality(fitted, *other, *each) for each in zip(v, v_hat)]
         for way, each in directions.items():
             best, rate = choose(column, each)
             measures = np.mean(measured[way, best[:2]], 0)

@@ -52,6 +52,7 @@ from vectors import (
     permuted_vectors,
     plain_texts,
     random_directions,
+    response,
     shared_token_ends,
 )
 
@@ -1077,6 +1078,15 @@ def test_windows_are_pieces_of_the_text_as_long_as_the_concepts_texts():
     assert pieces == cut_windows(plain, ["a b c!", "d e"], 200)
 
 
+def test_the_response_to_a_vector_is_a_covariance():
+    x, noise, factor = vectors(50)[:, :6], vectors(50)[:, 6:9], vectors(6)[:, :3]
+    y = x @ factor + noise
+    v = vectors(1)[0][:6]
+    projected = x @ v
+    wanted = np.cov(torch.column_stack([projected, y]).T.numpy(), bias=True)[0, 1:]
+    close(response(v, x, y), torch.tensor(wanted), 1e-5)
+
+
 @pytest.mark.slow
 def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
@@ -1119,6 +1129,11 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     fitted = local.fit(6, 6)
     assert local.r2_where_read(paper, 6, 6) < 0 < fitted.r2
     close(torch.tensor(local.r2_where_read(fitted, 6, 6)), torch.tensor(fitted.r2), 1e-4)
+    v = found.v(vector, 6)
+    near, far = [local.cosine_to_response(v, v_hat[k], 6, 6) for k in (LOCAL, "contrans")]
+    assert near > 0.5 > far  # on the rows held out
+    held_out = response(v, x[fitted.n :], y[fitted.n :]).float()
+    close(torch.tensor(near), torch.cosine_similarity(v_hat[LOCAL], held_out, dim=0), 1e-4)
     null = found.permuted(vector, names[1], point, LOCAL, 5, seed=1)
     close(null.norm(dim=1), v_hat[LOCAL].norm().expand(5))
     assert torch.equal(null[:2], found.permuted(vector, names[1], point, LOCAL, 2, seed=1))

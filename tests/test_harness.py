@@ -710,6 +710,8 @@ MAP_WARNINGS = [
     ({"r2_where_read": 0.1}, None),
     ({"r2_along_v": -0.1}, "R² along v̂ is -0.10: expect no effect"),
     ({"r2_along_v": 0.1}, None),
+    ({"cosine_to_response": 0.29}, "cosine of 0.29 to Cov(Y, X·v): below 0.3"),
+    ({"cosine_to_response": 0.3}, None),
     ({"n_over_d": 0.6}, "0.60 sentences for each dimension"),
     ({"n_over_d": 0.5}, None),
     ({"n_over_d": 2.0}, None),
