@@ -186,6 +186,35 @@ def test_an_option_goes_before_the_family(tmp_path):
     assert not options["trust_remote_code"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    """--ridge 0
+--ridge 0.01
+--rcond 0
+--rcond 0.99
+--sentences 1
+--random 1
+--limit 1
+--batch-tokens 1
+--seed 0
+--seed 4294967295""".splitlines(),
+)
+def test_options_at_their_bounds_are_taken(line, tmp_path):
+    option, value = line.removeprefix("--").split()
+    assert getattr(parse(tmp_path, line), option.replace("-", "_")) == float(value)
+
+
+def test_text_of_the_toy_world_is_remarked_with_other_models(tmp_path, capsys):
+    toy = str(harness.TOY / "wikisplit" / "validation.tsv")
+    for words, texts, remarked in [
+        ("--src a --tgt b", toy, True),
+        ("--src a --tgt b", str(tmp_path / "mine.txt"), False),
+        ("--family toy", toy, False),
+    ]:
+        parse(tmp_path, words, "--texts", texts)
+        assert ("text of the toy world" in capsys.readouterr().out) == remarked
+
+
 def test_no_cache_is_an_option(tmp_path, cache_folder):
     parse(tmp_path)
     assert harness.CACHE["folder"] == str(cache_folder)
@@ -198,7 +227,9 @@ def test_no_cache_is_an_option(tmp_path, cache_folder):
 def test_few_sentences_for_a_map_are_remarked(tmp_path, capsys):
     parse(tmp_path, "--sentences 5")
     assert "note: 4 sentences fit each affine map" in capsys.readouterr().out
-    parse(tmp_path, "--sentences 500")
+    parse(tmp_path, "--sentences 99")
+    assert "note: 80 sentences" in capsys.readouterr().out
+    parse(tmp_path, "--sentences 100")
     assert "note: " not in capsys.readouterr().out
 
 
@@ -812,6 +843,10 @@ def test_the_numbers_of_the_paper_are_joined_by_the_papers_names():
     assert base[0]["paper"] == 0.11
     harness.add_paper_numbers(others := make_records(), {})
     assert not any(each["paper"] for each in others)
+    for other in ({"part": "validation"}, {"group": "women"}):
+        others = [each | other for each in make_records()]
+        harness.add_paper_numbers(others, {"our small": "LLaMA-7B", "our large": "LLaMA-13B"})
+        assert not any(each["paper"] for each in others)
 
 
 # ================================================================ 6  Vectors
@@ -895,5 +930,6 @@ def test_a_vector_of_another_model_or_a_swapped_block_is_not_exported(name, llam
     with pytest.raises(ValueError, match="layer: block 2.0"):
         export_concept(path, llama[0], A, 2.0, 1)
     assert not list(tmp_path.iterdir())
-    export_concept(path, llama[0], A, 1, 2.0)
+    lowest = {"v.gguf": 1, "v.pt": 0}[name]
+    export_concept(path, llama[0], A, lowest, 2.0)
     assert (tmp_path / name).exists()
