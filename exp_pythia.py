@@ -267,6 +267,7 @@ class Lab:
             context=lambda concept, name: context,
             sentences=sentences,
             refine=args.refine,
+            both_ways=True,
             **map_options(args),
         )
 

@@ -510,6 +510,7 @@ class Vectors:
     model): positive and negative prompts. blocks(model): sorted blocks to read. context(concept,
     model): where a concept is read, for local maps. sentences: plain text to fit maps between base
     models on. refine: mean, pca or probe. known: other Vectors whose models are not read again.
+    both_ways: the targets are sources, too, so each reads all places of a pool for local maps once.
     maps: options of AffineMaps, n_sentences among them."""
 
     def __init__(
@@ -523,6 +524,7 @@ class Vectors:
         sentences,
         refine,
         known: Vectors | None = None,
+        both_ways: bool = False,
         **maps,
     ):
         self.models = models
@@ -530,14 +532,14 @@ class Vectors:
         self.targets = list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
-        self.known = known
+        self.known, self.both_ways = known, both_ways
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
         self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
         self.known_maps: dict[tuple, AffineMaps | LocalMaps] = {}
         self.known_near: dict[tuple, list[NearStates]] = known.known_near if known else {}
         self.known_pools: dict[tuple, list[Pool]] = known.known_pools if known else {}
-        self.known_whole: dict[tuple, list[torch.Tensor]] = {}  # states at all places of the pools
+        self.known_whole: dict[tuple, torch.Tensor] = {}  # states at all places of a pool
         self.known_permuted: dict[tuple, torch.Tensor] = {}
 
     def v(self, vector: Vector, block: int) -> torch.Tensor:
@@ -557,10 +559,12 @@ class Vectors:
             context = self.context(vector.concept, vector.model)
             key = vector.model, vector.base, target, context
             if key not in self.known_maps:
-                near = self._read_near(vector, target, context)
+                near, whole = self._read_near(vector, target, context), None
                 model, blocks = self.models.load(target), self.blocks(target)
-                pool_key = self._pool_key(vector, target, context)
-                whole = self.known_whole.get((target, *blocks, *pool_key))
+                if self.both_ways and self.models.same_vocabulary(vector.base, target):
+                    pools = self._pool_key(vector, target, context)
+                    samples = range(len(near))
+                    whole = [self._read_pool(target, blocks, pools, sample) for sample in samples]
                 self.known_maps[key] = LocalMaps(near, model, blocks, whole)
         else:
             raise ValueError(f"unknown map {method!r}: contrans or contrans-local")
@@ -728,19 +732,25 @@ class Vectors:
         if key in self.known_near:
             return self.known_near[key]
         concept_states = self.states_of_context(vector.model, context)
-        model, blocks = self.models.load(vector.base), list(concept_states)
+        blocks, pools = list(concept_states), self._pool_key(vector, target, context)
         size = min(self.map_options["n_sentences"], len(self.sentences))
-        found, whole = [], []
-        pool_key = self._pool_key(vector, target, context)
-        for sample, pool in enumerate(self._read_pools(*pool_key)):
-            x = pool_states(model, pool, blocks)
+        found = []
+        for sample, pool in enumerate(self._read_pools(*pools)):
+            x = self._read_pool(vector.base, blocks, pools, sample)
             found.append(near_states(pool, x, concept_states, size, seed=sample))
-            if vector.base in self.targets:  # it will not be read again as the target
-                whole.append(x)
         self.known_near[key] = found
-        if whole:
-            self.known_whole[vector.base, *blocks, *pool_key] = whole
         return found
+
+    def _read_pool(self, name: str, blocks: list[int], pools: tuple, sample: int) -> torch.Tensor:
+        """A model's states at all places of the pool of a sample; kept if both_ways."""
+        key = name, *blocks, *pools, sample
+        if key in self.known_whole:
+            return self.known_whole[key]
+        pool = self._read_pools(*pools)[sample]
+        states = pool_states(self.models.load(name), pool, blocks)
+        if self.both_ways:
+            self.known_whole[key] = states
+        return states
 
     def _pool_key(self, vector: Vector, target: str, context: Context) -> tuple:
         """The models whose tokens end at the places of a pool, and the pool's context."""
