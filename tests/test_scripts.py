@@ -341,6 +341,21 @@ def test_an_interrupted_run_is_continued(name, run):
     assert continued.bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp_pretraining", "exp_pythia"])
+def test_a_run_continued_at_any_target_ends_as_one_without_a_break(name, finished):
+    """A target is read as it would be after the others, without what they left in memory."""
+    run = finished(name)
+    before = run.bytes()
+    targets = [
+        path for path in run.folder.glob("steps/*") if re.match("target|checkpoint", path.name)
+    ]
+    assert len(targets) > 1
+    for path in targets:
+        path.unlink()
+        assert again(name, run, "--no-cache").bytes() == before
+
+
 @pytest.mark.parametrize("name", ONE)
 def test_a_fresh_run_computes_everything_again(name, run):
     before = run.bytes()
