@@ -34,7 +34,7 @@ def options(argv=None):
     add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
-    add("--save-vector", type=harness.folder_path, metavar="FOLDER", help="write each v_hat there")
+    add("--save-vector", type=harness.folder_path, metavar="FOLDER", help="copy each v_hat there")
     args = harness.parse_options(parser, FAMILIES, argv)
     if "{text}" not in args.template:
         fail("--template needs {text} in it")
@@ -113,10 +113,12 @@ def main(argv=None):
     for target, point in points.items():
         name, best = Path(target).name, map_methods(args)[-1]
         found = run.step(f"steer {target}", steer, args, vectors, test, target, point)
-        if args.save_vector:
-            path = args.save_vector / f"v_{concept}_{name}.safetensors"
+        path = run.folder / f"v_{concept}_{name}.safetensors"
+        if args.save_vector or not path.exists():
+            v_hat = vectors.at(v, target, point, best)
             about = vectors.describe(v, target, point, best)
-            harness.save_concept(path, vectors.at(v, target, point, best), **about)
+            for folder in filter(None, [run.folder, args.save_vector]):
+                harness.save_concept(folder / path.name, v_hat, **about)
         for alpha in args.alpha:
             at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
             judged[f"{name}, α = {alpha:g}"] = at_alpha, {}

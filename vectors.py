@@ -237,8 +237,7 @@ def local_pool(
     windows = list(itertools.compress(windows, keep))
     if texts:
         return Pool(windows, [[LAST]] * len(windows))
-    vocabularies = sorted({models.vocabulary(name) for name in names})
-    places = shared_token_ends([models.tokenizer(name) for name in vocabularies], plain)
+    places = shared_token_ends([models.tokenizer(name) for name in names], plain)
     return Pool(plain + windows, places + [[LAST]] * len(windows))
 
 
@@ -735,7 +734,7 @@ class Vectors:
         blocks, pools = list(concept_states), self._pool_key(vector, target, context)
         size = min(self.map_options["n_sentences"], len(self.sentences))
         found = []
-        for sample, pool in enumerate(self._read_pools(*pools)):
+        for sample, pool in enumerate(self._make_pools(*pools)):
             x = self._read_pool(vector.base, blocks, pools, sample)
             found.append(near_states(pool, x, concept_states, size, seed=sample))
         self.known_near[key] = found
@@ -746,7 +745,7 @@ class Vectors:
         key = name, *blocks, *pools, sample
         if key in self.known_whole:
             return self.known_whole[key]
-        pool = self._read_pools(*pools)[sample]
+        pool = self._make_pools(*pools)[sample]
         states = pool_states(self.models.load(name), pool, blocks)
         if self.both_ways:
             self.known_whole[key] = states
@@ -758,7 +757,7 @@ class Vectors:
         alike = [name for name in self.targets if self.models.vocabulary(name) == vocabulary]
         return frozenset({vector.base, *alike}), context
 
-    def _read_pools(self, names: frozenset[str], context: Context) -> list[Pool]:
+    def _make_pools(self, names: frozenset[str], context: Context) -> list[Pool]:
         """The candidate places of a context for each sample of text."""
         key = names, context
         if key not in self.known_pools:
