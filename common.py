@@ -70,32 +70,34 @@ def hidden_states(
 
 
 def _read_states(model: Model, texts, layers, transplant, positions, lens=False) -> torch.Tensor:
-    rows, read, from_end = [], [], []
+    rows, from_end, unread = [], [], []
     for row, places in zip(_encode(model, texts), positions, strict=True):
         if not all(-len(row) <= place < len(row) for place in places):
             raise ValueError(f"a text of {len(row)} tokens has no positions {places}")
         places = [place % len(row) for place in places]
         end = max(places, default=0) + 1  # no later token changes what is read
         rows.append(row[:end])
-        read += places
         from_end.append([place - end for place in places])  # rows are padded on the left
-    past = _prefix_length(model, [(row, []) for row in rows])
-    if min(read, default=0) < past:
-        past = 0  # a place in the prefix is read
-    prefix, rows = rows[0][:past], [row[past:] for row in rows]
+        unread.append(row[: min(places, default=0)])
     wanted = sorted(set(layers))
-    sharing = _sharing(model) if past else (False,) * 5
-    fixed = (prefix, wanted, _shifts(model, [transplant]), sharing, not model.remote, lens)
-    costs = [_row_cost(past, len(row)) for row in rows]
+    shifts = _shifts(model, [transplant])
     parts = [None] * len(rows)
+    trees = [(row, []) for row in rows]
+    for prefix, members in _by_prefix(model, trees, unread):
+        past = len(prefix)
+        sharing = _sharing(model) if past else (False,) * 5
+        fixed = (prefix, wanted, shifts, sharing, not model.remote, lens)
+        costs = [_row_cost(past, len(rows[i]) - past) for i in members]
 
-    def pack(batch):
-        return {"rows": [rows[i] for i in batch], "from_end": [from_end[i] for i in batch]}
+        def pack(batch, past=past, members=members):
+            some = [members[i] for i in batch]
+            return {"rows": [rows[i][past:] for i in some], "from_end": [from_end[i] for i in some]}
 
-    for batch, found in _each_batch(model, _state_reader, fixed, pack, costs):
-        counts = [len(positions[i]) for i in batch]
-        for i, states in zip(batch, found.float().cpu().split(counts)):
-            parts[i] = states
+        for batch, found in _each_batch(model, _state_reader, fixed, pack, costs):
+            some = [members[i] for i in batch]
+            counts = [len(positions[i]) for i in some]
+            for i, states in zip(some, found.float().cpu().split(counts)):
+                parts[i] = states
     states = torch.cat(parts)
     _require_finite(states, f"hidden states of {model.name} ({model.precision})")
     return states[:, [wanted.index(layer) for layer in layers]]
@@ -585,8 +587,9 @@ def generate(
 #
 # blocks    Nothing below the first steered block depends on the transplant. Each prompt goes
 #           through those blocks once, and through the blocks above once per transplant.
-# cache     Tokens that all prompts begin with (a few-shot prefix) are read once, as a KV cache.
-#           Generation continues from a cache of the prompt; finished texts leave the batch.
+# cache     Tokens that many prompts begin with (few-shot examples, a template) are read once, as a
+#           KV cache. Generation continues from a cache of the prompt; finished texts leave the
+#           batch.
 # branches  Continuations of one context (the choices of a question, the labels of a prompt) are
 #           one row: the context, then each continuation, with a mask that hides them from each
 #           other.
@@ -607,7 +610,8 @@ def generate(
 BLOCKS, CACHE, BRANCHES, PIECES, LAST = range(5)  # places in `sharing`: what a model supports
 JOBS_SENT = 2  # to NDIF at once: one runs, the other waits there
 CACHED_PER_COMPUTED = 8  # tokens that only take memory; so many count as one that is computed
-MIN_PREFIX = 32  # tokens that a shared prefix must have to be worth a cache
+PREFIX_LENGTHS = (8, 16, 32, 64)  # rows that begin with as many equal tokens share a prefix
+MIN_SAVED = 100  # tokens that a prefix must save to be worth a forward pass of its own
 BRANCH_TOKENS = 512  # tokens of all tails of one tree
 UNEMBED_ROWS = 256  # of logits in memory at once: 125 MB for 128,256 tokens
 
@@ -1003,10 +1007,17 @@ def _scores(model: Model, trees: list, transplants: list[Transplant], reduce: bo
 
     scores are the logits [t, nodes, vocabulary] of these trees, or with `reduce` the result of
     _reduce, computed where the model is: full logits of a real vocabulary are 100 MB a batch."""
+    unread = [head[:-1] for head, _ in trees]
+    for prefix, members in _by_prefix(model, trees, unread, len(transplants)):
+        mine = [trees[i] for i in members]
+        for some, batch, scores in _scores_after(model, prefix, mine, transplants, reduce):
+            yield some, [members[i] for i in batch], scores
+
+
+def _scores_after(model: Model, prefix: list[int], trees, transplants, reduce: bool):
+    """As _scores, for trees that begin with the same tokens."""
     sharing = _sharing(model)
-    heads = [head for head, _ in trees]
-    past = _prefix_length(model, trees)
-    prefix = heads[0][:past]
+    past = len(prefix)
     costs = []
     for head, tails in trees:
         own = len(head) - past + sum(len(tail) - 1 for tail in tails)
@@ -1176,14 +1187,32 @@ def _add_logits(logits: torch.Tensor, sign: int, others: torch.Tensor) -> torch.
     return logits[..., :width] + sign * others[..., :width].to(logits)
 
 
-def _prefix_length(model: Model, trees: list) -> int:
-    """Number of tokens that all trees begin with; 0 if they are too few to be worth a cache, or if
-    the model cannot share them."""
-    heads = [head for head, _ in trees]
-    length = len(os.path.commonprefix(heads))
-    length = min(length, min(map(len, heads)) - 1)  # every head keeps a token of its own
-    worth = len(heads) > 1 and length >= MIN_PREFIX
-    return length if worth and _fits_window(model, trees) and _sharing(model)[CACHE] else 0
+def _by_prefix(model: Model, trees: list, unread: list, copies: int = 1) -> list:
+    """[(prefix, indices of the trees that begin with it)] where a prefix is worth a cache, and last
+    ([], all others).
+
+    unread: of each tree the tokens before the first that is read; copies: how often each is
+    computed."""
+    best, most = [], 0
+    for length in PREFIX_LENGTHS:
+        alike: dict[tuple, list[int]] = {}
+        for i, row in enumerate(unread):
+            if len(row) >= length:
+                alike.setdefault(tuple(row[:length]), []).append(i)
+        groups, saved = [], 0
+        for members in alike.values():
+            prefix = os.path.commonprefix([unread[i] for i in members])
+            saves = copies * len(prefix) * (len(members) - 1)
+            if saves >= MIN_SAVED:
+                groups.append((prefix, members))
+                saved += saves
+        if saved > most:
+            best, most = groups, saved
+    if best and not (_fits_window(model, trees) and _sharing(model)[CACHE]):
+        best = []
+    grouped = {i for _, members in best for i in members}
+    rest = [i for i in range(len(unread)) if i not in grouped]
+    return [*best, ([], rest)] if rest else best
 
 
 def _row_cost(past: int, own: int) -> float:

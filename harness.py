@@ -48,6 +48,7 @@ ROOT = Path(os.path.relpath(Path(__file__).resolve().parent))
 TOY = ROOT / "data" / "toy"
 MODELS = ROOT / "data" / "models.csv"
 HOSTED_NDIF = "https://api.ndif.us"
+BATCH_TOKENS = 4096  # of one forward pass; more are no faster on a CPU
 CACHE = {"folder": os.environ.get("CONTRANS_CACHE", ROOT / "cache")}
 DRY_RUN = {"folder": None}  # temporary, the only one that a dry run writes to
 
@@ -266,6 +267,7 @@ def _add_machine_options(add) -> None:
     add(
         "--batch-tokens",
         type=at_least(1),
+        default=BATCH_TOKENS,
         metavar="N",
         help="tokens computed in one forward pass; lower it when memory runs out",
     )
@@ -468,17 +470,18 @@ def add_paper_numbers(records: list[dict], names: dict[str, str]) -> None:
     """Set `paper` from data/paper.csv. names: what the paper calls our models.
 
     An empty cell of the file matches anything; the first row that matches is taken."""
-    known = []
+    known: dict[str, list[tuple]] = {}  # of each item
     for row in read_table(Path(__file__).with_name("data") / "paper.csv", "item", "value"):
         value = float(row.pop("value"))
-        known.append(({key: cell for key, cell in row.items() if cell}, value))
+        wanted = {key: cell for key, cell in row.items() if cell}
+        known.setdefault(row["item"], []).append((wanted, value))
     for each in records:
         if each["group"] or each["part"] == "validation":
             continue  # the paper has no such numbers
         ours = dict(each)
         for role in ("source", "target"):
             ours[role] = names.get(each[role], each[role])
-        for wanted, value in known:
+        for wanted, value in known.get(each["item"], []):
             if all(_same(ours[key], cell) for key, cell in wanted.items()):
                 each["paper"] = value
                 break

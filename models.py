@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import fail
+from harness import BATCH_TOKENS, fail
 from report import markdown
 
 import numpy as np
@@ -74,8 +74,6 @@ DTYPES = ["float32", "bfloat16", "float16", *QUANTIZED]
 DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%A": "Friday"}
 CLOCK = "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
 CLOCK = "{% macro strftime_now(format) %}{{ format" + CLOCK + " }}{% endmacro %}"  # of templates
-CPU_BATCH_TOKENS = 2048  # more tokens in one forward pass no longer fit the caches of a CPU
-GPU_BATCH_TOKENS = 4096
 
 
 @dataclass
@@ -114,7 +112,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     remote: str | None = None,
-    batch_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -154,8 +152,6 @@ def load_model(
         logging.set_verbosity(before)
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False).eval()
-    usual = GPU_BATCH_TOKENS if on_gpu or is_elsewhere else CPU_BATCH_TOKENS
-    batch_tokens = batch_tokens or usual
     if not is_elsewhere and not _takes_padding(name, nn):
         print(f"{name} does not ignore padding: computed one text at a time")
         batch_tokens = 1

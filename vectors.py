@@ -311,11 +311,12 @@ def near_states(
     the refinement prompts, of the same blocks. The places of each block are in random order, since
     fit_affine holds out the last fifth."""
     rows, nearest = {}, {}
+    rank = random.Random(seed).sample(range(len(x)), len(x))  # of each place
     for number, block in enumerate(concept_states):
         count = int(POSITIONS * n_sentences)
         chosen = nearest_positions(x[:, number], concept_states[block], count)
-        chosen.sort()  # by place, since the order of distances can depend on rounding
-        rows[block] = random.Random(seed).sample(chosen, len(chosen))
+        # If rounding changes which places are near, the others keep their order.
+        rows[block] = sorted(chosen, key=rank.__getitem__)
         nearest[block] = x[rows[block], number]
     return NearStates(pool, rows, nearest)
 

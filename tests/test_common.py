@@ -7,6 +7,7 @@ any rank and scale are in test_hypothesis.py.
 import gc
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -1685,6 +1686,24 @@ def test_a_shared_prefix_changes_nothing(any_pair):
     check_sharing(model, reference)
     shortest = PREFIX.strip()  # all of it is the prefix
     check_logits(model, reference, [shortest, shortest + " Tom felt very", shortest])
+
+
+def test_the_texts_of_each_template_share_a_prefix(pair):
+    """Two templates that begin alike, in turn, and texts without one."""
+    model, reference = pair
+    templates = [PREFIX, PREFIX[:20] + PREFIX.lower()[20:], ""]
+    texts = [template + text for text in 2 * TEXTS for template in templates]
+    ids = [reference.ids(text)[0].tolist() for text in texts]
+    tokens = sum(map(len, ids))
+    for first in (0, 1):  # a text of each template
+        tokens -= 7 * len(os.path.commonprefix(ids[first::3]))
+    check_logits(model, reference, texts)
+    one_by_one = replace(model, batch_tokens=1)
+    with watched(one_by_one) as seen:
+        states = hidden_states(one_by_one, texts, [2], BASE)
+    close(states[:, 0], reference.states(texts)[:, 2])
+    assert sum(rows * width for rows, width in seen[0]) == tokens
+    check_choices(model, reference, pairs_of(texts[:6]), STEERED[:3])
 
 
 @pytest.mark.parametrize("window", [40, 48, 60])

@@ -107,8 +107,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", ["exp_template", slow("exp_truthfulqa")])
 def test_what_is_counted_is_what_is_computed(name, dry, computed, tmp_path):
-    argv = [*COMMANDS[name], *OPTIONS.split(), "--batch-tokens", "2048"]
-    argv += ["--out", str(tmp_path / "out")]
+    argv = [*COMMANDS[name], *OPTIONS.split(), "--out", str(tmp_path / "out")]
     table = dry(SCRIPTS[name].main, argv)
     assert computed == {"tokens": 0, "TFLOP": 0}
     assert list(tmp_path.iterdir()) == []
