@@ -360,7 +360,8 @@ def fitting(args, models, rows, questions: list[Question]) -> list[Question]:
             hosts += [row.source, row.start]
     for name in dict.fromkeys(hosts):
         limit = context_length(models.config(name))
-        kept = [each for each in questions if longest(args, models, name, each) <= limit]
+        lengths = longest(args, models, name, questions) if questions else []
+        kept = [each for each, length in zip(questions, lengths) if length <= limit]
         if len(kept) < len(questions):
             left_out = f"{len(questions) - len(kept)} of {len(questions)} questions"
             print(f"{left_out} do not fit the context of {name} ({limit}): left out of all rows")
@@ -368,21 +369,27 @@ def fitting(args, models, rows, questions: list[Question]) -> list[Question]:
     return questions
 
 
-def longest(args, models, name: str, question: Question) -> int:
-    """Tokens of the longest prompt with answer.
+def longest(args, models, name: str, questions: list[Question]) -> list[int]:
+    """Tokens of the longest prompt with answer of each question.
 
     Ends the program if the tokenizer merges the end of a prompt with the answer."""
-    pairs = asked(args, models, name, question)
-    pairs += asked(args, models, name, question, honest=True)
+    pairs, numbers = [], []
+    for number, question in enumerate(questions):
+        mine = asked(args, models, name, question)
+        mine += asked(args, models, name, question, honest=True)
+        pairs += mine
+        numbers += [number] * len(mine)
     encode = models.tokenizer(name)
     pairs = fit_space(encode, pairs)
     prompts = encode([prompt for prompt, _ in pairs], verbose=False).input_ids
     wholes = encode([prompt + answer for prompt, answer in pairs], verbose=False).input_ids
-    for ids, whole, (prompt, _) in zip(prompts, wholes, pairs):
+    lengths = [0] * len(questions)
+    for number, ids, whole, (prompt, _) in zip(numbers, prompts, wholes, pairs):
         if whole[: len(ids)] != ids or len(whole) == len(ids):
             end = f"{prompt[-40:]!r}; try another --prompt"
             fail(f"{name}: the tokens of prompt and answer do not split after the prompt {end}")
-    return max(map(len, wholes))
+        lengths[number] = max(lengths[number], len(whole))
+    return lengths
 
 
 # ---------------------------------------------------------------- prompts
