@@ -980,20 +980,20 @@ def _try_sharing(nn, width: int, exact: bool, here: bool):
         plain = at_once((False,) * 5)
         tolerance = (1e-3 if exact else 0.1) * plain.std()
 
-        def agrees(compute, *sharing) -> bool:
+        def agrees(compute, *shared) -> bool:
             try:
-                logits = compute(sharing)
+                logits = compute(tuple(each in shared for each in range(5)))
             except Exception:  # whatever this architecture raises
                 return False
             return bool((logits - plain).abs().max() <= tolerance)
 
-        blocks = agrees(at_once, True, False, False, False, False)
+        blocks = [BLOCKS] if agrees(at_once, BLOCKS) else []
         return (
-            blocks,
-            agrees(from_cache, blocks, True, False, False, False),
-            agrees(from_branches, blocks, False, True, False, False),
-            agrees(at_once, blocks, False, False, True, False),
-            here and agrees(at_once, blocks, False, False, False, True),
+            bool(blocks),
+            agrees(from_cache, *blocks, CACHE),
+            agrees(from_branches, *blocks, BRANCHES),
+            agrees(at_once, *blocks, PIECES),
+            here and agrees(at_once, *blocks, LAST),
         )
 
     return attempt
