@@ -1811,7 +1811,7 @@ def test_more_choices_than_fit_one_row_are_several(llama):
     assert max(tokens for _, tokens in seen[0]) <= BRANCH_TOKENS + 30
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 60, 150])
+@pytest.mark.parametrize("batch_tokens", [slow(1), 60, slow(150)])
 def test_small_batches_give_the_same_values(pair, batch_tokens):
     model, _ = pair
     small = replace(model, batch_tokens=batch_tokens)

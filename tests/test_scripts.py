@@ -970,7 +970,8 @@ def flat(data, tmp_path_factory):
     path = folder / "data" / "truthfulqa" / "mc_task.json"
     path.write_text(json.dumps(items))
     models = ["--src", f"{ZOO}/qwen-s-chat", "--src-base", f"{ZOO}/qwen-s", "--tgt", str(target)]
-    options = "--maps 2 --layer 0.75 --prompt paper --limit -1 --permutations 9".split()
+    options = ["--maps", "2", "--layer", "0.75", "--prompt", "paper", "--limit", "-1"]
+    options += ["--permutations", "9"]
     argv = models + SMALL + options
     argv += ["--data", str(folder / "data")]
     return Finished(exp_truthfulqa.main, argv, folder / "out")
