@@ -273,6 +273,8 @@ def shared_token_ends(tokenizers: list, texts: list[str]) -> list[list[int]]:
 
 def token_ends(tokenizer, texts: list[str]) -> list[dict[int, int]]:
     """For each text {character offset where a token ends: index of the token}."""
+    if not texts:
+        return []
     encoded = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     found = []
     for offsets in encoded.offset_mapping:  # of special tokens they are empty
@@ -294,9 +296,11 @@ def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch
         i, place = places[row]
         kept.setdefault(i, []).append(place)
     texts = [pool.texts[i] for i in kept]
+    inside = [pool.texts[i] for i, own in kept.items() if own != [LAST]]
+    ends = dict(zip(inside, token_ends(model.tokenizer, inside)))
     positions = []
-    for token_at, own in zip(token_ends(model.tokenizer, texts), kept.values()):
-        positions.append([LAST if place == LAST else token_at[place] for place in own])
+    for text, own in zip(texts, kept.values()):
+        positions.append([LAST if place == LAST else ends[text][place] for place in own])
     states = hidden_states(model, texts, blocks, positions=positions)
     number = {row: k for k, row in enumerate(wanted)}
     return states[[number[row] for row in rows]]
