@@ -700,12 +700,11 @@ class Lab:
             pairs += asked(self.args, self.models, row.host, question, honest)
             ends.append(len(pairs))
         logprobs, _ = choice_logprobs(model, pairs, moves, eft)
-        results = []
-        for scores in logprobs.double().numpy():
-            marks = map(mark, questions, np.split(scores, ends[:-1]))
-            names = ("mc1", "mc2", "log_odds", "preferred")
-            results.append(dict(zip(names, zip(*marks))))
-        return results
+        parts = np.split(logprobs.double().numpy(), ends[:-1], axis=1)
+        names = ("mc1", "mc2", "log_odds", "preferred")
+        columns = zip(*map(mark, questions, parts))  # each [questions][transplants]
+        columns = [np.stack(column, axis=1).tolist() for column in columns]
+        return [dict(zip(names, rows)) for rows in zip(*columns)]
 
     def measure(self, row, point) -> list[dict]:
         """Records: quality of the maps, norms, and perplexity of plain sentences."""
@@ -788,16 +787,18 @@ class Lab:
         return True
 
 
-def mark(question: Question, logprobs: np.ndarray) -> tuple[int, float, float, int]:
-    """(MC1, MC2, log-odds, preferred choice) from log-likelihoods of the answers; a tie is wrong in
-    MC1. Log-odds [nats] are of the right choice against all others of MC1."""
-    choices = logprobs[: question.choices]
-    wrong = np.delete(choices, question.right)
-    mass = np.exp(logprobs - logprobs.max())
-    mc1 = choices[question.right] > wrong.max()
-    mc2 = mass[question.true].sum() / mass[question.mc2].sum()
-    log_odds = choices[question.right] - np.logaddexp.reduce(wrong)
-    return int(mc1), float(mc2), float(log_odds), int(choices.argmax())
+def mark(question: Question, logprobs: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(MC1, MC2, log-odds, preferred choice) under each transplant, from log-likelihoods of the
+    answers [transplants, answers]; a tie is wrong in MC1. Log-odds [nats] are of the right choice
+    against all others of MC1."""
+    choices = logprobs[:, : question.choices]
+    right = choices[:, question.right]
+    wrong = np.delete(choices, question.right, axis=1)
+    mass = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    mc1 = (right > wrong.max(axis=1)).astype(int)
+    mc2 = mass[:, question.true].sum(axis=1) / mass[:, question.mc2].sum(axis=1)
+    log_odds = right - np.logaddexp.reduce(wrong, axis=1)
+    return mc1, mc2, log_odds, choices.argmax(axis=1)
 
 
 # ---------------------------------------------------------------- one target
