@@ -1147,15 +1147,16 @@ def _group_by_head(models: list[Model], heads, tails, share_heads: bool) -> tupl
     hold."""
     alone = [(head, [tail]) for head, tail in zip(heads, tails)]
     # The mask of a batch of trees knows no window, so every row of it must fit the window.
-    branching = all(_sharing(model)[BRANCHES] and _fits_window(model, alone) for model in models)
+    window = min(map(_window, models))
+    branching = all(_sharing(model)[BRANCHES] for model in models) and _fits(alone, window)
     trees, members, open_trees = [], [], {}
     for i, (head, tail) in enumerate(zip(heads, tails)):
         tree = open_trees.get(tuple(head)) if share_heads else None
         if tree is not None:
             together = [*trees[tree][1], tail]
             size = sum(len(each) - 1 for each in together)
-            fits = all(_fits_window(model, [(head, together)]) for model in models)
-            if size and not (branching and fits and size <= BRANCH_TOKENS):
+            fits = _fits([(head, together)], window) and size <= BRANCH_TOKENS
+            if size and not (branching and fits):
                 tree = None
         if tree is None:
             tree = open_trees[tuple(head)] = len(trees)
@@ -1208,7 +1209,7 @@ def _by_prefix(model: Model, trees: list, unread: list, copies: int = 1) -> list
                 saved += saves
         if saved > most:
             best, most = groups, saved
-    if best and not (_fits_window(model, trees) and _sharing(model)[CACHE]):
+    if best and not (_fits(trees, _window(model)) and _sharing(model)[CACHE]):
         best = []
     grouped = {i for _, members in best for i in members}
     rest = [i for i in range(len(unread)) if i not in grouped]
@@ -1220,11 +1221,14 @@ def _row_cost(past: int, own: int) -> float:
     return max(own, (past + own) / CACHED_PER_COMPUTED)
 
 
-def _fits_window(model: Model, trees: list) -> bool:
-    """Whether these trees fit the sliding window of the model, if it has one."""
+def _window(model: Model) -> int:
+    """Tokens of the sliding window of a model; without one, more than any text has."""
     names = ("sliding_window", "window_size", "attention_chunk_size")
     sizes = [getattr(model.config, name, None) for name in names]
-    window = min([size for size in sizes if size], default=sys.maxsize)
+    return min([size for size in sizes if size], default=sys.maxsize)
+
+
+def _fits(trees: list, window: int) -> bool:
     return all(len(head) + sum(map(len, tails)) <= window for head, tails in trees)
 
 
