@@ -381,7 +381,7 @@ class Models:
             rows.append([name, cost.size / 2**30, *work])
         _, *columns = zip(*rows)
         rows.append(["total", *map(sum, columns)])
-        form = "{}|{:,.1f}|{:,.0f}|{:,.3f}|{:,.3f}|{}"
+        form = "{}|{:,.1f}|{:,.0f}|{:,.4f}|{:,.3f}|{}"
         cells = [form.format(*row).split("|") for row in rows]
         header = ["", "weights [GiB]", "tokens", "TFLOP", "GPU hours", "NDIF requests"]
         return f"{markdown(header, cells)}\n\n{ASSUMED}"
