@@ -1688,6 +1688,7 @@ def test_a_shared_prefix_changes_nothing(any_pair):
     check_logits(model, reference, [shortest, shortest + " Tom felt very", shortest])
 
 
+@pytest.mark.parametrize("pair", ["llama", *map(slow, MAIN[1:])], indirect=True)
 def test_the_texts_of_each_template_share_a_prefix(pair):
     """Two templates that begin alike, in turn, and texts without one."""
     model, reference = pair

@@ -225,6 +225,7 @@ def test_a_function_returns_what_it_returns_locally(name, here, there, small, se
         assert set(job["modules"]) <= SHIPPED  # and needs none of our files
 
 
+@pytest.mark.slow
 def test_the_next_job_is_sent_while_one_runs(there, own):
     start = len(own.log())
     own.fault("slow", seconds=3)  # the first job: the second is ready long before it ends
@@ -248,7 +249,7 @@ def test_a_long_prefix_makes_fewer_and_longer_jobs(there, own):
     assert jobs[1] < jobs[0]
 
 
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", [MAIN[0], *map(slow, MAIN[1:])])
 def test_every_family_of_models(family, own, families):
     name = f"random/{family}"
     models = load_model(str(families[name]), device="cpu"), remote(own, name, families[name])

@@ -757,7 +757,8 @@ def test_one_random_direction_is_enough(tmp_path):
     assert (run.folder / "figure_3.png").exists()
 
 
-@pytest.mark.parametrize("name", ["exp_pretraining", slow("exp_pythia")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exp_pretraining", "exp_pythia"])
 def test_a_run_by_the_protocol_of_the_paper_has_its_map_alone(name, data, tmp_path):
     argv = command(name, "--protocol", "paper", "--data", data)
     run = Finished(SCRIPTS[name].main, argv, tmp_path)
@@ -1157,6 +1158,7 @@ def test_a_local_map_moves_emotions_between_real_models(tmp_path):
 # ================================================================ the template
 
 
+@pytest.mark.slow
 def test_a_vector_is_saved_whenever_it_is_asked_for(finished, tmp_path):
     run = finished("exp_template")
     for name in ("one", "another"):
