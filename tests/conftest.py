@@ -257,6 +257,16 @@ def surroundings(cache: Path) -> dict:
     return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
+def real_models() -> tuple[Path, Path]:
+    """(folder of stories3M and neo3M-chat, the paper's data), or the test is skipped."""
+    models = Path(os.environ.get("CONTRANS_MODELS", ROOT / "models"))
+    data = Path(os.environ.get("CONTRANS_PAPER_DATA", ROOT / "data" / "paper"))
+    folders = [models / "stories3M", models / "neo3M-chat", data / "wikisplit"]
+    if not all(folder.is_dir() for folder in folders):
+        pytest.skip("no real models: set CONTRANS_MODELS and CONTRANS_PAPER_DATA")
+    return models, data
+
+
 def json_rows(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 

@@ -40,6 +40,7 @@ from conftest import (
     CONFIGS,
     Reference,
     json_rows,
+    real_models,
     slow,
     surroundings,
 )
@@ -1135,13 +1136,9 @@ def test_table_7_knows_the_rates_of_table_2(finished):
 
 @pytest.mark.slow
 def test_a_local_map_moves_emotions_between_real_models(tmp_path):
-    """CONTRANS_MODELS: folder of stories3M and neo3M-chat; CONTRANS_PAPER_DATA: the data."""
-    models = Path(os.environ.get("CONTRANS_MODELS", ROOT / "models"))
-    data = Path(os.environ.get("CONTRANS_PAPER_DATA", ROOT / "data" / "paper"))
-    source, target = models / "stories3M", models / "neo3M-chat"
-    if not (source.is_dir() and target.is_dir() and (data / "wikisplit").is_dir()):
-        pytest.skip("no real models: set CONTRANS_MODELS and CONTRANS_PAPER_DATA")
-    argv = ["--src", source, "--tgt", target, "--data", data, "--shots", "0", "--maps", "1"]
+    models, data = real_models()
+    argv = ["--src", models / "stories3M", "--tgt", models / "neo3M-chat", "--data", data]
+    argv += ["--shots", "0", "--maps", "1"]
     argv += ["--template", "{scenario} I felt very", "--limit", "20", "--random", "5"]
     argv += ["--labels", "happy", "sad", "angry", "scared", "disgusted", "surprised"]
     argv += ["--sentences", "1000", "--alpha", "2", "5"]
