@@ -484,11 +484,13 @@ def perplexity(
     texts: list[str],
     transplants: list[Transplant] = (BASE,),
     window: int | None = None,
+    eft: tuple[Model, ...] = (),
 ) -> tuple[torch.Tensor, int]:
     """Perplexity of the texts under each transplant [transplants], and the number of its tokens.
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
-    overlap by half. Every token except a text's first is counted once."""
+    overlap by half. Every token except a text's first is counted once. eft: as in
+    choice_logprobs."""
     window = min(window or 1024, context_length(model.config))
     if window < 2:
         raise ValueError("a window of fewer than 2 tokens predicts nothing")
@@ -506,7 +508,8 @@ def perplexity(
             tails.append(ids[end - window + overlap : end])
     if not heads:
         raise ValueError("no text has two tokens or more, so there is nothing to predict")
-    sums, _ = _logprobs(model, heads, tails, transplants, share_heads=False)
+    _require_eft_fits(model, eft, heads + tails)
+    sums, _ = _logprobs(model, heads, tails, transplants, eft, share_heads=False)
     tokens = sum(map(len, tails))
     return (-sums.double().sum(1) / tokens).exp(), tokens
 

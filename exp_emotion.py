@@ -55,14 +55,18 @@ from harness import (
 from models import Models, context_length
 from report import (
     COLUMN,
+    LIMITING,
     LOOK,
     METHODS,
     OWN_CHOICES,
     PAGE,
+    PLAIN,
     beside_controls,
     draw_curve,
+    draw_fluency,
     draw_grid,
     effect_notes,
+    fluency_notes,
     fluent,
     is_permuted,
     label,
@@ -86,7 +90,7 @@ from vectors import (
     Vector,
     Vectors,
     count_samples,
-    cut_ends,
+    fluency_texts,
     plain_texts,
     random_directions,
 )
@@ -422,7 +426,8 @@ class Lab:
                 concept = f"{emotion} {n_pairs}"
                 controls[f"pairs {n_pairs}"] = self.direction(concept, method)
             for variant, direction in controls.items():
-                arms.append((method, variant, best, self.move(direction, method)))
+                for alpha in args.alpha if variant in self.curves(method) else [best]:
+                    arms.append((method, variant, alpha, self.move(direction, method, alpha)))
         for name in self.own_choices():
             move = self.move(self.direction(emotion, name), name)
             arms.append((name, None, self.points[name].alpha, move))
@@ -442,24 +447,31 @@ class Lab:
                 records.append(self.record(hits[metric], metric=metric, part="test", **what))
         return records
 
+    def curves(self, method: str) -> list[str]:
+        """Random directions that are tried at every alpha, of the last map alone."""
+        count = min(3, self.args.random) if method == self.methods()[-1] else 0
+        return [f"random {number}" for number in range(count)]
+
     def measure_perplexity(self) -> list[dict]:
-        """Perplexity of plain sentences under each emotion's vector and three random directions."""
+        """Perplexity of plain sentences under each emotion's vector and its random directions, and
+        of other sentences, which limit alpha."""
         arms = [("base", None, 0, None, BASE)]
         for method, emotion in product(self.methods(), EMOTIONS):
-            direction, best = self.direction(emotion, method), self.points[method].alpha
-            for alpha in self.args.alpha:
-                move = self.move(direction, method, alpha)
-                arms.append((method, None, alpha, emotion, move))
-            others = random_directions(direction, 3, self.seed(emotion))
-            for r, other in enumerate(others):
-                arms.append((method, f"random {r}", best, emotion, self.move(other, method)))
-        moves = [move for *_, move in arms]
-        values, tokens = perplexity(self.model, cut_ends(self.sentences)[-50:], moves)
-        about = {"metric": "perplexity", "part": "plain sentences", "n": tokens}
+            direction = self.direction(emotion, method)
+            names = self.curves(method)
+            others = random_directions(direction, self.args.random, self.seed(emotion))
+            for variant, each in [(None, direction), *zip(names, others)]:
+                for alpha in self.args.alpha:
+                    arms.append((method, variant, alpha, emotion, self.move(each, method, alpha)))
+        vectors_only = [arm for arm in arms if arm[1] is None]
+        limiting, shown = fluency_texts(self.sentences)
         records = []
-        for (method, variant, alpha, emotion, _), value in zip(arms, values.tolist()):
-            what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
-            records.append(self.record(value=value, **what, **about))
+        for part, texts, tried in ((LIMITING, limiting, vectors_only), (PLAIN, shown, arms)):
+            values, tokens = perplexity(self.model, texts, [move for *_, move in tried])
+            about = {"metric": "perplexity", "part": part, "n": tokens}
+            for (method, variant, alpha, emotion, _), value in zip(tried, values.tolist()):
+                what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
+                records.append(self.record(value=value, **what, **about))
         return records
 
     def measure_maps(self) -> list[dict]:
@@ -639,6 +651,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
         f"## {Path(args.src).name} → {Path(target).name}",
         *(accuracy_table(lab, records, method) for method in map_methods(args)),
         control_table(lab, records),
+        run.figure(draw_cost(lab, records), f"fluency_{Path(target).name}"),
         *(run.figure(*each) for each in draw_grids(lab, grid)),
         map_table(records),
         run.figure(draw_pca(lab, pca), f"pca_{Path(target).name}"),
@@ -686,14 +699,15 @@ def control_table(lab: Lab, records: list[dict]) -> str:
     shown = []
     for metric in ("token_acc", "logit_acc"):
         shown += beside_controls(tested_means(lab, records, metric), alphas)
-    costs = select(records, metric="perplexity")
+    costs = select(records, metric="perplexity", part=PLAIN)
     costs = [each for each in costs if each["alpha"] == alphas.get(each["method"], 0)]
     for method, variant in product(("base", *lab.methods()), (None, "random")):
         same = select(costs, method=method)
         same = of_kind(same, variant) if variant else select(same, variant=None)
-        if same and (method, variant) != ("self-align", "random"):
+        if same:
             shown.append(spread(same, variant) | {"low": None})
     notes = effect_notes(tested_means(lab, records, "token_acc"), alphas)
+    notes |= fluency_notes(shown, select(records, metric="perplexity"))
     for method, alpha in alphas.items():
         notes[METHODS[method]] += f", α = {alpha:g}"
     text = "Mean of all emotions at the α that validation chose; controls have v_hat's norm"
@@ -741,7 +755,7 @@ def draw_accuracy(lab: Lab, records: list[dict]):
         dots = {"color": "white", "mec": "black", "mew": 0.7, "ms": 3, "clip_on": False}
         axis.plot(x, values(preferred), "o", label=None if s else "Logit Acc", **dots)
     controls = select(tested, metric="token_acc", method=shown)
-    controls = of_kind(controls, "random")
+    controls = select(of_kind(controls, "random"), alpha=lab.points[shown].alpha)
     highest = [values(select(controls, concept=emotion)).max() for emotion in EMOTIONS]
     name = f"highest of {lab.args.random} random directions, α = {lab.points[shown].alpha:g}"
     dashes = {"color": "#b2182b", "lw": 1, "ls": "--"}
@@ -752,6 +766,14 @@ def draw_accuracy(lab: Lab, records: list[dict]):
     axis.set_title(f"{METHODS[shown]}, {names} (95 % interval)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+def draw_cost(lab: Lab, records: list[dict]):
+    """Mean Token Acc against perplexity."""
+    curve = tested_means(lab, records, "token_acc")
+    costs = select(records, metric="perplexity")
+    title = f"{Path(lab.args.src).name} → {Path(lab.target).name}, mean of all emotions"
+    return draw_fluency(curve, costs, ylabel="Token Acc", title=title)
 
 
 def scatter(axis, points, labels: list[str], **style) -> dict:

@@ -75,13 +75,21 @@ from report import (
     label,
     map_table,
     markdown,
-    mcnemar,
+    paired_p,
     pivot,
     record,
     select,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, count_samples, plain_texts
+from vectors import (
+    SHUFFLED_MAPS,
+    Context,
+    Point,
+    Vector,
+    Vectors,
+    count_samples,
+    plain_texts,
+)
 
 import numpy as np
 import torch
@@ -869,7 +877,7 @@ def table_7(run, lab: Lab, found: Findings, honesty: Path, method, point) -> Non
     for fields in rows:
         found.add(method if fields["concept"] else "base", **fields)
         if fields["concept"] and fields["metric"] == "mc1":
-            p_value = mcnemar(rows[0]["hits"], fields["hits"])
+            p_value = paired_p(rows[0], fields)
             found.notes[concept_label(fields)] = f"p of MC1 = {p_value:.1g}"
 
 
@@ -887,7 +895,8 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
         points = lab.points(target, method)
         [point], _ = steer(run, lab, found, method, points)
         variants = [f"map {number}" for number in range(1, args.maps)]
-        variants += ["shuffled map", "other happiness"]
+        variants += [f"shuffled map {number}" for number in range(SHUFFLED_MAPS)]
+        variants += ["other happiness"]
         at_point = [point] * len(variants)
         step = f"{name} {method}, controls"
         written = run.step(step, lab.steered, target, method, at_point, variants)

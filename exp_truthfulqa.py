@@ -56,21 +56,28 @@ from harness import (
 )
 from models import Models, context_length, fit_space, spaced
 from report import (
+    CONTROLS,
+    LIMITING,
     METHODS,
     OWN_CHOICES,
+    PLAIN,
     at_strength,
     beside_controls,
+    draw_fluency,
     draw_grid,
     draw_strength,
     effect_notes,
+    fluency_notes,
     fluent,
     holm,
     label,
     map_table,
     markdown,
     mcnemar,
+    of_kind,
     paired_gain,
     pivot,
+    rank_p,
     record,
     select,
     spread,
@@ -84,7 +91,7 @@ from vectors import (
     Vector,
     Vectors,
     count_samples,
-    cut_ends,
+    fluency_texts,
     plain_texts,
     random_directions,
 )
@@ -578,6 +585,7 @@ class Lab:
     def __init__(self, args, data, models, rows):
         self.args, self.data, self.models = args, data, models
         self.done: dict[str, Any] = {}
+        self.alphas: dict[str, dict[str, float]] = {}  # of each target and method, in Table 1
         self.pairs = partial(refinement_pairs, args, models, data)
         self.vectors = Vectors(
             models,
@@ -652,16 +660,18 @@ class Lab:
             row.method,
             **counts,
         )
-        abouts, moves = [], []
+        directions["reversed"] = -self.v_hat(row, point)
+        arms = []
         for variant, direction in directions.items():
-            for alpha in args.alpha if variant.startswith("random") else [point.alpha]:
-                abouts.append(row.about(point) | {"variant": variant, "alpha": alpha})
-                moves.append(Transplant.of(direction, point.block, alpha))
-        results = self.score(row, self.data.test, moves)
+            if variant.startswith("random"):
+                arms += self.at_every_alpha(row, point, variant, direction)
+            else:
+                about = row.about(point) | {"variant": variant}
+                arms.append((about, Transplant.of(direction, point.block, point.alpha)))
+        results = self.score(row, self.data.test, [move for _, move in arms])
         records = []
-        for about, result in zip(abouts, results):
-            found = answer_records(result, about)
-            records += found[:1] if about["variant"].startswith("permuted") else found
+        for (about, _), result in zip(arms, results):
+            records += answer_records(result, about)
         return records
 
     def own_choices(self, row, grid: list[dict]) -> list[dict]:
@@ -686,29 +696,34 @@ class Lab:
         records = []
         for number, result in enumerate(self.score(row, self.data.test, tested)):
             about = row.about(chosen[number]) | {"variant": f"own-α permuted {number}"}
-            records += answer_records(result, about)[:1]
+            records += answer_records(result, about)
         return records
 
     def score(self, row, questions: list[Question], moves) -> list[dict]:
         """Under each transplant: MC1, MC2 and preferred choice of each question, see mark."""
-        small = (row.source, row.start) if row.method == "eft" else ()
-        model = self.models.load(row.host, keep=small)
-        eft = tuple(self.models.load(name, keep=(row.host, *small)) for name in small)
+        model, *eft = self.host_models(row)
         pairs, ends = [], []
         for question in questions:
             honest = row.method == "inst-align"
             pairs += asked(self.args, self.models, row.host, question, honest)
             ends.append(len(pairs))
-        logprobs, _ = choice_logprobs(model, pairs, moves, eft)
+        logprobs, _ = choice_logprobs(model, pairs, moves, tuple(eft))
         parts = np.split(logprobs.double().numpy(), ends[:-1], axis=1)
         names = ("mc1", "mc2", "log_odds", "preferred")
         columns = zip(*map(mark, questions, parts))  # each [questions][transplants]
         columns = [np.stack(column, axis=1).tolist() for column in columns]
         return [dict(zip(names, rows)) for rows in zip(*columns)]
 
-    def measure(self, row, point) -> list[dict]:
-        """Records: quality of the maps, norms, and perplexity of plain sentences."""
-        about, block = row.about(point), point.block
+    def host_models(self, row) -> list:
+        """The model that answers; of EFT also the two whose difference in logits is added."""
+        names = [row.host]
+        if row.method == "eft":
+            names += [row.source, row.start]
+        return [self.models.load(name, keep=names) for name in names]
+
+    def measure_maps(self, row, point) -> list[dict]:
+        """Records: quality of the maps, and norms."""
+        about = row.about(point)
         where_read = "contrans-local" in map_methods(self.args)
         inputs = row.vector, row.base, point, row.method
         records = []
@@ -719,23 +734,39 @@ class Lab:
         own = own if own in self.vectors.wanted else None
         for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
             records.append(record(**about, metric=metric, value=value))
-        v_hat = self.v_hat(row, point)
-        moves = [BASE]
-        for direction in random_directions(v_hat, 5, self.args.seed):
-            moves.append(Transplant.of(direction, block, point.alpha))
+        return records
+
+    def measure_perplexity(self, row, point) -> list[dict]:
+        """Records: perplexity of plain sentences, under a vector at every alpha, and of other
+        sentences, which limit alpha; beside v_hat by the last map three random directions."""
+        arms = [(row.about(), BASE)]
+        if point:
+            arms = self.at_every_alpha(row, point, None, self.v_hat(row, point))
+        limiting, shown = fluency_texts(self.data.sentences)
+        parts = [(LIMITING, limiting, arms)]
+        if row.method == map_methods(self.args)[-1]:
+            others = random_directions(self.v_hat(row, point), self.args.random, self.args.seed)
+            arms = list(arms)
+            for number, direction in enumerate(others[:3]):
+                arms += self.at_every_alpha(row, point, f"random {number}", direction)
+        parts.append((PLAIN, shown, arms))
+        model, *eft = self.host_models(row)
+        records = []
+        for part, texts, tried in parts:
+            moves = [move for _, move in tried]
+            values, n = perplexity(model, texts, moves, eft=tuple(eft))
+            for (about, _), value in zip(tried, values.tolist()):
+                what = {"part": part, "metric": "perplexity", "n": n, "value": value}
+                records.append(record(**about | what))
+        return records
+
+    def at_every_alpha(self, row, point, variant, direction) -> list[tuple[dict, Transplant]]:
+        """(fields of its records, transplant) of a direction at each alpha."""
+        arms = []
         for alpha in self.args.alpha:
-            moves.append(Transplant.of(v_hat, block, alpha))
-        model = self.models.load(row.host)
-        plain = cut_ends(self.data.sentences)[-50:]
-        values, n = perplexity(model, plain, moves)
-        base, *values = values.tolist()
-        what = {"part": "plain sentences", "metric": "perplexity", "n": n}
-        without = row._replace(method="base", source=None).about()
-        records.append(record(**without | what, value=base))
-        others = [record(**about | what, value=value) for value in values[:5]]
-        for alpha, value in zip(self.args.alpha, values[5:]):
-            records.append(record(**about | what | {"alpha": alpha}, value=value))
-        return [*records, spread(others, "random")]
+            about = row.about(point) | {"variant": variant, "alpha": alpha}
+            arms.append((about, Transplant.of(direction, point.block, alpha)))
+        return arms
 
     def prompts(self, row, questions: list[Question]) -> list[str]:
         """What the host is asked, without an answer."""
@@ -862,32 +893,39 @@ def one_target(args, run, lab, part):
     """(records, examples, report) of Table 1 for one target; the report begins with its figure."""
     name = Path(part.rows[0].host).name
     records, examples = score_rows(run, lab, part.rows)
-    measured, points, figures = [], {}, []
+    measured, costs, points, figures = [], [], {}, []
     for row in part.rows:
-        if row.method in map_methods(args):
+        point = None
+        if row.vector:
             grid = validated(run, lab, row)
-            points[row] = best_point(grid)
-            records += beyond_best(args, run, lab, row, grid, points[row])
-            step = f"{row.step}, maps, norms, perplexity"
-            found = run.step(step, lab.measure, row, points[row])
-            measured += [each for each in found if each not in measured]  # the base is in both
+            points[row] = point = best_point(grid)
+            records += at_other_strengths(run, lab, row, point)
+        if row.method != "inst-align":
+            costs += run.step(f"{row.step}, perplexity", lab.measure_perplexity, row, point)
+        if row.method in map_methods(args):
+            records += beyond_best(args, run, lab, row, grid, point)
+            measured += run.step(f"{row.step}, maps and norms", lab.measure_maps, row, point)
             names = f"{METHODS[row.method]}, {Path(args.src).name} → {name}"
             title = f"MC1 [%] on {grid[0]['n']} validation questions (random directions)\n{names}"
             tried = select(grid, variant=None), select(grid, variant="random")
             figure = draw_grid(title, *tried, points[row])
             figures.append(run.figure(figure, f"grid_{row.method}_{name}"))
-    records += fluent_rows(records, measured, points)
+    for metric in ("mc1", *AVERAGED):
+        records += fluent(select(records, metric=metric, part="test"), costs)
     table = []
-    alphas = {row.method: point.alpha for row, point in points.items()}
+    alphas = lab.alphas[part.rows[0].host] = {}
+    for row, point in points.items():
+        alphas[row.method] = point.alpha
     for metric in ("mc1", *AVERAGED):
         mine = select(records, metric=metric)
         table += beside_controls(mine, alphas) + select(mine, variant="75 % depth")
     mine = select(records, metric="mc1")
-    tested = (None, "75 % depth", "shuffled map")
-    rows = [each for each in table if each["variant"] in tested]
-    notes = effect_notes(mine, alphas) | row_notes(rows)
+    rows = [each for each in table if each["variant"] in (None, "75 % depth")]
+    notes = effect_notes(mine, alphas) | row_notes(rows) | fluency_notes(table, costs)
     title = f"TruthfulQA: {Path(args.src).name} → {name} (vertical: α chosen)"
     curves = run.figure(draw_mc1(mine, points, lab.data.test, title), f"alpha_{name}")
+    title = f"TruthfulQA: {Path(args.src).name} → {name}"
+    fluency = draw_fluency(mine, costs, ylabel="MC1", title=title)
 
     groups = []
     for each, where in ((part.rows[0], None), *points.items()):
@@ -900,11 +938,12 @@ def one_target(args, run, lab, part):
         curves,
         f"## Table 1: {Path(args.src).name} → {name}{paper}",
         print_table(table, part, notes),
-        gain_table(records, alphas),
+        gain_table(args, records, alphas),
         *figures,
         map_table(measured),
+        run.figure(fluency, f"fluency_{name}"),
         "Perplexity of plain sentences",
-        pivot(select(measured, metric="perplexity"), label, strength),
+        perplexity_table(costs),
     ]
     if groups:
         report += ["MC1 by category", pivot(groups, "group", label)]
@@ -944,24 +983,29 @@ def draw_mc1(records, points, test, title: str):
     return figure
 
 
-def fluent_rows(records, measured, points) -> list[dict]:
-    """The records at the largest alpha that leaves the text fluent, at the chosen blocks."""
-    blocks_chosen = {None, *(point.block for point in points.values())}
-    found = []
-    for metric in ("mc1", *AVERAGED):
-        curve = select(records, metric=metric, part="test", group=None, variant=None)
-        curve = [each for each in curve if each["block"] in blocks_chosen]
-        found += fluent(curve, select(measured, metric="perplexity"))
-    return found
+def perplexity_table(costs: list[dict]) -> str:
+    """Perplexity over alpha, and the mean of the random directions."""
+    costs = select(costs, part=PLAIN)
+    shown = select(costs, variant=None)
+    others = of_kind(costs, "random")
+    for alpha in {each["alpha"]: None for each in others}:
+        shown.append(spread(select(others, alpha=alpha), "random"))
+    return pivot(shown, label, strength)
 
 
-def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
-    """Records of a row at the other strengths and at the paper's depth, and of its controls."""
+def at_other_strengths(run, lab, row, point) -> list[dict]:
+    """Records of a row at the alphas that were not chosen."""
     records = []
-    for alpha in args.alpha:
+    for alpha in lab.args.alpha:
         other = point._replace(alpha=alpha)
         if other != point:
             records += answer_records(answered(run, lab, row, other), row.about(other))
+    return records
+
+
+def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
+    """Records of a row at the paper's depth, and of its controls."""
+    records = []
     if args.layer == "auto":
         source_block, block = lab.block_pairs(row)[DEPTHS.index(PAPER_DEPTH)]
         there = best_point(select(grid, source_block=source_block, block=block))
@@ -1071,32 +1115,44 @@ def print_table(records, part, notes) -> str:
     return pivot(records, row_name, lambda each: heads[each["metric"]], part.missing, notes)
 
 
-def gain_table(records, alphas) -> str:
-    """How much each vector raises the log-odds of the right answer, paired by question."""
+def gain_table(args, records, alphas) -> str:
+    """How much each transplanted vector raises the log-odds of the right answer, paired by
+    question: against the other methods, its strongest control and -v_hat."""
     found = select(records, metric="log_odds", part="test", group=None)
     found = at_strength(found, alphas)
-    plain = [each for each in found if each["variant"] in (None, "shuffled map")]
     rows = []
-    for ours in select(plain, variant=None):
-        if ours["method"] in alphas:
-            for other in plain:
-                is_other_map = other["method"] in alphas and other["method"] != ours["method"]
-                if other is not ours and not is_other_map:
-                    gain = paired_gain(ours, other)
-                    text = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**gain)
-                    rows.append([label(ours), label(other), text])
+    for method in map_methods(args):
+        [ours] = select(found, method=method, variant=None)
+        same = select(found, method=method)
+        others = []
+        for each in select(found, variant=None):
+            if each["method"] not in map_methods(args):
+                others.append(each)
+        controls = of_kind(same, *CONTROLS)
+        others.append(max(controls, key=lambda each: each["value"]))
+        for other in [*others, *select(same, variant="reversed")]:
+            name = label(other)
+            if other in controls:
+                name += " (strongest control)"
+            gain = paired_gain(ours, other)
+            text = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**gain)
+            rows.append([label(ours), name, text])
+        null = [each["value"] for each in of_kind(same, "permuted ")]
+        if null:
+            text = (
+                f"{ours['value'] - np.mean(null):.2f}, rank p = {rank_p(ours['value'], null):.2g}"
+            )
+            rows.append([label(ours), f"{len(null)} vectors of permuted labels, mean", text])
     header = ["log-odds of the right answer", "minus those of", "difference [nats]"]
     return markdown(header, rows)
 
 
-def judged(args, records) -> dict[str, tuple]:
+def judged(args, lab, records) -> dict[str, tuple]:
     """MC1 of Table 1 and the chosen strengths, of each target."""
-    found = {}
     mine = select(records, item="Table 1", metric="mc1", part="test", group=None)
+    found = {}
     for target in args.tgt:
-        own = select(mine, target=target)
-        chosen = select(own, variant="shuffled map")
-        found[Path(target).name] = own, {each["method"]: each["alpha"] for each in chosen}
+        found[Path(target).name] = select(mine, target=target), lab.alphas[target]
     return found
 
 
@@ -1124,8 +1180,12 @@ def expected_steps(args, parts: list[Part]) -> int:
     for part in parts:
         for row in part.rows:
             names |= {row.step, f"{row.step}, validation"} if row.vector else {row.step}
-            if part.table == "1" and row.method in map_methods(args):
-                names |= {f"{row.step} {n}" for n in range(len(args.alpha) + 2)}
+            if part.table == "1":
+                names.add(f"{row.step}, perplexity")
+                if row.vector:
+                    names |= {f"{row.step} {n}" for n in range(len(args.alpha) - 1)}
+                if row.method in map_methods(args):
+                    names |= {f"{row.step}, {what}" for what in ("controls", "maps", "depth")}
     return len(names) + len(args.tgt)
 
 
@@ -1169,7 +1229,7 @@ def main(argv=None):
     for name, result in lab.done.items():
         records += result if name.endswith("validation") else []
     if args.table in ("1", "all"):
-        targets = judged(args, records)
+        targets = judged(args, lab, records)
         title = f"MC1 in %, v of {Path(args.src).name}"
         headline = [verdict(targets), *figures, summary(title, targets)]
         run.save(records, examples, headline, report)

@@ -47,7 +47,7 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
     values: one number per item of a mean. Likewise, with a bootstrap interval.
     units: the unit of the claim (the concept, the group) that each item belongs to. low and high
     are then from resampling units, and never inside the interval over items (item_low,
-    item_high)."""
+    item_high). They are kept in the record, too, for paired tests."""
     items = {}
     if hits is not None:
         found = items["hits"] = [bool(hit) for hit in hits]
@@ -63,6 +63,7 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
         unit_low, unit_high = _cluster_bootstrap(found, units)  # equal where all units are alike
         fields["low"] = min(low, unit_low)
         fields["high"] = max(high, unit_high)
+        items["unit_of"] = list(units)
     unknown = set(fields) - set(RECORD)
     if unknown:
         raise ValueError(f"unknown record fields {sorted(unknown)}")
@@ -101,7 +102,7 @@ def spread(records: list[dict], variant: str) -> dict:
     """Merge several records (random directions, maps) into one: mean, lowest, highest, number."""
     values = [each["value"] for each in records]
     merged = records[0] | dict.fromkeys(("units", "item_low", "item_high", "paper"))
-    for items in ("hits", "values"):  # those of the first alone
+    for items in ("hits", "values", "unit_of"):  # those of the first alone
         merged.pop(items, None)
     merged |= {"low": min(values), "high": max(values), "n": len(values)}
     merged["value"] = float(np.mean(values))
@@ -126,21 +127,25 @@ def _wilson(successes: int, n: int) -> tuple[float, float]:
 
 def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
     """95 % interval of a mean, by resampling the items."""
-    values = np.asarray(values, float)
-    n = len(values)
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    means = values[draws].mean(1)
-    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+    return _interval(_resampled_means(values, range(len(values)), seed))
 
 
 def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
     """95 % interval of a mean, by resampling the units that its items belong to."""
-    names, unit_of = np.unique(np.asarray(units, str), return_inverse=True)
+    return _interval(_resampled_means(values, units, seed))
+
+
+def _resampled_means(values, units, seed: int = 0) -> np.ndarray:
+    """Means of all items of units drawn with replacement [RESAMPLES]."""
+    names, unit_of = np.unique(np.asarray(units), return_inverse=True)
     sums = np.bincount(unit_of, np.asarray(values, float))
     sizes = np.bincount(unit_of)
     n = len(names)
     draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    means = sums[draws].sum(1) / sizes[draws].sum(1)
+    return sums[draws].sum(1) / sizes[draws].sum(1)
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
@@ -154,6 +159,26 @@ def mcnemar(before, after) -> float:
     if gained + lost == 0:
         return 1.0
     return float(binomtest(gained, gained + lost).pvalue)
+
+
+def paired_p(before: dict, after: dict) -> float:
+    """Two-sided p of the difference of two rates, from their records.
+
+    McNemar's exact test over the items, or Fisher's if they are not the same items. Where items
+    belong to units, resampling these must say so too: the larger p of both."""
+    from scipy.stats import fisher_exact
+
+    one, other = before["hits"], after["hits"]
+    if len(one) != len(other):
+        counts = [[sum(hits), len(hits) - sum(hits)] for hits in (one, other)]
+        return float(fisher_exact(counts).pvalue)
+    p = mcnemar(one, other)
+    if "unit_of" in after:
+        differences = np.subtract(other, one, dtype=float)
+        means = _resampled_means(differences, after["unit_of"])
+        opposite = min((means <= 0).sum(), (means >= 0).sum())
+        p = max(p, min(1.0, 2 * (1 + opposite) / (1 + RESAMPLES)))
+    return p
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -191,30 +216,45 @@ VARIANTS = {
     "few sentences": "n / d = 0.39, as in the paper",
     "random": "random directions [range]",
     "other": "other concepts' vectors [range]",
-    "shuffled map": "map of shuffled texts",
+    "shuffled map": "maps of shuffled texts [range]",
+    "reversed": "−v̂",
 }
 OWN_CHOICES = 20  # vectors of permuted labels with their own alpha (and block), chosen as v_hat's
 CONTROLS = ("random", "own-α permuted", "other", "shuffled map")  # what a vector must be above
 
 
+LIMITING = "limiting sentences"  # part of the perplexities that limit alpha
+PLAIN = "plain sentences"  # part of the perplexities that are shown, of other sentences
+
+
 def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
     """For each method its records at the strongest alpha that raises perplexity by at most 10 %, as
-    variant FLUENT; none if every alpha raises it further.
+    variant FLUENT; the base model's if every alpha raises it further.
 
-    curve: records of one target over alpha; costs: its perplexities."""
-    base = np.mean([each["value"] for each in select(costs, method="base")])
+    curve: records of one target and metric over alpha; costs: its perplexities, of which those of
+    part LIMITING count."""
+    allowed = relative_costs(costs, LIMITING)
     found = []
-    for method in METHODS:
-        mine = select(costs, method=method, variant=None)
-        allowed = []
-        for alpha in {each["alpha"] for each in mine}:
-            values = [each["value"] for each in select(mine, alpha=alpha)]
-            if np.mean(values) <= 1.1 * base:
-                allowed.append(alpha)
-        if allowed and method != "base":
-            for each in select(curve, method=method, variant=None, alpha=max(allowed, key=abs)):
-                found.append(each | {"variant": FLUENT, "paper": None})
+    for method in dict.fromkeys(each["method"] for each in costs):
+        mine = select(curve, method=method, variant=None)
+        mine = [each for each in mine if each["alpha"] is not None]  # of EFT it is
+        within = [each for each in mine if allowed.get((method, each["alpha"]), math.inf) <= 1.1]
+        strongest = max((abs(each["alpha"]) for each in within), default=0)
+        shown = [each for each in within if abs(each["alpha"]) == strongest]
+        if method != "base" and mine:
+            for each in shown or select(curve, method="base", variant=None):
+                found.append(each | {"method": method, "variant": FLUENT, "paper": None})
     return found
+
+
+def relative_costs(costs: list[dict], part: str) -> dict[tuple, float]:
+    """{(method, alpha): perplexity relative to the base model's}, on one part of the sentences,
+    mean of all vectors of a method."""
+    found: dict[tuple, list] = {}
+    for each in select(costs, part=part, variant=None):
+        found.setdefault((each["method"], each["alpha"]), []).append(each["value"])
+    [base] = found["base", 0]
+    return {key: float(np.mean(values)) / base for key, values in found.items()}
 
 
 def is_permuted(each: dict) -> bool:
@@ -231,7 +271,7 @@ def label(each: dict) -> str:
 
 def strength(each: dict) -> str:
     """The column of a record in a table over alpha."""
-    return f"α = {each['alpha']:g}" if each["alpha"] else "base"
+    return f"α = {each['alpha']:g}" if each["alpha"] else "no vector"
 
 
 def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
@@ -257,7 +297,7 @@ def beside_controls(records: list[dict], alphas: dict[str, float]) -> list[dict]
             found = of_kind(same, kind)
             if kind == "map" and found:
                 found += select(same, variant=None)
-            is_drawn = kind in ("random", "own-α permuted", "permuted")
+            is_drawn = kind in ("random", "own-α permuted", "permuted", "shuffled map")
             if len(found) == 1 and not is_drawn:
                 shown += found
             elif found:
@@ -278,7 +318,9 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
         here = at_strength(records, alphas)
         lines.append(_verdict_line(target, here, sign))
         nulls += of_kind(here, "permuted ")
-    rule = "better than no vector and than its strongest control, both at p < 0.05 (McNemar)"
+    units = any("unit_of" in each for records, _ in targets.values() for each in records)
+    test = "the larger of McNemar's and of resampling concepts or groups" if units else "McNemar"
+    rule = f"better than no vector and than its strongest control, both at p < 0.05 ({test})"
     if nulls:
         rule += (
             ", and than vectors of permuted labels at p < 0.05 (rank; than all of fewer than 20)"
@@ -324,8 +366,8 @@ def _verdict_line(target: str, records: list[dict], sign: int) -> str:
 
 def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int) -> str:
     """The verdict on one vector and its strongest control; sign -1: lower is better."""
-    p_base = _p_value(base["hits"], ours["hits"])
-    p_control = _p_value(strongest["hits"], ours["hits"])
+    p_base = paired_p(base, ours)
+    p_control = paired_p(strongest, ours)
     p_null = rank_p(sign * ours["value"], [sign * value for value in null]) if null else 0.0
     moved = sign * (ours["value"] - base["value"]) > 0 and p_base < 0.05
     lowest = 1 / (1 + len(null))  # of 19 or fewer, the vector must be above all
@@ -339,18 +381,6 @@ def _judge(ours: dict, base: dict, strongest: dict, null: list[float], sign: int
         outcome = "**holds**"
     text = f"{outcome}: {_percent(ours)}, p = {p_base:.1g} and {p_control:.1g}"
     return f"{text}, permuted {p_null:.2g}" if null else text
-
-
-def _p_value(before, after) -> float:
-    """p of a difference of two rates: McNemar's test, or Fisher's for different items."""
-    from scipy.stats import fisher_exact
-
-    if len(before) == len(after):
-        return mcnemar(before, after)
-    counts = []
-    for hits in (before, after):
-        counts.append([sum(hits), len(hits) - sum(hits)])
-    return float(fisher_exact(counts).pvalue)
 
 
 def _percent(each: dict) -> str:
@@ -375,8 +405,8 @@ def effect_notes(
     [base] = select(records, method="base", variant=None)
     notes, p_values, sign = {}, {}, -1 if lower else 1
     for each in beside_controls(records, alphas):
-        if each["variant"] in (None, "shuffled map") and each is not base:
-            p_values[label(each)] = mcnemar(base["hits"], each["hits"])
+        if not each["variant"] and each is not base:
+            p_values[label(each)] = paired_p(base, each)
         if each["variant"] in ("random", "own-α permuted", "permuted"):
             same = at_strength(select(records, method=each["method"]), alphas)
             null = of_kind(same, each["variant"] + " ")
@@ -387,6 +417,18 @@ def effect_notes(
             notes[label(each)] = f"p of {name} among these {len(values)}: {p:.2g}"
     for name, p in zip(p_values, holm(list(p_values.values()))):
         notes[name] = f"p = {p:.1g}"
+    return notes
+
+
+def fluency_notes(shown: list[dict], costs: list[dict]) -> dict[str, str]:
+    """Notes for pivot on the rows of fluent: alpha, and its perplexity on other sentences."""
+    notes, relative = {}, relative_costs(costs, PLAIN)
+    for each in select(shown, variant=FLUENT):
+        note = "every α costs more"
+        if each["alpha"]:
+            cost = relative[each["method"], each["alpha"]]
+            note = f"α = {each['alpha']:g}, perplexity of other sentences ×{cost:.2f}"
+        notes[label(each)] = note
     return notes
 
 
@@ -568,6 +610,38 @@ def draw_strength(records: list[dict], points: dict, **axes):
                 look = LOOK[method] | {"marker": "", "lw": 1}
                 axis.axhline(each["value"], label=METHODS[method], **look)
     axis.set(xlabel="steering strength α", **axes)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_fluency(curve: list[dict], costs: list[dict], **axes):
+    """A figure: the effect of each method against what it costs, as alpha grows.
+
+    curve: records of one target and metric over alpha; costs: its perplexities, of which those of
+    part PLAIN are shown. Random directions: the mean of those with both. axes: of Axes.set."""
+    figure, axis = new_figure(figsize=(COLUMN, 3.2))
+    costs = select(costs, part=PLAIN)
+    [base] = select(costs, method="base")
+    [start] = select(curve, method="base", variant=None)
+    for method, kind in itertools.product(METHODS, (None, "random ")):
+        effects: dict = {0: [start["value"]]}
+        ratios: dict = {0: [1.0]}
+        for records, values, scale in ((curve, effects, 1), (costs, ratios, base["value"])):
+            mine = select(records, method=method)
+            mine = of_kind(mine, kind) if kind else select(mine, variant=None)
+            for each in mine:
+                values.setdefault(each["alpha"], []).append(each["value"] / scale)
+        alphas = sorted(set(effects) & set(ratios), key=lambda alpha: (alpha is None, alpha))
+        look = LOOK.get(method, {}) | ({"ls": ":", "marker": "."} if kind else {})
+        if method in LOOK and method != "base" and len(alphas) > (2 if kind else 1):
+            name = f"{METHODS[method]}: random directions" if kind else METHODS[method]
+            x = [np.mean(ratios[alpha]) for alpha in alphas]
+            axis.plot(x, [np.mean(effects[alpha]) for alpha in alphas], label=name, **look)
+    axis.axvline(1.1, color="#888", lw=0.7)
+    axis.set_xscale("log", subs=(2, 5))
+    axis.xaxis.set_major_formatter("×{x:g}")
+    axis.xaxis.set_minor_formatter("×{x:g}")
+    axis.set(xlabel="perplexity relative to the base model (line: ×1.1)", **axes)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -89,6 +89,13 @@ def cut_ends(texts: list[str]) -> list[str]:
     return cut
 
 
+def fluency_texts(sentences: list[str]) -> tuple[list[str], list[str]]:
+    """Texts whose perplexity limits alpha, and others whose perplexity is shown: 50 each."""
+    texts = cut_ends(sentences)[-100:]
+    half = len(texts) // 2
+    return texts[:half], texts[half:]
+
+
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
     """Row numbers of sample 0, 1 … out of n rows: disjoint until all rows are used."""
     order = random.Random(0).sample(range(n), n)
@@ -113,16 +120,16 @@ class Maps:
         source_block: int,
         block: int,
         sample: int = 0,
-        shuffled: bool = False,
+        shuffled: int | None = None,
         n: int | None = None,
     ) -> AffineMap:
-        """The map between two blocks. shuffled: fitted on mismatched rows, as a control; n: fitted
-        on the first n rows only."""
+        """The map between two blocks. shuffled: fitted on mismatched rows, as a control (the seed
+        of their order); n: fitted on the first n rows only."""
         key = source_block, block, sample, shuffled, n
         if key not in self.known:
             x, y = [states[:n] for states in self.states(source_block, block, sample)]
-            if shuffled:
-                order = random.Random(sample).sample(range(len(y)), len(y))
+            if shuffled is not None:
+                order = random.Random(f"{sample} {shuffled}").sample(range(len(y)), len(y))
                 y = y[order]
             self.known[key] = self.fitted(x, y)
         return self.known[key]
@@ -418,6 +425,7 @@ def response(v: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 # ================================================================ 4  Controls
 
+SHUFFLED_MAPS = 5  # one alone can be far from the others
 PAPER_N_OVER_D = 0.39  # 1,600 sentences for 4,096 dimensions
 
 
@@ -465,12 +473,13 @@ def control_directions(
     n_maps: int,
     n_random: int,
     seed: int,
+    n_shuffled: int = SHUFFLED_MAPS,
 ) -> dict[str, torch.Tensor]:
     """Controls for the effect of v_hat: {variant: direction [d]}.
 
     "map k": v through maps fitted on other samples of the plain text. All others have v_hat's norm.
     "few sentences": v through a map with the paper's number of sentences per dimension; "shuffled
-    map": v through a map of mismatched sentences; "other NAME": another concept's vector through
+    map k": v through a map of mismatched sentences; "other NAME": another concept's vector through
     the same map; "random r": isotropic directions."""
     v_hat = maps.vector(v, source_block, block)
     directions = {}
@@ -479,8 +488,9 @@ def control_directions(
     if PAPER_N_OVER_D * len(v) < maps.fit(source_block, block).n:
         few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
         directions["few sentences"] = rescale(maps.vector(v, source_block, block, n=few), v_hat)
-    shuffled = maps.vector(v, source_block, block, shuffled=True)
-    directions["shuffled map"] = rescale(shuffled, v_hat)
+    for number in range(n_shuffled):
+        shuffled = maps.vector(v, source_block, block, shuffled=number)
+        directions[f"shuffled map {number}"] = rescale(shuffled, v_hat)
     for name, other in others.items():
         directions[f"other {name}"] = rescale(maps.vector(other, source_block, block), v_hat)
     for number, direction in enumerate(random_directions(v_hat, n_random, seed)):
