@@ -89,9 +89,8 @@ from vectors import (
     Point,
     Vector,
     Vectors,
-    count_samples,
     fluency_texts,
-    plain_texts,
+    map_texts,
     random_directions,
 )
 
@@ -478,21 +477,15 @@ class Lab:
         """How well the maps predict states, held-out and where v is read, and how long v_hat is."""
         methods, records = map_methods(self.args), []
         where_read = "contrans-local" in methods
+        vectors = [self.source(emotion) for emotion in EMOTIONS]
+        own = [Vector(emotion, self.target, self.target) for emotion in EMOTIONS]
         for method in methods:
-            point, found = self.points[method], []
-            first = self.source(EMOTIONS[0]), self.target, point, method
-            found += self.vectors.map_quality(*first, self.args.maps, where_read)
-            means: dict[str, list] = {}
-            for emotion in EMOTIONS:
-                inputs = self.source(emotion), self.target, point, method
-                own = Vector(emotion, self.target, self.target)
-                for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
-                    means.setdefault(metric, []).append(value)
-            for metric, values in means.items():
-                found.append({"metric": metric, "value": float(np.mean(values)), "concept": "mean"})
+            point = self.points[method]
+            inputs = self.target, point, method, self.args.maps
+            found = self.vectors.quality(vectors, *inputs, own, where_read)
             records += [self.record(method=method, **fields) for fields in found]
             if method == "contrans":
-                maps = self.vectors.maps(*first[:2], method)
+                maps = self.vectors.maps(vectors[0], self.target, method)
                 _, r2, cosine = self.gradient_descent
                 about = {"method": "gradient-descent", "concept": "map", "part": "held-out"}
                 about["n"] = maps.fit(point.source_block, point.block).n
@@ -839,8 +832,7 @@ def main(argv=None):
     for name in args.tgt:
         check_prompts(args, data, models, name)
     names = [args.src_base, *args.tgt]
-    sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
-    args.maps = count_samples(args.maps, sentences, args.sentences)
+    sentences = map_texts(args, models, names)
     labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     models.require_fit(args.src, first_prompts)

@@ -52,6 +52,7 @@ from report import (
     draw_curve,
     is_permuted,
     label,
+    map_warnings,
     new_figure,
     pivot,
     pool,
@@ -59,14 +60,14 @@ from report import (
     select,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, plain_texts
+from vectors import Context, Point, Vector, Vectors, map_texts
 
 import numpy as np
 import torch
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.
-ZOO = {"layer": "0.9", "limit": 50}
+ZOO = {"layer": "0.9", "limit": 50, "sentences": 500}
 ZOO["tgt"] = [str(path) for path in sorted(TOY.glob("models/amber/step_*"))]
 FAMILIES = read_families("checkpoints", SETTINGS, toy=ZOO)
 
@@ -81,6 +82,7 @@ def options(argv=None):
     add("--model", metavar="REPO", help="hub repository with one revision per checkpoint")
     add("--revisions", nargs="+", metavar="NAME", help="its checkpoints; the last is the source")
     add("--tokens", nargs="+", type=float, metavar="N", help="training tokens of each checkpoint")
+    add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add("--keep-downloads", action="store_true", help="leave checkpoints in the hub's cache")
     args = parse_options(parser, FAMILIES, argv, complete)
@@ -344,7 +346,7 @@ class Lab:
                 [],
                 method,
                 n_permuted=args.permutations if is_last else 0,
-                n_maps=1,
+                n_maps=args.maps,
                 n_random=args.random,
                 seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
             )
@@ -364,7 +366,7 @@ class Lab:
         alphas = self.choose_alphas(directions)
         about = {"target": self.target, "source_block": source_block, "block": block}
         about["group"] = f"{args.tokens[args.tgt.index(self.target)]:.4g} tokens"
-        records = self.measure_maps(directions, alphas, about)
+        records = self.measure_maps(alphas, about)
         for emotion in EMOTIONS:
             arms = [("base", None, 0, BASE)]
             for (method, variant), direction in directions[emotion].items():
@@ -382,27 +384,17 @@ class Lab:
                     records.append(record(hits[metric], metric=metric, **what))
         return records
 
-    def measure_maps(self, directions: dict, alphas: dict, about: dict) -> list[dict]:
+    def measure_maps(self, alphas: dict, about: dict) -> list[dict]:
         """What each map is worth, and how near v_hat is to the checkpoint's own v: records."""
-        source_block, block, _ = self.point
-        maps, records = {}, []
+        records, where_read = [], "contrans-local" in map_methods(self.args)
+        own = [Vector(emotion, self.target, self.target) for emotion in EMOTIONS]
+        vectors = [self.source(emotion) for emotion in EMOTIONS]
         for method in map_methods(self.args):
-            maps[method] = self.vectors.maps(self.source(EMOTIONS[0]), self.target, method)
-        for method, each in maps.items():
-            fitted = each.fit(source_block, block)
-            cosines = []
-            for found in directions.values():
-                own, v_hat = found["self-align", None], found[method, None]
-                cosines.append(torch.cosine_similarity(v_hat, own, dim=0))
-            quality = {"r2": fitted.r2, "cosine_to_own": torch.stack(cosines).mean().item()}
-            if "contrans-local" in maps:
-                where_read = maps["contrans-local"].r2_where_read(fitted, source_block, block)
-                quality["r2_where_read"] = where_read
-            what = about | {"source": self.args.src, "method": method}
-            what |= {"alpha": alphas[method, None], "concept": "map"}
-            what |= {"part": "held-out", "n": fitted.n}
-            for metric, value in quality.items():
-                records.append(record(metric=metric, value=value, **what))
+            inputs = self.target, self.point, method, self.args.maps
+            found = self.vectors.quality(vectors, *inputs, own, where_read)
+            what = about | {"source": self.args.src, "method": method, "part": "held-out"}
+            what["alpha"] = alphas[method, None]
+            records += [record(**what | fields) for fields in found]
         return records
 
     def choose_alphas(self, directions: dict[str, dict]) -> dict[tuple, float]:
@@ -505,12 +497,18 @@ def accuracy_table(args, records: list[dict]) -> str:
 
 
 def map_table(records: list[dict]) -> str:
-    """What the maps are worth, and how near v_hat is to the checkpoint's own v."""
+    """What the maps are worth, and how near v_hat is to the checkpoint's own v, with warnings."""
 
     def column(each):
         return f"{METHODS[each['method']]}: {MAP_METRICS[each['metric']]}"
 
-    return f"Affine maps\n\n{pivot(select(records, concept='map'), row, column)}"
+    def name_of(each):
+        return f"{label(each)} in {short(each['target'])}"
+
+    shown = []
+    for metric in ("r2", "r2_where_read", "cosine_to_response", "cosine_to_own"):
+        shown += select(records, metric=metric, variant=None)
+    return "\n\n".join(["Affine maps", pivot(shown, row, column), *map_warnings(shown, name_of)])
 
 
 # ---------------------------------------------------------------- figures
@@ -551,7 +549,7 @@ def main(argv=None):
         check_prompts(args, data, models, name)
     for name in names:
         models.block(name, args.layer)  # an impossible --layer ends here, before any weights
-    sentences = plain_texts(args.texts, models, names, args.sentences)
+    sentences = map_texts(args, models, names)
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     first_prompts += prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
     ignore = ("keep_downloads", "model", "revisions")

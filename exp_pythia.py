@@ -36,10 +36,12 @@ from harness import (
 )
 from models import Models
 from report import (
+    MAP_METRICS,
     METHODS,
     OWN_CHOICES,
     PAGE,
     new_figure,
+    of_kind,
     pivot,
     record,
     select,
@@ -47,14 +49,26 @@ from report import (
     spread,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, plain_texts, random_directions
+from vectors import (
+    Context,
+    Point,
+    Vector,
+    Vectors,
+    map_texts,
+    random_directions,
+)
 
 import numpy as np
 import torch
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.
-ZOO = {"layer": "0.9", "limit": 50, "models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)]}
+ZOO = {
+    "layer": "0.9",
+    "limit": 50,
+    "sentences": 1000,
+    "models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)],
+}
 FAMILIES = read_families("sizes", SETTINGS, toy=ZOO)
 
 
@@ -66,6 +80,7 @@ def options(argv=None):
     emotion_options(parser)
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="from small to large")
+    add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)
@@ -281,7 +296,8 @@ class Lab:
 
     def directions(self, target: str, emotion: str) -> dict[tuple, torch.Tensor]:
         """{(method, source, variant): direction [d]} of an emotion: the target's own vector, v_hat
-        of every other model by each map (Eq. 2), and vectors of permuted labels."""
+        of every other model by each map (Eq. 2), also on other samples of text, and vectors of
+        permuted labels."""
         args, block = self.args, self.block(target)
         own = Vector(emotion, target, target)
         found = {("self-align", target, None): self.vectors.v(own, block)}
@@ -289,8 +305,14 @@ class Lab:
             if source == target:
                 continue
             point = Point(self.block(source), block, 1)
-            inputs = Vector(emotion, source, source), target, point, method
+            vector = Vector(emotion, source, source)
+            inputs = vector, target, point, method
             found[method, source, None] = self.vectors.at(*inputs)
+            maps = self.vectors.maps(vector, target, method)
+            v = self.vectors.v(vector, point.source_block)
+            for k in range(1, args.maps):
+                v_hat = maps.vector(v, point.source_block, block, sample=k)
+                found[method, source, f"map {k}"] = v_hat
             if method == map_methods(args)[-1]:
                 null = self.vectors.permuted(*inputs, args.permutations, self.seed(emotion))
                 for k, permuted in enumerate(null):
@@ -335,16 +357,18 @@ class Lab:
 
     def measure_maps(self, target: str, about: dict) -> list[dict]:
         """What the maps from every other model are worth: records."""
-        records = []
+        records, where_read = [], "contrans-local" in map_methods(self.args)
         for method, source in product(map_methods(self.args), self.args.models):
             if source == target:
                 continue
-            maps = self.vectors.maps(Vector(EMOTIONS[0], source, source), target, method)
-            fitted = maps.fit(self.block(source), self.block(target))
-            what = about | {"source": source, "method": method, "n": fitted.n}
-            what |= {"source_block": self.block(source), "concept": "map", "part": "held-out"}
-            records.append(record(metric="r2", value=fitted.r2, **what))
-            records.append(record(metric="cosine", value=fitted.cosine, **what))
+            point = Point(self.block(source), self.block(target), 1)
+            vectors = [Vector(emotion, source, source) for emotion in EMOTIONS]
+            own = [Vector(emotion, target, target) for emotion in EMOTIONS]
+            inputs = target, point, method, self.args.maps
+            found = self.vectors.quality(vectors, *inputs, own, where_read)
+            what = about | {"source": source, "method": method, "part": "held-out"}
+            what["source_block"] = point.source_block
+            records += [record(**what | fields) for fields in found]
         return records
 
     def choose_alphas(self, target: str, directions: dict[str, dict]) -> dict[tuple, float]:
@@ -434,13 +458,20 @@ def tables(args, records: list[dict], method: str) -> list[str]:
     order, shown = [None, *args.models], []
     for target in args.models:
         mine = select(records, target=target, metric="token_acc")
-        directions = []
-        for each in select(mine, method=method):
-            if (each["variant"] or "").startswith("random"):
-                directions.append(each)
+        directions = of_kind(select(mine, method=method), "random")
         tested = by_method(select(mine, variant=None), method)
         tested.sort(key=lambda each: order.index(each["source"]))
         shown += [*tested, spread(directions, "random")]
+    samples = []
+    for target, source in product(args.models, args.models):
+        same = select(records, target=target, source=source, metric="token_acc")
+        own = select(same, method="self-align")  # on the diagonal
+        mapped = select(same, method=method, variant=None)
+        mapped += of_kind(select(same, method=method), "map ")
+        samples.append(spread(own or mapped, "map"))
+    quality = []
+    for metric in ("r2_where_read", "cosine_to_response"):
+        quality += select(records, method=method, metric=metric, variant=None)
     ratios = by_method(select(records, metric="improvement_ratio"), method)
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return [
@@ -451,6 +482,11 @@ def tables(args, records: list[dict], method: str) -> list[str]:
         pivot(shown, short, column),
         "Improvement ratio (none over a baseline of 0)",
         pivot(ratios, short, column) if ratios else "none",
+        f"By maps on {args.maps} disjoint samples of the text, the first one's α [range]",
+        pivot(samples, short, column),
+        "What the maps are worth, without steering: with a negative R² or a cosine below 0.3 they "
+        "rarely work (docs/map.md)",
+        pivot(quality, lambda each: f"{short(each)}: {MAP_METRICS[each['metric']]}", column),
     ]
 
 
@@ -518,7 +554,7 @@ def main(argv=None):
     for name in args.models:
         models.block(name, args.layer)  # an impossible --layer ends here
         check_prompts(args, data, models, name)
-    sentences = plain_texts(args.texts, models, args.models, args.sentences)
+    sentences = map_texts(args, models, args.models)
     lab = Lab(args, data, sentences, models)
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     first_prompts += prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)

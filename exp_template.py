@@ -18,8 +18,8 @@ import harness
 from common import BASE, Transplant, score_labels
 from harness import TOY, at_least, fail, map_methods
 from models import Models
-from report import draw_strength, record, summary, verdict
-from vectors import Context, Point, Vector, Vectors, count_samples, plain_texts
+from report import draw_strength, map_table, record, select, summary, verdict
+from vectors import Context, Point, Vector, Vectors, map_texts
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
 ZOO = {"sentences": 500, "tgt": [f"{TOY}/models/llama-m"]}
@@ -74,6 +74,11 @@ def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) ->
     records = []
     for (method, variant, alpha), found in zip(moves, answers):
         records.append(record(found, method=method, variant=variant, alpha=alpha, **about))
+    about["part"] = "held-out"
+    for method in map_methods(args):  # what the maps are worth, in the report
+        inputs = target, point, method, args.maps, [own], "contrans-local" in map_methods(args)
+        for fields in vectors.quality([v], *inputs):
+            records.append(record(method=method, **about | fields))
     return records
 
 
@@ -88,8 +93,7 @@ def main(argv=None):
         models.require_fit(name, prompts(args, [*positive, *negative, *test]), new_tokens=8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
     names = [args.src_base, *args.tgt]
-    sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
-    args.maps = count_samples(args.maps, sentences, args.sentences)
+    sentences = map_texts(args, models, names)
     data, first, ignore = [pairs, test, sentences], prompts(args, test[:1]), ["save_vector"]
     run = harness.Run(__file__, args, models, data, first, ignore, steps=len(args.tgt))
 
@@ -109,10 +113,11 @@ def main(argv=None):
         refine=args.refine,
         **harness.map_options(args),
     )
-    records, figures, judged = [], [], {}
+    records, figures, judged, quality = [], [], {}, []
     for target, point in points.items():
         name, best = Path(target).name, map_methods(args)[-1]
         found = run.step(f"steer {target}", steer, args, vectors, test, target, point)
+        tested = select(found, part="test")
         path = run.folder / f"v_{concept}_{name}.safetensors"
         if args.save_vector or not path.exists():
             v_hat = vectors.at(v, target, point, best)
@@ -120,15 +125,16 @@ def main(argv=None):
             for folder in filter(None, [run.folder, args.save_vector]):
                 harness.save_concept(folder / path.name, v_hat, **about)
         for alpha in args.alpha:
-            at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
+            at_alpha = [each for each in tested if each["alpha"] in (0, alpha)]
             judged[f"{name}, α = {alpha:g}"] = at_alpha, {}
         wanted = f"prefers “{concept}”"
         shown = dict.fromkeys(["self-align", *map_methods(args)], point)
-        figure = draw_strength(found, shown, ylabel=wanted, title=f"{name} {wanted}")
+        figure = draw_strength(tested, shown, ylabel=wanted, title=f"{name} {wanted}")
         figures.append(run.figure(figure, f"strength_{name}"))
+        quality.append(map_table(select(found, part="held-out")))
         records += found
     title = f"How often “{concept}” is preferred, in % (n = {len(test)})"
-    run.save(records, [], [verdict(judged), *figures, summary(title, judged)])
+    run.save(records, [], [verdict(judged), *figures, summary(title, judged)], quality)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,7 @@ from vectors import (
     Point,
     Vector,
     Vectors,
-    count_samples,
-    plain_texts,
+    map_texts,
 )
 
 import numpy as np
@@ -223,15 +222,13 @@ class Data(NamedTuple):
 
 
 def load_data(args, models: Models, template: Template, names, classifier) -> Data:
-    mapped, count = [args.src_base, *args.tgt], args.maps * args.sentences
     texts = read_text(args.data / "text" / "owt_sentences_lowtox.txt").split("\n")
     texts = [text.strip() for text in texts if text.strip()]
     if len(texts) < 2:
         fail(f"{args.data}/text/owt_sentences_lowtox.txt must have two texts or more")
     half = min(N_TEXTS, len(texts) // 2)
     happiness = load_scenarios(args.data)
-    sentences = plain_texts(args.texts, models, mapped, count)
-    args.maps = count_samples(args.maps, sentences, args.sentences)
+    sentences = map_texts(args, models, [args.src_base, *args.tgt])
     questions = load_questions(args, models, template) if any(args.honesty) else []
     split = load_split(args, models, template, names, classifier)  # last: the classifier judges
     neutral = [template.refine(prompt) for prompt in split.neutral]

@@ -90,9 +90,8 @@ from vectors import (
     Point,
     Vector,
     Vectors,
-    count_samples,
     fluency_texts,
-    plain_texts,
+    map_texts,
     random_directions,
 )
 
@@ -294,8 +293,7 @@ def load_data(args, models, rows) -> Data:
     sad = read_texts(args.data / "emotions" / "sadness.json")
     scenarios = list(zip(happy[:100], sad))
     bases = [name for row in rows if row.vector for name in (row.base, row.start)]
-    sentences = plain_texts(args.texts, models, bases, args.maps * args.sentences)
-    args.maps = count_samples(args.maps, sentences, args.sentences)
+    sentences = map_texts(args, models, list(dict.fromkeys(bases)))
     return Data(learn, test, facts[:200], scenarios, sentences)
 
 

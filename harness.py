@@ -228,7 +228,7 @@ def _add_map_options(add) -> None:
         "--norm",
         choices=["as-is", "match"],
         default="as-is",
-        help="match: |v_hat| relative to the target's stream as |v| is to the source's",
+        help="match (paper's map): |v_hat| is to the target's stream as |v| to the source's",
     )
     add("--refine", choices=["mean", "pca", "probe"], default="mean", help="paper: mean (Eq. 1)")
     add(
@@ -237,13 +237,13 @@ def _add_map_options(add) -> None:
         metavar="N",
         help="plain sentences of one affine map; 80 %% fit it, 20 %% test it (paper: 2000)",
     )
-    add("--intercept", action="store_true", help="affine map with an intercept (paper: without)")
+    add("--intercept", action="store_true", help="paper's map with an intercept (paper: without)")
     add("--rcond", type=share, default=0.0, help="drop singular values below this share (paper: 0)")
     add(
         "--ridge",
         type=_positive,
         default=0.0,
-        help="ridge penalty in units of the mean squared singular value (paper: 0)",
+        help="paper's map: ridge in units of the mean squared singular value (paper: 0)",
     )
 
 
@@ -313,6 +313,9 @@ def parse_options(
             setattr(args, name, value)
     complete(args)
     _require_models(args)
+    of_paper = args.intercept or args.rcond or args.ridge or args.norm != "as-is"
+    if args.map == "local" and of_paper:
+        fail("--norm, --intercept, --rcond and --ridge change the paper's map, not --map local")
     if is_mapped and args.src_base in args.tgt:
         fail(f"{args.src_base} is source and target; its own vector is the row Self-Align")
     args.alpha = list(dict.fromkeys(args.alpha))
@@ -323,8 +326,6 @@ def parse_options(
     if not args.data.is_dir():
         fail(f"no data folder {args.data}; python data/prepare.py makes data/paper")
     args.texts = args.texts or args.data / "wikisplit" / "validation.tsv"
-    if args.family == "custom" and TOY in args.texts.parents:
-        print("note: maps are fitted on text of the toy world; your models need --texts or --data")
     if (args.sentences or 100) < 100:
         n = args.sentences - int(args.sentences * 0.2)
         print(f"note: {n} sentences fit each affine map, which says little (paper: 1600)")

@@ -63,7 +63,7 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
         unit_low, unit_high = _cluster_bootstrap(found, units)  # equal where all units are alike
         fields["low"] = min(low, unit_low)
         fields["high"] = max(high, unit_high)
-        items["unit_of"] = list(units)
+        items["unit_of"] = np.unique(units, return_inverse=True)[1].tolist()
     unknown = set(fields) - set(RECORD)
     if unknown:
         raise ValueError(f"unknown record fields {sorted(unknown)}")
@@ -137,7 +137,7 @@ def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
 
 def _resampled_means(values, units, seed: int = 0) -> np.ndarray:
     """Means of all items of units drawn with replacement [RESAMPLES]."""
-    names, unit_of = np.unique(np.asarray(units), return_inverse=True)
+    names, unit_of = np.unique(units, return_inverse=True)
     sums = np.bincount(unit_of, np.asarray(values, float))
     sizes = np.bincount(unit_of)
     n = len(names)
@@ -504,24 +504,30 @@ MAP_METRICS = {
 
 def map_table(records: list[dict]) -> str:
     """Quality of the maps to one target, known before any steering, with warnings."""
-    shown, warnings = [], []
+    shown = []
     for method, metric in itertools.product(METHODS, MAP_METRICS):
         same = select(records, method=method, metric=metric)
         samples = [each for each in same if (each["variant"] or "map").startswith("map")]
         shown += select(same, variant=None)
         if len(samples) > 1:
             shown.append(spread(samples, "map"))
-        for each in select(same, variant=None):
-            warnings += _map_warning(each)
 
     def column(each):
         return MAP_METRICS[each["metric"]]
 
-    return "\n\n".join(["Affine maps", pivot(shown, label, column), *warnings])
+    return "\n\n".join(["Affine maps", pivot(shown, label, column), *map_warnings(shown)])
 
 
-def _map_warning(each: dict) -> list[str]:
-    name, metric, value = label(each), each["metric"], each["value"]
+def map_warnings(records: list[dict], name_of=label) -> list[str]:
+    """What the quality of maps says against them. name_of: names a record."""
+    warnings = []
+    for each in select(records, variant=None):
+        warnings += _map_warning(each, name_of(each))
+    return warnings
+
+
+def _map_warning(each: dict, name: str) -> list[str]:
+    metric, value = each["metric"], each["value"]
     if metric == "r2_where_read" and value < 0:
         advice = "the map extrapolates there, and rarely works (docs/map.md)"
         return [f"Warning: {name}: R² where v is read is {value:.2f}: {advice}"]

@@ -27,13 +27,28 @@ from common import (
     hidden_states,
     refine,
 )
-from harness import fail, read_text
+from harness import TOY, fail, read_text
 from models import Model, Models
 
 import numpy as np
 import torch
 
 # ================================================================ 1  Plain text
+
+
+def map_texts(args, models: Models, names: list[str]) -> list[str]:
+    """Plain text for args.maps disjoint samples, or fewer (args.maps is then lowered), that these
+    models can read. Ends the program if their tokenizers cannot serve a local map."""
+    for name in names if args.map != "paper" else []:
+        if not models.tokenizer(name).is_fast:
+            advice = "which a local map needs: add --map paper"
+            fail(f"the tokenizer of {name} knows no character offsets, {advice}")
+    is_toy = [TOY in Path(name).absolute().parents for name in names]
+    if TOY in args.texts.absolute().parents and not all(is_toy):
+        print("note: maps are fitted on text of the toy world; your models need --texts or --data")
+    texts = plain_texts(args.texts, models, names, args.maps * args.sentences)
+    args.maps = count_samples(args.maps, texts, args.sentences)
+    return texts
 
 
 def plain_texts(path: Path, models: Models, names: list[str], count: int) -> list[str]:
@@ -622,6 +637,22 @@ class Vectors:
             null = self.permuted(vector, target, point, method, n_permuted, counts["seed"])
             directions |= {f"permuted {k}": each for k, each in enumerate(null)}
         return directions
+
+    def quality(
+        self, vectors, target, point, method, n_maps=1, own=(), where_read=True
+    ) -> list[dict]:
+        """map_quality of the map of several vectors, and the means of their vector_quality.
+
+        own: the target's own vectors, if they are known."""
+        found = self.map_quality(vectors[0], target, point, method, n_maps, where_read)
+        means: dict[str, list] = {}
+        for vector, theirs in itertools.zip_longest(vectors, own):
+            each = self.vector_quality(vector, target, point, method, theirs, where_read)
+            for metric, value in each.items():
+                means.setdefault(metric, []).append(value)
+        for metric, values in means.items():
+            found.append({"metric": metric, "value": float(np.mean(values)), "concept": "mean"})
+        return found
 
     def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
         """Quality of the maps of a vector, as fields of report.record.
