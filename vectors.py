@@ -43,8 +43,9 @@ def map_texts(args, models: Models, names: list[str]) -> list[str]:
         if not models.tokenizer(name).is_fast:
             advice = "which a local map needs: add --map paper"
             fail(f"the tokenizer of {name} knows no character offsets, {advice}")
-    is_toy = [TOY in Path(name).absolute().parents for name in names]
-    if TOY in args.texts.absolute().parents and not all(is_toy):
+    paths = [args.texts, *map(Path, names)]
+    in_toy, *are_toy = [TOY.absolute() in path.absolute().parents for path in paths]
+    if in_toy and not all(are_toy):
         print("note: maps are fitted on text of the toy world; your models need --texts or --data")
     texts = plain_texts(args.texts, models, names, args.maps * args.sentences)
     args.maps = count_samples(args.maps, texts, args.sentences)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import harness
@@ -49,6 +50,7 @@ from vectors import (
     count_samples,
     cut_ends,
     cut_windows,
+    map_texts,
     nearest_positions,
     permuted_vectors,
     plain_texts,
@@ -938,7 +940,8 @@ def test_a_vector_goes_through_the_map_of_its_blocks_and_sample(options):
 def test_a_shuffled_map_pairs_the_sentences_of_the_sample_wrongly():
     maps = make_maps(intercept=True)
     true = maps.fit(3, 4, 2)
-    shuffled = maps.fit(3, 4, 2, shuffled=True)
+    shuffled, other = [maps.fit(3, 4, 2, shuffled=seed) for seed in (0, 1)]
+    assert not torch.equal(shuffled.y, other.y)
     assert torch.equal(true.x_mean, shuffled.x_mean)
     assert true.r2 > 0.95
     assert shuffled.r2 < 0.3
@@ -953,7 +956,7 @@ def test_norm_match_keeps_the_ratio_of_vector_to_stream_and_the_direction():
     source, target = matched.stream_norms(3, 4)
     assert source == pytest.approx(plain.x[3].norm(dim=1).mean().item())
     assert target == pytest.approx(plain.y[4].norm(dim=1).mean().item())
-    for which in ({}, {"sample": 1}, {"shuffled": True}):
+    for which in ({}, {"sample": 1}, {"shuffled": 0}):
         got = matched.vector(V, 3, 4, **which)
         ratio = V.norm(dim=1, keepdim=True) / source
         direction = torch.nn.functional.normalize(plain.vector(V, 3, 4, **which))
@@ -1009,6 +1012,25 @@ def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
     assert len(plain_texts(path, Models(), names[:1], 400)) == 13
     assert len(plain_texts(path, Models(), names, 10)) == 10  # others take their place
     one_line(lambda: plain_texts(path, Models(), names, 8), "only 8 texts")
+
+
+def test_text_for_maps_is_what_the_models_can_be_mapped_on(llama, tmp_path, capsys, one_line):
+    mine, toy = tmp_path / "mine.txt", TOY / "wikisplit" / "validation.tsv"
+    mine.write_text("The old cat sat in the park and ran to the house\n" * 12)
+    zoo = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
+    args = SimpleNamespace(maps=3, sentences=20, map="both")
+    for names, args.texts, remarked in [
+        (zoo, toy, False),
+        ([zoo[0], llama[0].name], toy, True),
+        ([llama[0].name], mine, False),
+    ]:
+        args.maps = 3
+        texts = map_texts(args, Models(), names)
+        assert ("text of the toy world" in capsys.readouterr().out) == remarked
+        assert len(texts) == (12 if args.texts == mine else 60)
+        assert args.maps == (1 if args.texts == mine else 3)
+    slow = SimpleNamespace(tokenizer=lambda name: SimpleNamespace(is_fast=False))
+    one_line(lambda: map_texts(args, slow, ["odd/model"]), "odd/model", "--map paper")
 
 
 def test_no_sample_of_text_is_counted_twice(capsys):
@@ -1189,6 +1211,7 @@ def test_controls_have_the_norm_of_v_hat_but_for_other_maps(norm):
         n_maps=3,
         n_random=2,
         seed=8,
+        n_shuffled=2,
     )
     random = random_directions(v_hat, 2, 8)
     few = maps.rows()[: round(0.39 * len(v) / 0.8)]  # 0.39 dimensions are fitted on 80 %
@@ -1196,7 +1219,8 @@ def test_controls_have_the_norm_of_v_hat_but_for_other_maps(norm):
         "map 1": move(v, sample=1),
         "map 2": move(v, sample=2),
         "few sentences": fit_affine(maps.x[3][few], maps.y[4][few]).vector(v),
-        "shuffled map": move(v, shuffled=True),
+        "shuffled map 0": move(v, shuffled=0),
+        "shuffled map 1": move(v, shuffled=1),
         "other fear": move(fear),
         "other joy": move(joy),
         "random 0": random[0],

@@ -39,6 +39,7 @@ from report import (
     mcnemar,
     new_figure,
     paired_gain,
+    paired_p,
     pivot,
     pool,
     rank_p,
@@ -202,17 +203,6 @@ def test_an_option_goes_before_the_family(tmp_path):
 def test_options_at_their_bounds_are_taken(line, tmp_path):
     option, value = line.removeprefix("--").split()
     assert getattr(parse(tmp_path, line), option.replace("-", "_")) == float(value)
-
-
-def test_text_of_the_toy_world_is_remarked_with_other_models(tmp_path, capsys):
-    toy = str(harness.TOY / "wikisplit" / "validation.tsv")
-    for words, texts, remarked in [
-        ("--src a --tgt b", toy, True),
-        ("--src a --tgt b", str(tmp_path / "mine.txt"), False),
-        ("--family toy", toy, False),
-    ]:
-        parse(tmp_path, words, "--texts", texts)
-        assert ("text of the toy world" in capsys.readouterr().out) == remarked
 
 
 def test_no_cache_is_an_option(tmp_path, cache_folder):
@@ -617,11 +607,12 @@ def test_of_several_sources_the_verdict_spells_out_those_that_hold():
 
 
 def test_the_summary_carries_the_controls_of_the_verdict():
-    found = {name: effects(base=0.5, contrans=0.92, shuffled_map=0.94) for name in ("a", "b")}
+    maps = {"shuffled_map_0": 0.94, "shuffled_map_1": 0.5}
+    found = {name: effects(base=0.5, contrans=0.92, **maps) for name in ("a", "b")}
     rows = summary("Title", found).splitlines()
     assert rows[0] == "Title" and "| a " in rows[2] and "| b " in rows[2]
     [row] = [row for row in rows if "shuffled" in row]
-    assert row.count("94.3 [86, 98]") == 2
+    assert row.count("72.1 [50, 94]") == 2
 
 
 WILSON = [
@@ -692,15 +683,56 @@ def test_a_paired_gain_is_over_the_same_items():
     assert paired_gain(record([1, 1, 0, 0]), record([0, 1, 0, 0]))["value"] == 0.25
 
 
+def costly_curve() -> tuple[list[dict], list[dict]]:
+    """Effects over alpha, and perplexities of sentences that limit alpha and of others."""
+    curve, costs = [record(method="base", alpha=0, value=0.05, metric="mc1")], []
+    for part, base in (("limiting sentences", 10.0), ("plain sentences", 20.0)):
+        costs.append(record(method="base", alpha=0, value=base, part=part))
+        for alpha, cost in [(1, 1.05), (2, 1.09), (3, 1.2)]:
+            about = {"method": "contrans", "alpha": alpha, "part": part}
+            costs.append(record(value=cost * base, **about))
+            costs.append(record(value=3 * base, variant="random 0", **about))
+    for alpha in (1, 2, 3):
+        curve.append(record(method="contrans", alpha=alpha, value=alpha / 10, metric="mc1"))
+    return curve, costs
+
+
 def test_the_fluent_record_is_at_the_strongest_alpha_within_a_tenth():
-    curve, costs = [], [record(method="base", alpha=0, value=10.0)]
-    for alpha, cost in [(1, 10.5), (2, 10.9), (3, 12.0)]:
-        curve.append(record(method="contrans", alpha=alpha, value=alpha / 10))
-        costs.append(record(method="contrans", alpha=alpha, value=cost))
+    curve, costs = costly_curve()
     [found] = fluent(curve, costs)
     assert (found["alpha"], found["value"]) == (2, 0.2)
     assert found["variant"] == report.FLUENT
-    assert fluent(curve, [costs[0], costs[3]]) == []
+    [note] = report.fluency_notes([found], costs).values()
+    assert note == "α = 2, perplexity of other sentences ×1.09"
+    for each in select(costs, part="limiting sentences", method="contrans"):
+        each["value"] = 12.0  # now every strength is too much
+    [found] = fluent(curve, costs)
+    assert (found["method"], found["alpha"], found["value"]) == ("contrans", 0, 0.05)
+    assert list(report.fluency_notes([found], costs).values()) == ["every α costs more"]
+
+
+def test_the_effect_is_drawn_against_its_cost():
+    curve, costs = costly_curve()
+    axis = report.draw_fluency(curve, costs, ylabel="MC1").axes[0]
+    line, limit = axis.lines
+    assert line.get_xdata() == pytest.approx([1, 1.05, 1.09, 1.2])
+    assert line.get_ydata() == pytest.approx([0.05, 0.1, 0.2, 0.3])
+    assert list(limit.get_xdata()) == [1.1, 1.1]
+
+
+def test_p_is_about_the_units_of_the_claim():
+    units = [name for name in "abcdef" for _ in range(50)]
+    before = record([0] * 300, units=units)
+    four = record([1] * 200 + [0] * 100, units=units)  # in four of six concepts
+    one = record([1] * 50 + [0] * 250, units=units)
+    assert mcnemar(before["hits"], one["hits"]) < 1e-10
+    assert paired_p(before, one) > 0.5
+    assert 0.0005 < paired_p(before, four) < 0.05
+    assert paired_p(before, before) == 1.0
+    few = record([1, 0, 0, 0, 0, 0, 0, 0, 0, 0] * 30, units=units)  # a little in all
+    assert paired_p(before, few) == pytest.approx(2 / 2001)
+    few = record([1] * 4 + [0] * 26, units=list("ab") * 15)
+    assert paired_p(record([0] * 30, units=list("ab") * 15), few) == mcnemar([0] * 30, few["hits"])
 
 
 @pytest.mark.parametrize("lower, p", [(False, 0.75), (True, 0.5)])
