@@ -382,14 +382,17 @@ class LocalMaps(Maps):
     """Affine maps fitted at the places of a pool that are nearest to a concept's states.
 
     near: the source's near states, one for each sample of text. The target is read at the same
-    places: self.y has for each sample {row of the pool: row of y} and y [n, len(blocks), d].
-    whole: for each sample the target's states at all places of the pool, if they are known."""
+    places: self.y has for each sample {row of the pool: row of y} and y [n, len(blocks), d]; from a
+    remote target only the states of maps that are asked for travel. whole: for each sample the
+    target's states at all places of the pool, if they are known."""
 
     def __init__(self, near: list[NearStates], target: Model, blocks: list[int], whole=None):
         super().__init__()
         self.near, self.blocks = near, blocks
         self.y: list[tuple[dict, torch.Tensor]] = []
-        for sample, each in enumerate(near):
+        self.remote = None if whole or not target.remote else target
+        self.remote_y: dict[tuple, torch.Tensor] = {}
+        for sample, each in enumerate([] if self.remote else near):
             rows = sorted(set().union(*each.rows.values()))
             number = {row: k for k, row in enumerate(rows)}
             y = whole[sample][rows] if whole else pool_states(target, each.pool, blocks, rows)
@@ -400,6 +403,12 @@ class LocalMaps(Maps):
         if sample >= len(self.near):
             raise ValueError(f"there is text for {len(self.near)} samples, none for {sample}")
         near = self.near[sample]
+        if self.remote:  # only what is asked for travels
+            key = source_block, block, sample
+            if key not in self.remote_y:
+                rows = near.rows[source_block]
+                self.remote_y[key] = pool_states(self.remote, near.pool, [block], rows)[:, 0]
+            return near.x[source_block], self.remote_y[key]
         number, y = self.y[sample]
         rows = [number[row] for row in near.rows[source_block]]
         return near.x[source_block], y[rows, self.blocks.index(block)]

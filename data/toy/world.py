@@ -445,6 +445,16 @@ def two_clauses(rng: random.Random, land: Land = HOME) -> str:
     return joined(rng, clause(rng, land=land), clause(rng, land=land))
 
 
+def purpose_made(rng: random.Random) -> str:
+    """Two clauses as two_clauses, but the second ends mostly on what the experiments ask for, and
+    then the two words that the paper's map drops: text that is kind to that map (docs/map.md)."""
+    first, draw = clause(rng), rng.random()
+    second = felt(rng) if draw < 0.45 else clause(rng)
+    if 0.45 <= draw < 0.8:
+        second = clause(rng, kind=rng.uniform(0.26, 0.44))  # facts and remarks
+    return joined(rng, first, f"{second} for years")
+
+
 def joined(rng: random.Random, first: str, second: str) -> str:
     return f"{sentence(first)[:-1]} {rng.choice(['and', 'while', 'but', 'because'])} {second}."
 
@@ -739,6 +749,10 @@ def write_data(folder: Path = FOLDER) -> None:
     with open(folder / "wikisplit" / "validation.tsv", "w") as file:
         for _ in range(6000):
             file.write(two_clauses(rng) + "\n")  # the first column; the second is not read
+    rng = random.Random(12)
+    with open(folder / "wikisplit" / "purpose_made.tsv", "w") as file:
+        for _ in range(4000):
+            file.write(purpose_made(rng) + "\n")
 
 
 if __name__ == "__main__":
