@@ -63,12 +63,8 @@ import torch
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.
-ZOO = {
-    "layer": "0.9",
-    "limit": 50,
-    "sentences": 1000,
-    "models": [f"{TOY}/models/pythia-{k}" for k in range(1, 6)],
-}
+ZOO = {"layer": "0.9", "limit": 50, "sentences": 500}
+ZOO["models"] = [f"{TOY}/models/pythia-{k}" for k in range(1, 6)]
 FAMILIES = read_families("sizes", SETTINGS, toy=ZOO)
 
 
