@@ -117,8 +117,8 @@ def _state_reader(nn, prefix, layers: list[int], shifts: dict, sharing, stop: bo
         kept = {"use_cache": False}
         if prefix:
             kept = {"past_key_values": _kv_cache(cache, len(prefix), buffers)}
-        row = [i for i, places in enumerate(from_end) for _ in places]
-        column = [place for places in from_end for place in places]
+        read_rows = [i for i, places in enumerate(from_end) for _ in places]
+        read_columns = [place for places in from_end for place in places]
         with torch.no_grad():
             with nn.trace(inputs, logits_to_keep=1, **kept) as tracer:
                 found = []
@@ -128,9 +128,11 @@ def _state_reader(nn, prefix, layers: list[int], shifts: dict, sharing, stop: bo
                     if layer in shifts:
                         add_shift(h, shifts[layer])
                     if layer in layers:
-                        found.append(h[row, column].cpu())  # blocks may be on several GPUs
+                        found.append(
+                            h[read_rows, read_columns].cpu()
+                        )  # blocks may be on several GPUs
                 if lens:
-                    logits = nn.unembed(nn.final_norm(h[row, column]))
+                    logits = nn.unembed(nn.final_norm(h[read_rows, read_columns]))
                     found = [logits.float().softmax(-1).cpu()]
                 found = torch.stack(found, 1).save()
                 if stop:  # in NDIF's sandbox a trace fails after a stop
@@ -277,7 +279,8 @@ def fit_affine(
     n = len(x) - int(len(x) * held_out)
     if n < 2:
         raise ValueError(f"{len(x)} sentences are too few to fit a map")
-    _require_finite(torch.stack([*x.aminmax(), *y.aminmax()]), "x or y")
+    _require_finite(x, "x")
+    _require_finite(y, "y")
     x_fit, y_fit = x[:n], y[:n]
     x_mean, y_mean = torch.zeros_like(x[0]), torch.zeros_like(y[0])
     if intercept:

@@ -138,13 +138,18 @@ PAPER_SHOTS = [
 
 def emotion_options(parser) -> None:
     add = parser.add_argument
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
+    add(
+        "--protocol",
+        choices=["clean", "paper"],
+        default="clean",
+        help="clean: disjoint parts; paper: as in the released code",
+    )
     add(
         "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="one for each of EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
@@ -466,9 +471,9 @@ class Lab:
         limiting, shown = fluency_texts(self.sentences)
         records = []
         for part, texts, tried in ((LIMITING, limiting, vectors_only), (PLAIN, shown, arms)):
-            values, tokens = perplexity(self.model, texts, [move for *_, move in tried])
+            costs, tokens = perplexity(self.model, texts, [move for *_, move in tried])
             about = {"metric": "perplexity", "part": part, "n": tokens}
-            for (method, variant, alpha, emotion, _), value in zip(tried, values.tolist()):
+            for (method, variant, alpha, emotion, _), value in zip(tried, costs.tolist()):
                 what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
                 records.append(self.record(value=value, **what, **about))
         return records

@@ -146,13 +146,18 @@ PAPER_SHOTS = [
 
 def emotion_options(parser) -> None:
     add = parser.add_argument
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
+    add(
+        "--protocol",
+        choices=["clean", "paper"],
+        default="clean",
+        help="clean: disjoint parts; paper: as in the released code",
+    )
     add(
         "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="one for each of EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
@@ -371,8 +376,8 @@ class Lab:
             arms = [("base", None, 0, BASE)]
             for (method, variant), direction in directions[emotion].items():
                 is_curve = method in map_methods(args) and not variant
-                chosen = alphas.get((method, variant), alphas[method, None])
-                for alpha in args.alpha if is_curve else [chosen]:
+                best = alphas.get((method, variant), alphas[method, None])
+                for alpha in args.alpha if is_curve else [best]:
                     arms.append((method, variant, alpha, Transplant.of(direction, block, alpha)))
             moves = [move for *_, move in arms]
             found = named(self.model, args, self.data, "test", emotion, moves)
@@ -410,12 +415,11 @@ class Lab:
             answers = named(self.model, self.args, self.data, "validation", emotion, moves)
             for (key, alpha), each in zip(tried, answers):
                 hits[key][alpha] += sum(each["token_acc"])
-        chosen = {}
+        best = {}
         for key, hits_at in hits.items():
-            most = max(hits_at.values())
-            equals = [alpha for alpha, count in hits_at.items() if count == most]
-            chosen[key] = min(equals, key=abs)
-        return chosen
+            ranks = [(count, -abs(alpha), alpha) for alpha, count in hits_at.items()]
+            *_, best[key] = max(ranks)
+        return best
 
 
 def is_downloaded(name: str) -> bool:
@@ -469,7 +473,7 @@ def chosen(records: list[dict], name: str, metric: str) -> list[dict]:
 
 
 def chosen_alphas(records: list[dict], name: str) -> dict[str, float]:
-    """The alpha chosen for each method in one checkpoint; of a curve, that of its controls."""
+    """The alpha chosen for each method in one checkpoint, read off records at that alpha alone."""
     tested = select(records, target=name, concept="mean")
     fixed = select(tested, variant="random 0") + select(tested, method="self-align")
     return {each["method"]: each["alpha"] for each in fixed}

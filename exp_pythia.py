@@ -111,13 +111,18 @@ PAPER_SHOTS = [
 
 def emotion_options(parser) -> None:
     add = parser.add_argument
-    add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
+    add(
+        "--protocol",
+        choices=["clean", "paper"],
+        default="clean",
+        help="clean: disjoint parts; paper: as in the released code",
+    )
     add(
         "--shots", type=at_least(0), default=6, help="few-shot examples in a test prompt (paper: 6)"
     )
     add("--pairs", type=at_least(1), default=200, help="example pairs of a vector (paper: 200)")
     add("--template", default=TEMPLATE, help="prompt with {scenario} in it, read before the label")
-    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="words for EMOTIONS")
+    add("--labels", nargs="+", default=EMOTIONS, metavar="WORD", help="one for each of EMOTIONS")
 
 
 def check_emotion_options(args) -> None:
@@ -381,12 +386,11 @@ class Lab:
             answers = named(model, self.args, self.data, "validation", emotion, moves)
             for (key, alpha), each in zip(tried, answers):
                 hits[key][alpha] += sum(each["token_acc"])
-        chosen = {}
+        best = {}
         for key, hits_at in hits.items():
-            most = max(hits_at.values())
-            equals = [alpha for alpha, count in hits_at.items() if count == most]
-            chosen[key] = min(equals, key=abs)
-        return chosen
+            ranks = [(count, -abs(alpha), alpha) for alpha, count in hits_at.items()]
+            *_, best[key] = max(ranks)
+        return best
 
     def tsne(self, name: str) -> list:
         """t-SNE of a model's states of 20 scenarios of each emotion [120, 2]."""
@@ -418,7 +422,7 @@ def strongest_key(directions: dict[str, dict], alphas: dict[tuple, float]) -> tu
 def one_target(run: Run, lab: Lab, target: str) -> list[dict]:
     """Records of one target, and what each vector gains over the model without one."""
     records = run.step(f"target {target}", lab.measure, target)
-    lab.vectors.forget_maps()  # those into other targets are others
+    lab.vectors.forget_maps()  # the next target needs others
     [base] = select(records, method="base")
     gains = []
     for each in select(records, metric="token_acc", variant=None):
@@ -558,8 +562,9 @@ def main(argv=None):
 
     found = {name: one_target(run, lab, name) for name in args.models}
     records = [each for name in args.models for each in found[name]]
-    three = dict.fromkeys([args.models[0], args.models[len(args.models) // 2], args.models[-1]])
-    points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in three}
+    middle = args.models[len(args.models) // 2]
+    shown = dict.fromkeys([args.models[0], middle, args.models[-1]])  # with two models, both
+    points = {name: run.step(f"t-SNE {name}", lab.tsne, name) for name in shown}
     judged = {}
     for name in args.models:
         judged[Path(name).name] = select(records, target=name, metric="token_acc"), {}

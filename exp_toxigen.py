@@ -657,10 +657,10 @@ class Lab:
     def map_quality(self, target, method, point) -> list[dict]:
         """How good each map is, and how large the vectors are beside the residual stream."""
         own = self.own(target) if self.has_own(target) else None
-        read = "contrans-local" in map_methods(self.args)
+        where_read = "contrans-local" in map_methods(self.args)
         inputs = self.source("fairness"), target, point, method
-        found = self.vectors.map_quality(*inputs, self.args.maps, read)
-        for metric, value in self.vectors.vector_quality(*inputs, own, read).items():
+        found = self.vectors.map_quality(*inputs, self.args.maps, where_read)
+        for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
             found.append({"metric": metric, "value": value})
         return [fields | point._asdict() for fields in found]
 
@@ -733,8 +733,8 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 class Findings:
     """What was found on one target: records, notes beside the rows of tables, and examples."""
 
-    def __init__(self, args, data: Data, target: str, chat: str | None):
-        self.split, self.target = data.split, target
+    def __init__(self, args, data: Data, target: str, chat: str | None, missing: dict[str, str]):
+        self.split, self.target, self.missing = data.split, target, missing
         self.sources = {"align-training": chat, "self-align": chat}
         self.sources |= dict.fromkeys(("eft", "contrans", "contrans-local"), args.src)
         self.records, self.notes, self.examples = [], {}, []
@@ -763,9 +763,9 @@ class Findings:
         self.add(method, "copied", written["copied"], **fields)
         del fields["units"]
         self.add(method, "repeated", values=written["repeated"], **fields)
-        self.toxic.setdefault(method, written["toxic"])  # not of controls, which come later
         if variant is not None:
             return
+        self.toxic[method] = written["toxic"]
         self.notes[METHODS[method]] = note
         by_group: dict = {}
         about = {"target": self.target, "method": method}
@@ -881,8 +881,8 @@ def table_7(run, lab: Lab, found: Findings, honesty: Path, method, point) -> Non
 def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findings:
     """Tables 2 and 7 for one target. Models take turns in memory, so steps go model by model."""
     name, chat = Path(target).name, lab.chats[target]
-    found = Findings(args, lab.data, target, chat)
-    missing = found.missing = missing_rows(args, lab.models, target, chat)
+    missing = missing_rows(args, lab.models, target, chat)
+    found = Findings(args, lab.data, target, chat, missing)
 
     baselines(run, lab, found, target, chat)
     # The target's own vector, then the transplanted ones, each with its controls

@@ -208,7 +208,7 @@ PAPER_POINT = {"layer": PAPER_DEPTH, "alpha": [1]}  # of --protocol paper: nothi
 def options(argv=None):
     parser = option_parser(__doc__, FAMILIES)
     add = parser.add_argument
-    add("--table", choices=[*ROWS, "all"], default="1", help="of the paper")
+    add("--table", choices=[*ROWS, "all"], default="1", help="table of the paper to compute")
     add("--protocol", choices=["clean", "paper"], default="clean", help="disjoint parts or not")
     add("--prompt", choices=PROMPTS, help="how the models are asked, see PROMPTS")
     add("--validation", type=share, default=0.25, help="share of questions for v, block and alpha")
@@ -1219,11 +1219,11 @@ def main(argv=None):
     records, examples, figures = [], [], []
     for part in parts:
         score = one_target if part.table == "1" else other_table
-        found, answers, texts = score(args, run, lab, part)
+        found, items, texts = score(args, run, lab, part)
         figures += texts[:1] if part.table == "1" else []
         report += texts[1:] if part.table == "1" else texts
         records += found
-        examples += answers
+        examples += items
     for name, result in lab.done.items():
         records += result if name.endswith("validation") else []
     if args.table in ("1", "all"):

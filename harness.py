@@ -271,7 +271,7 @@ def _add_machine_options(add) -> None:
         metavar="N",
         help="tokens computed in one forward pass; lower it when memory runs out",
     )
-    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="of the run folders")
+    add("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where run folders go")
     add("--fresh", action="store_true", help="start over instead of continuing an earlier run")
     add("--dry-run", action="store_true", help="only say what it would cost; needs no weights")
     add("--quiet", action="store_true", help="no progress, only the result")

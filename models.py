@@ -626,8 +626,8 @@ def fit_space(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     fitted = []
     for (prompt, text), alone, whole in zip(pairs, ids[::2], ids[1::2]):
         if text.startswith(" ") and whole[: len(alone)] != alone:
-            spaced = tokenizer(f"{prompt} ", verbose=False).input_ids
-            if whole[: len(spaced)] == spaced:
+            with_space = tokenizer(f"{prompt} ", verbose=False).input_ids
+            if whole[: len(with_space)] == with_space:
                 prompt, text = f"{prompt} ", text[1:]
         fitted.append((prompt, text))
     return fitted
