@@ -32,7 +32,6 @@ from common import (
     fit_quality,
     generate,
     hidden_states,
-    perplexity,
     score_labels,
     token_changes,
 )
@@ -55,7 +54,6 @@ from harness import (
 from models import Models, context_length
 from report import (
     COLUMN,
-    LIMITING,
     LOOK,
     METHODS,
     OWN_CHOICES,
@@ -89,8 +87,8 @@ from vectors import (
     Point,
     Vector,
     Vectors,
-    fluency_texts,
     map_texts,
+    perplexity_records,
     random_directions,
 )
 
@@ -459,24 +457,17 @@ class Lab:
     def measure_perplexity(self) -> list[dict]:
         """Perplexity of plain sentences under each emotion's vector and its random directions, and
         of other sentences, which limit alpha."""
-        arms = [("base", None, 0, None, BASE)]
+        arms = [(self.record(method="base", alpha=0), BASE)]
         for method, emotion in product(self.methods(), EMOTIONS):
             direction = self.direction(emotion, method)
             names = self.curves(method)
             others = random_directions(direction, self.args.random, self.seed(emotion))
             for variant, each in [(None, direction), *zip(names, others)]:
                 for alpha in self.args.alpha:
-                    arms.append((method, variant, alpha, emotion, self.move(each, method, alpha)))
-        vectors_only = [arm for arm in arms if arm[1] is None]
-        limiting, shown = fluency_texts(self.sentences)
-        records = []
-        for part, texts, tried in ((LIMITING, limiting, vectors_only), (PLAIN, shown, arms)):
-            costs, tokens = perplexity(self.model, texts, [move for *_, move in tried])
-            about = {"metric": "perplexity", "part": part, "n": tokens}
-            for (method, variant, alpha, emotion, _), value in zip(tried, costs.tolist()):
-                what = {"method": method, "variant": variant, "alpha": alpha, "concept": emotion}
-                records.append(self.record(value=value, **what, **about))
-        return records
+                    what = {"method": method, "variant": variant, "concept": emotion}
+                    about = self.record(**what, alpha=alpha)
+                    arms.append((about, self.move(each, method, alpha)))
+        return perplexity_records(self.model, self.sentences, arms)
 
     def measure_maps(self) -> list[dict]:
         """How well the maps predict states, held-out and where v is read, and how long v_hat is."""

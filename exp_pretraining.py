@@ -48,19 +48,24 @@ from report import (
     METHODS,
     OWN_CHOICES,
     PAGE,
+    PLAIN,
     beside_controls,
     draw_curve,
+    fluent,
     is_permuted,
     label,
     map_warnings,
+    markdown,
     new_figure,
     pivot,
     pool,
     record,
     select,
+    spread,
+    strength,
     verdict,
 )
-from vectors import Context, Point, Vector, Vectors, map_texts
+from vectors import Context, Point, Vector, Vectors, map_texts, perplexity_records
 
 import numpy as np
 import torch
@@ -387,7 +392,17 @@ class Lab:
                 what["source"] = None if method == "base" else args.src
                 for metric in ["token_acc"] if is_permuted(what) else hits:
                     records.append(record(hits[metric], metric=metric, **what))
-        return records
+        return records + self.measure_perplexity(directions, about)
+
+    def measure_perplexity(self, directions: dict, about: dict) -> list[dict]:
+        """Perplexity of plain sentences under each emotion's v_hat, at every alpha: records."""
+        arms = [(about | {"method": "base", "alpha": 0}, BASE)]
+        for (emotion, found), method in product(directions.items(), map_methods(self.args)):
+            for alpha in self.args.alpha:
+                what = {"source": self.args.src, "method": method, "concept": emotion}
+                move = Transplant.of(found[method, None], self.point.block, alpha)
+                arms.append((about | what | {"alpha": alpha}, move))
+        return perplexity_records(self.model, self.vectors.sentences, arms)
 
     def measure_maps(self, alphas: dict, about: dict) -> list[dict]:
         """What each map is worth, and how near v_hat is to the checkpoint's own v: records."""
@@ -456,6 +471,7 @@ def one_target(run: Run, lab: Lab) -> list[dict]:
     """Records of one checkpoint: each emotion, and the mean of all at the chosen alpha."""
     records = run.step(f"checkpoint {lab.target}", lab.measure)
     means = pool(select(records, part="test"), "concept", "mean")
+    means += fluent(means, select(records, metric="perplexity"))
     return [each for each in records if not is_permuted(each)] + means
 
 
@@ -479,31 +495,50 @@ def chosen_alphas(records: list[dict], name: str) -> dict[str, float]:
     return {each["method"]: each["alpha"] for each in fixed}
 
 
-def row(each: dict) -> str:
+def column(each: dict) -> str:
     return f"{short(each['target'])}, {each['group']}"
 
 
 def accuracy_table(args, records: list[dict]) -> str:
-    shown, notes = [], {}
+    """Figure 3 in numbers, with all controls, and the strengths chosen."""
+    shown, alphas = [], {}
     for name in args.tgt:
         mine = select(records, target=name, concept="mean", metric="token_acc")
-        alphas = chosen_alphas(records, name)
-        shown += beside_controls(mine, alphas)
-        strengths = [f"{METHODS[method]} {alpha:g}" for method, alpha in alphas.items()]
-        notes[row(mine[0])] = "α: " + ", ".join(strengths)
+        alphas[name] = chosen_alphas(records, name)
+        shown += beside_controls(mine, alphas[name])
+    strengths = []
+    for method in ("self-align", *map_methods(args)):
+        of_method = [f"{found[method]:g}" for found in alphas.values()]
+        strengths.append([f"{METHODS[method]}: α", *of_method])
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return (
         f"v_emotion of {short(args.src)} in earlier checkpoints. Token Acc in % [95 % interval], "
         "mean of all emotions, on scenarios of the others "
         f"(n = {shown[0]['n']}); block {args.layer}; α chosen on {chosen_on}\n\n"
-        + pivot(shown, row, label, notes=notes)
+        + pivot(shown, label, column)
+        + "\n\n"
+        + markdown(["", *map(short, args.tgt)], strengths)
     )
+
+
+def perplexity_table(args, records: list[dict]) -> str:
+    """What each strength costs: perplexity of plain sentences, mean [range] of all emotions."""
+    shown, costs = [], select(records, metric="perplexity", part=PLAIN)
+    for name, method, alpha in product(args.tgt, METHODS, (0, *args.alpha)):
+        same = select(costs, target=name, method=method, alpha=alpha)
+        if same:
+            shown.append(spread(same, None))
+
+    def row(each):
+        return f"{label(each)}, {strength(each)}" if each["alpha"] else label(each)
+
+    return "Perplexity of plain sentences\n\n" + pivot(shown, row, column)
 
 
 def map_table(records: list[dict]) -> str:
     """What the maps are worth, and how near v_hat is to the checkpoint's own v, with warnings."""
 
-    def column(each):
+    def row(each):
         return f"{METHODS[each['method']]}: {MAP_METRICS[each['metric']]}"
 
     def name_of(each):
@@ -579,7 +614,12 @@ def main(argv=None):
         judged[short(name)] = means, chosen_alphas(records, name)
     figure = run.figure(draw_accuracy(args, records), "figure_3")
     headline = [verdict(judged), figure, accuracy_table(args, records)]
-    run.save(records, examples(data, records), headline, [map_table(records)])
+    run.save(
+        records,
+        examples(data, records),
+        headline,
+        [perplexity_table(args, records), map_table(records)],
+    )
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

@@ -40,6 +40,7 @@ from report import (
     METHODS,
     OWN_CHOICES,
     PAGE,
+    PLAIN,
     new_figure,
     of_kind,
     pivot,
@@ -55,6 +56,7 @@ from vectors import (
     Vector,
     Vectors,
     map_texts,
+    perplexity_records,
     random_directions,
 )
 
@@ -348,12 +350,35 @@ class Lab:
                 hits.setdefault(key, []).extend(each["token_acc"])
         units = [emotion for emotion in EMOTIONS for _ in self.data.emotions[emotion].test]
         records = self.measure_maps(target, about)
+        records += self.measure_perplexity(target, directions, alphas, about)
         for (method, source, variant, alpha), found in hits.items():
             what = about | {"source": source, "variant": variant, "alpha": alpha}
             what["source_block"] = self.block(source) if source else None
             what |= {"concept": "mean", "metric": "token_acc", "part": "test"}
             for each in [method] if method else map_methods(args):  # a control of both maps
                 records.append(record(found, units=units, method=each, **what))
+        return records
+
+    def measure_perplexity(self, target: str, directions, alphas, about: dict) -> list[dict]:
+        """Perplexity of plain sentences under each vector at its alpha, over that without one, mean
+        of all emotions: records."""
+        keys = [key for key in alphas if key[-1] is None]
+        arms = [({"method": "base"}, BASE)]
+        for (method, source, _), found in product(keys, directions.values()):
+            alpha = alphas[method, source, None]
+            direction = found[method, source, None]
+            fields = {"method": method, "source": source, "alpha": alpha}
+            arms.append((fields, Transplant.of(direction, self.block(target), alpha)))
+        model = self.models.load(target)
+        costs = perplexity_records(model, self.vectors.sentences, arms)
+        [base] = select(costs, method="base", part=PLAIN)
+        records = []
+        for method, source, _ in keys:
+            same = select(costs, method=method, source=source, part=PLAIN)
+            ratio = np.mean([each["value"] for each in same]) / base["value"]
+            what = about | {"source": source, "method": method, "alpha": same[0]["alpha"]}
+            what |= {"metric": "perplexity_ratio", "part": PLAIN, "concept": "mean"}
+            records.append(record(value=float(ratio), n=base["n"], **what))
         return records
 
     def measure_maps(self, target: str, about: dict) -> list[dict]:
@@ -473,6 +498,9 @@ def tables(args, records: list[dict], method: str) -> list[str]:
     for metric in ("r2_where_read", "cosine_to_response"):
         quality += select(records, method=method, metric=metric, variant=None)
     ratios = by_method(select(records, metric="improvement_ratio"), method)
+    costs = by_method(select(records, metric="perplexity_ratio"), method)
+    costs.sort(key=lambda each: args.models.index(each["source"]))
+    costs.sort(key=lambda each: args.models.index(each["target"]))
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return [
         f"{METHODS[method]}: Token Acc in % [95 % interval], mean of all emotions, on scenarios of "
@@ -482,6 +510,8 @@ def tables(args, records: list[dict], method: str) -> list[str]:
         pivot(shown, short, column),
         "Improvement ratio (none over a baseline of 0)",
         pivot(ratios, short, column) if ratios else "none",
+        "Perplexity of plain sentences at these α, over that without a vector",
+        pivot(costs, short, column),
         f"By maps on {args.maps} disjoint samples of the text, the first one's α [range]",
         pivot(samples, short, column),
         "What the maps are worth, without steering: with a negative R² or a cosine below 0.3 they "

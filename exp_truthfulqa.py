@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import BASE, Transplant, choice_logprobs, generate, perplexity, token_changes
+from common import BASE, Transplant, choice_logprobs, generate, token_changes
 from harness import (
     MODELS,
     TOY,
@@ -57,7 +57,6 @@ from harness import (
 from models import Models, context_length, fit_space, spaced
 from report import (
     CONTROLS,
-    LIMITING,
     METHODS,
     OWN_CHOICES,
     PLAIN,
@@ -90,8 +89,8 @@ from vectors import (
     Point,
     Vector,
     Vectors,
-    fluency_texts,
     map_texts,
+    perplexity_records,
     random_directions,
 )
 
@@ -740,23 +739,12 @@ class Lab:
         arms = [(row.about(), BASE)]
         if point:
             arms = self.at_every_alpha(row, point, None, self.v_hat(row, point))
-        limiting, shown = fluency_texts(self.data.sentences)
-        parts = [(LIMITING, limiting, arms)]
         if row.method == map_methods(self.args)[-1]:
             others = random_directions(self.v_hat(row, point), self.args.random, self.args.seed)
-            arms = list(arms)
             for number, direction in enumerate(others[:3]):
                 arms += self.at_every_alpha(row, point, f"random {number}", direction)
-        parts.append((PLAIN, shown, arms))
         model, *eft = self.host_models(row)
-        records = []
-        for part, texts, tried in parts:
-            moves = [move for _, move in tried]
-            values, n = perplexity(model, texts, moves, eft=tuple(eft))
-            for (about, _), value in zip(tried, values.tolist()):
-                what = {"part": part, "metric": "perplexity", "n": n, "value": value}
-                records.append(record(**about | what))
-        return records
+        return perplexity_records(model, self.data.sentences, arms, tuple(eft))
 
     def at_every_alpha(self, row, point, variant, direction) -> list[tuple[dict, Transplant]]:
         """(fields of its records, transplant) of a direction at each alpha."""

@@ -503,7 +503,7 @@ MAP_METRICS = {
 
 
 def map_table(records: list[dict]) -> str:
-    """Quality of the maps to one target, known before any steering, with warnings."""
+    """Quality of the maps to one target, known without any steering, with warnings."""
     shown = []
     for method, metric in itertools.product(METHODS, MAP_METRICS):
         same = select(records, method=method, metric=metric)

@@ -25,10 +25,12 @@ from common import (
     fit_affine,
     fit_quality,
     hidden_states,
+    perplexity,
     refine,
 )
 from harness import TOY, fail, read_text
 from models import Model, Models
+from report import LIMITING, PLAIN, record
 
 import numpy as np
 import torch
@@ -105,11 +107,19 @@ def cut_ends(texts: list[str]) -> list[str]:
     return cut
 
 
-def fluency_texts(sentences: list[str]) -> tuple[list[str], list[str]]:
-    """Texts whose perplexity limits alpha, and others whose perplexity is shown: 50 each."""
+def perplexity_records(model: Model, sentences: list[str], arms: list, eft=()) -> list[dict]:
+    """Records of the perplexity of 50 plain sentences, and without controls of 50 others, which
+    limit alpha. arms: (fields of report.record, transplant) of each condition."""
     texts = cut_ends(sentences)[-100:]
     half = len(texts) // 2
-    return texts[:half], texts[half:]
+    own = [arm for arm in arms if not arm[0].get("variant")]
+    records = []
+    for part, some, tried in ((LIMITING, texts[:half], own), (PLAIN, texts[half:], arms)):
+        values, n = perplexity(model, some, [move for _, move in tried], eft=eft)
+        for (about, _), value in zip(tried, values.tolist()):
+            what = {"metric": "perplexity", "part": part, "n": n, "value": value}
+            records.append(record(**about | what))
+    return records
 
 
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
