@@ -118,13 +118,14 @@ def reports(seed: int) -> str:
     return VERDICTS.split("\n## Seed ")[1 + seed]
 
 
-def verdict_on(seed: int, script: str, target: str, vector: str) -> tuple[str, bool]:
-    """(rate in %, whether it holds) of a vector."""
+def verdict_on(seed: int, script: str, target: str, vector: str) -> tuple[str, bool, str]:
+    """(rate in %, whether it holds, p against its strongest control) of a vector."""
     [run] = [each for each in reports(seed).split(" results/") if each.startswith(f"{script}/")]
     [line] = re.findall(rf"^ *- {target}, (.*)", run, re.MULTILINE)
     outcomes = "holds|does not move it|is not above the controls"
-    [found] = re.findall(rf"; {vector} ({outcomes}): ([\d.]+) %", line)
-    return found[1], found[0] == "holds"
+    pattern = rf"; {vector} ({outcomes}): ([\d.]+) %, p = \S+ and ([\w.-]+)"
+    [(outcome, rate, p)] = re.findall(pattern, line)
+    return rate, outcome == "holds", p
 
 
 def seed_rows() -> dict[str, list[str]]:
@@ -140,11 +141,11 @@ def test_the_table_of_two_seeds_has_the_verdicts_of_the_reports(claim):
     both = 0
     for seed, cell in enumerate(cells):
         found = [verdict_on(seed, CLAIMS[claim][0], name, CLAIMS[claim][1]) for name in TARGETS]
-        rates, holds = zip(*found)
+        rates, holds, p = zip(*found)
         word = "yes" if all(holds) else "no"
         if any(holds) and not all(holds):
             word = f"in `{TARGETS[holds.index(True)]}` only"
-        assert cell.startswith(f"{' / '.join(rates)}: {word}")
+        assert cell == f"{' / '.join(rates)}: {word} (p = {p[0]} and {p[1]})"
         both += all(holds)
     assert where.strip("*") == ("none", "one", "both")[both]
 
@@ -167,11 +168,11 @@ def test_checkpoints_and_sizes_have_the_verdicts_of_the_reports(claim):
     *cells, where = seed_rows()[claim]
     script, vectors = OTHER_CLAIMS[claim]
     for seed, cell in enumerate(cells):
-        (one, one_holds), (other, other_holds) = [
-            verdict_on(seed, script, *each) for each in vectors
-        ]
-        assert one_holds and other_holds and cell == f"{one} and {other}: yes"
+        rates, holds, p = zip(*(verdict_on(seed, script, *each) for each in vectors))
+        assert all(holds) and cell == f"{rates[0]} and {rates[1]}: yes"
+        assert set(p) == {"0.001"}
     assert where == "**both**"
+    assert "In checkpoints and sizes all p are 0.001." in FINDINGS
 
 
 def test_every_rate_of_the_two_seeds_is_in_a_report():
@@ -179,7 +180,8 @@ def test_every_rate_of_the_two_seeds_is_in_a_report():
     assert len(rows) > 8
     for claim, cells in rows.items():
         for seed, cell in enumerate(cells[:2]):
-            for number in re.findall(r"\d+\.\d+", cell):
+            rates = re.sub(r"\(.*?\)", "", cell)  # without p
+            for number in re.findall(r"\d+\.\d+", rates):
                 assert number in reports(seed), (claim, number)
     second = README.split("**A second zoo**")[1].split("\n\n")[0]
     numbers = re.findall(r"\d+\.\d+", second)
