@@ -450,9 +450,9 @@ class Lab:
         return records
 
     def curves(self, method: str) -> list[str]:
-        """Random directions that are tried at every alpha, of the last map alone."""
-        count = min(3, self.args.random) if method == self.methods()[-1] else 0
-        return [f"random {number}" for number in range(count)]
+        """Random directions that are tried at every alpha: one for each emotion, of the last map."""
+        is_last = method == self.methods()[-1]
+        return ["random 0"] if is_last and self.args.random else []
 
     def measure_perplexity(self) -> list[dict]:
         """Perplexity of plain sentences under each emotion's vector and its random directions, and

@@ -65,7 +65,7 @@ import torch
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 200}
 # The zoo's models have so few blocks that the last one names the emotion.
-ZOO = {"layer": "0.9", "limit": 50, "sentences": 500}
+ZOO = {"layer": "0.9", "limit": 50, "sentences": 300}
 ZOO["models"] = [f"{TOY}/models/pythia-{k}" for k in range(1, 6)]
 FAMILIES = read_families("sizes", SETTINGS, toy=ZOO)
 

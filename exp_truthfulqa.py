@@ -642,6 +642,10 @@ class Lab:
         [result] = self.score(row, self.data.test, [move])
         return result
 
+    def answer_all(self, row, points: list[Point]) -> list[dict]:
+        """The same at several points."""
+        return self.score(row, self.data.test, [self.move(row, point) for point in points])
+
     def controls(self, row, point) -> list[dict]:
         """Records of controls: random directions at each alpha, the others at the chosen one."""
         args = self.args
@@ -668,7 +672,10 @@ class Lab:
         results = self.score(row, self.data.test, [move for _, move in arms])
         records = []
         for (about, _), result in zip(arms, results):
-            records += answer_records(result, about)
+            found = answer_records(result, about)
+            if about["variant"].startswith("permuted"):
+                found = [each for each in found if each["metric"] != "mc2"]
+            records += found
         return records
 
     def own_choices(self, row, grid: list[dict]) -> list[dict]:
@@ -875,12 +882,11 @@ def save_vectors(args, run, lab, row, point) -> None:
         run.step(f"{row.host} saved", lab.save, row, point, run.folder)
 
 
-def one_target(args, run, lab, part):
-    """(records, examples, report) of Table 1 for one target; the report begins with its figure."""
-    name = Path(part.rows[0].host).name
-    records, examples = score_rows(run, lab, part.rows)
-    measured, costs, points, figures = [], [], {}, []
-    for row in part.rows:
+def beyond_table(args, run, lab, rows):
+    """What Table 1 is beside: (records of other strengths and controls, worth of the maps,
+    perplexities, {row: point chosen}, figures of the validation grids)."""
+    records, worth, costs, points, figures = [], [], [], {}, []
+    for row in rows:
         point = None
         if row.vector:
             grid = validated(run, lab, row)
@@ -890,18 +896,28 @@ def one_target(args, run, lab, part):
             costs += run.step(f"{row.step}, perplexity", lab.measure_perplexity, row, point)
         if row.method in map_methods(args):
             records += beyond_best(args, run, lab, row, grid, point)
-            measured += run.step(f"{row.step}, maps and norms", lab.measure_maps, row, point)
+            worth += run.step(f"{row.step}, maps and norms", lab.measure_maps, row, point)
+            name = Path(row.host).name
             names = f"{METHODS[row.method]}, {Path(args.src).name} → {name}"
             title = f"MC1 [%] on {grid[0]['n']} validation questions (random directions)\n{names}"
             tried = select(grid, variant=None), select(grid, variant="random")
-            figure = draw_grid(title, *tried, points[row])
+            figure = draw_grid(title, *tried, point)
             figures.append(run.figure(figure, f"grid_{row.method}_{name}"))
+    return records, worth, costs, points, figures
+
+
+def one_target(args, run, lab, part):
+    """(records, examples, report) of Table 1 for one target; the report begins with its figure."""
+    name = Path(part.rows[0].host).name
+    records, examples = score_rows(run, lab, part.rows)
+    more, worth, costs, points, figures = beyond_table(args, run, lab, part.rows)
+    records += more
     for metric in ("mc1", *AVERAGED):
         records += fluent(select(records, metric=metric, part="test"), costs)
-    table = []
     alphas = lab.alphas[part.rows[0].host] = {}
     for row, point in points.items():
         alphas[row.method] = point.alpha
+    table = []
     for metric in ("mc1", *AVERAGED):
         mine = select(records, metric=metric)
         table += beside_controls(mine, alphas) + select(mine, variant="75 % depth")
@@ -926,7 +942,7 @@ def one_target(args, run, lab, part):
         print_table(table, part, notes),
         gain_table(args, records, alphas),
         *figures,
-        map_table(measured),
+        map_table(worth),
         run.figure(fluency, f"fluency_{name}"),
         "Perplexity of plain sentences",
         perplexity_table(costs),
@@ -941,7 +957,7 @@ def one_target(args, run, lab, part):
         examples += texts
         lines = [[text[:60] for text in each.values()] for each in texts]
         report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
-    return records + measured + groups, examples, report
+    return records + worth + costs + groups, examples, report
 
 
 def answers(args, run, lab, part, row, point) -> list[dict]:
@@ -981,11 +997,13 @@ def perplexity_table(costs: list[dict]) -> str:
 
 def at_other_strengths(run, lab, row, point) -> list[dict]:
     """Records of a row at the alphas that were not chosen."""
+    others = [point._replace(alpha=alpha) for alpha in lab.args.alpha]
+    others.remove(point)
     records = []
-    for alpha in lab.args.alpha:
-        other = point._replace(alpha=alpha)
-        if other != point:
-            records += answer_records(answered(run, lab, row, other), row.about(other))
+    if others:
+        step = f"{row.step}, other strengths than {point.alpha:g}"
+        for other, result in zip(others, run.step(step, lab.answer_all, row, others)):
+            records += answer_records(result, row.about(other))
     return records
 
 
@@ -1169,7 +1187,7 @@ def expected_steps(args, parts: list[Part]) -> int:
             if part.table == "1":
                 names.add(f"{row.step}, perplexity")
                 if row.vector:
-                    names |= {f"{row.step} {n}" for n in range(len(args.alpha) - 1)}
+                    names.add(f"{row.step}, other strengths")
                 if row.method in map_methods(args):
                     names |= {f"{row.step}, {what}" for what in ("controls", "maps", "depth")}
     return len(names) + len(args.tgt)

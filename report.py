@@ -127,7 +127,8 @@ def _wilson(successes: int, n: int) -> tuple[float, float]:
 
 def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
     """95 % interval of a mean, by resampling the items."""
-    return _interval(_resampled_means(values, range(len(values)), seed))
+    values = np.asarray(values, float)
+    return _interval(values[_draws(len(values), seed)].mean(1))
 
 
 def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
@@ -140,9 +141,14 @@ def _resampled_means(values, units, seed: int = 0) -> np.ndarray:
     names, unit_of = np.unique(units, return_inverse=True)
     sums = np.bincount(unit_of, np.asarray(values, float))
     sizes = np.bincount(unit_of)
-    n = len(names)
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    draws = _draws(len(names), seed)
     return sums[draws].sum(1) / sizes[draws].sum(1)
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(n: int, seed: int) -> np.ndarray:
+    """Numbers of the units in each resample [RESAMPLES, n]."""
+    return np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
 
 
 def _interval(means: np.ndarray) -> tuple[float, float]:

@@ -108,9 +108,9 @@ def cut_ends(texts: list[str]) -> list[str]:
 
 
 def perplexity_records(model: Model, sentences: list[str], arms: list, eft=()) -> list[dict]:
-    """Records of the perplexity of 50 plain sentences, and without controls of 50 others, which
+    """Records of the perplexity of 30 plain sentences, and without controls of 30 others, which
     limit alpha. arms: (fields of report.record, transplant) of each condition."""
-    texts = cut_ends(sentences)[-100:]
+    texts = cut_ends(sentences)[-60:]
     half = len(texts) // 2
     own = [arm for arm in arms if not arm[0].get("variant")]
     records = []
