@@ -450,7 +450,7 @@ class Lab:
         return records
 
     def curves(self, method: str) -> list[str]:
-        """Random directions that are tried at every alpha: one for each emotion, of the last map."""
+        """Random directions that are tried at every alpha: one an emotion, of the last map."""
         is_last = method == self.methods()[-1]
         return ["random 0"] if is_last and self.args.random else []
 
