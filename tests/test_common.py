@@ -1630,6 +1630,19 @@ def test_eft_adds_the_logits_of_chat_minus_base(trio):
     assert not greedy.all()
 
 
+def test_perplexity_under_eft_is_of_the_sum_of_the_logits(trio):
+    (target, *small), references = trio
+    (transplant, shifts), *_ = WIDE
+    [got], tokens = perplexity(target, TEXTS, [transplant], eft=tuple(small))
+    losses = []
+    for text in TEXTS:
+        ids = references[0].ids(text)[0].tolist()
+        scores = eft_logits(references, ids, shifts).double().log_softmax(-1)
+        losses += [-scores[i, token].item() for i, token in enumerate(ids[1:])]
+    assert tokens == len(losses)
+    assert got.item() == pytest.approx(math.exp(sum(losses) / tokens), rel=1e-4)
+
+
 def test_eft_behind_a_shared_prefix_and_in_small_batches(trio):
     models, references = trio
     small = [replace(model, batch_tokens=100) for model in models]

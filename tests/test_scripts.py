@@ -840,6 +840,50 @@ def test_answers_are_scored_as_by_plain_transformers(method, signs, finished, da
         assert is_rate(each, [row[metric] for row in rows])
 
 
+def test_the_opposite_vector_stands_beside_v_hat(finished, data):
+    run = finished("exp_truthfulqa")
+    rows = run.find(item="Table 1", variant="reversed", metric="log_odds")
+    assert [each["method"] for each in rows] == ["contrans", "contrans-local"]
+    saved, about = harness.load_concept(run.folder / "v_honesty_llama-m.safetensors")
+    other, local = rows
+    assert (about["map"], about["layer"]) == ("contrans-local", local["block"])
+    move = common.Transplant.of(-saved, local["block"], local["alpha"])
+    model = load_model(str(ZOO / "llama-m"))
+    items = json.loads((data / "truthfulqa" / "mc_task.json").read_text())
+    items = {item["question"]: item for item in items}
+    values = []
+    answered = [row for row in run.examples if "right" in row]
+    for row in report.select(answered, item="Table 1", method="base"):
+        item = items[row["question"]]
+        prompt = f"[INST] {row['question']}[/INST]"
+
+        def logprob(answer, prompt=prompt):
+            pairs = [(prompt, f" {answer}")]
+            return common.choice_logprobs(model, pairs, [move])[0].item()
+
+        values.append(mc_by_hand(item, logprob)[2])
+    assert is_rate(local, values)
+    assert other["n"] == len(values)
+
+
+@pytest.mark.parametrize("name", ["exp_emotion", "exp_pretraining", "exp_truthfulqa"])
+def test_other_sentences_limit_alpha_than_those_whose_cost_is_shown(name, finished, data):
+    run = finished(name)
+    path = data / "wikisplit" / "validation.tsv"
+    args = SCRIPTS[name].options(run.argv)
+    names = sorted({each["target"] for each in run.find(metric="perplexity")})
+    models = [args.src, args.src_base, *names]
+    count = args.maps * args.sentences
+    texts = cut_ends(plain_texts(path, Models(), list(map(str, models)), count))[-60:]
+    parts = {"limiting sentences": texts[:30], "plain sentences": texts[30:]}
+    for part, some in parts.items():
+        [base] = run.find(metric="perplexity", method="base", part=part, target=names[0])
+        value, tokens = common.perplexity(load_model(names[0]), some)
+        assert (base["n"], base["value"]) == (tokens, pytest.approx(value.item(), rel=1e-4))
+    controls = [each for each in run.find(metric="perplexity") if each["variant"]]
+    assert {each["part"] for each in controls} <= {"plain sentences"}
+
+
 NULLS = {  # what the records have in common, how many keep alpha, and how many choose their own
     "exp_emotion": ({"concept": "mean", "metric": "token_acc"}, 9, 9),
     "exp_pretraining": ({"concept": "mean", "target": str(EARLY)}, 9, 9),
