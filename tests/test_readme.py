@@ -169,10 +169,9 @@ def test_checkpoints_and_sizes_have_the_verdicts_of_the_reports(claim):
     script, vectors = OTHER_CLAIMS[claim]
     for seed, cell in enumerate(cells):
         rates, holds, p = zip(*(verdict_on(seed, script, *each) for each in vectors))
-        assert all(holds) and cell == f"{rates[0]} and {rates[1]}: yes"
-        assert set(p) == {"0.001"}
+        assert all(holds)
+        assert cell == f"{rates[0]} and {rates[1]}: yes (p = {p[0]} and {p[1]})"
     assert where == "**both**"
-    assert "In checkpoints and sizes all p are 0.001." in FINDINGS
 
 
 def test_every_rate_of_the_two_seeds_is_in_a_report():
