@@ -519,6 +519,7 @@ def test_a_70b_target_takes_little_memory_here(tmp_path):
 
 SHARED = ["--random", "2", "--permutations", "5", "--sentences", "120", "--alpha", "2"]
 EMOTIONS = [*SHARED, "--limit", "4", "--pairs", "10", "--shots", "0"]
+ONE_MAP = [*EMOTIONS, "--maps", "1"]
 SOURCE = ["--src", "toy/llama-s"]
 SOURCES = ["--src", "toy/llama-s-chat", "--src-base", "toy/llama-s"]
 TARGET = ["--tgt", "toy/llama-m"]
@@ -527,11 +528,11 @@ ALIGNED = [*SHARED, *SOURCES, *TARGETS, "--maps", "1", "--layer", "0.75"]
 CLASSIFIER = ["--classifier", str(ZOO["toy/classifier"])]
 TOXIGEN = ["--limit", "3", "--validation", "2", "--pairs", "5", "--max-new-tokens", "6"]
 SCRIPTS = {
-    "exp_emotion": [*SOURCE, *TARGET, *EMOTIONS, "--maps", "1"],
+    "exp_emotion": [*SOURCE, *TARGET, *ONE_MAP],
     "exp_truthfulqa": [*ALIGNED, "--limit", "12"],
     "exp_toxigen": [*ALIGNED, *TOXIGEN, *CLASSIFIER],
-    "exp_pretraining": ["--tgt", "toy/step_0400", "toy/step_3000", "--tokens", "1", "2", *EMOTIONS],
-    "exp_pythia": ["--models", "toy/pythia-1", "toy/pythia-3", *EMOTIONS],
+    "exp_pretraining": ["--tgt", "toy/step_0400", "toy/step_3000", "--tokens", "1", "2", *ONE_MAP],
+    "exp_pythia": ["--models", "toy/pythia-1", "toy/pythia-3", *ONE_MAP],
 }
 
 

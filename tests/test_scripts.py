@@ -63,8 +63,8 @@ EMOTION_SCRIPTS = ["exp_emotion", "exp_pretraining", "exp_pythia"]
 SMALL = ["--sentences", "120", "--alpha", "2", "--random", "2", "--limit", "3"]
 OPTIONS = {
     "exp_emotion": "--maps 2 --shots 0 --pairs 10 --permutations 9",
-    "exp_pretraining": "--shots 0 --pairs 10 --permutations 9",
-    "exp_pythia": "--shots 1 --pairs 10 --permutations 9",
+    "exp_pretraining": "--maps 2 --shots 0 --pairs 10 --permutations 9",
+    "exp_pythia": "--maps 2 --shots 1 --pairs 10 --permutations 9",
     "exp_template": "--maps 2 --permutations 9",
     "exp_toxigen": "--maps 2 --pairs 5 --validation 1 --limit 1 --alpha 1 4"
     " --max-new-tokens 8 --layer 0.75 --permutations 3",
@@ -840,6 +840,7 @@ def test_answers_are_scored_as_by_plain_transformers(method, signs, finished, da
         assert is_rate(each, [row[metric] for row in rows])
 
 
+@pytest.mark.slow
 def test_the_opposite_vector_stands_beside_v_hat(finished, data):
     run = finished("exp_truthfulqa")
     rows = run.find(item="Table 1", variant="reversed", metric="log_odds")
@@ -866,6 +867,7 @@ def test_the_opposite_vector_stands_beside_v_hat(finished, data):
     assert other["n"] == len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exp_emotion", "exp_pretraining", "exp_truthfulqa"])
 def test_other_sentences_limit_alpha_than_those_whose_cost_is_shown(name, finished, data):
     run = finished(name)
