@@ -49,7 +49,6 @@ from harness import (
     read_families,
     read_texts,
     run_script,
-    save_concept,
 )
 from models import Models, context_length
 from report import (
@@ -69,6 +68,7 @@ from report import (
     is_permuted,
     label,
     map_table,
+    map_warnings,
     markdown,
     new_figure,
     of_kind,
@@ -293,31 +293,41 @@ def named(model, args, data: Data, part: str, emotion: str, transplants) -> list
 # ---------------------------------------------------------------- refine, map
 
 
+def blocks(args, models: Models, name: str) -> list[int]:
+    """The blocks of a model that --layer means; the source takes its first number."""
+    depths = DEPTHS if args.layer == "auto" else [args.layer]
+    return [models.block(name, depth, side=int(name in args.tgt)) for depth in depths]
+
+
+def make_vectors(args, data: Data, sentences: list[str], models: Models) -> Vectors:
+    """The source's vectors of all emotions, also of fewer pairs, and the targets' own."""
+    counts = ["", *(f" {n}" for n in pair_counts(args, data))]
+    context = read_context(args, data)
+    wanted = []
+    for emotion in EMOTIONS:
+        wanted += [Vector(emotion + count, args.src, args.src_base) for count in counts]
+        wanted += [Vector(emotion, target, target) for target in args.tgt]
+    return Vectors(
+        models,
+        wanted,
+        args.tgt,
+        pairs=lambda concept, name: pairs(args, data, concept),
+        blocks=lambda name: sorted(set(blocks(args, models, name))),
+        context=lambda concept, name: context,
+        sentences=sentences,
+        refine=args.refine,
+        **map_options(args),
+    )
+
+
 class Lab:
     """What every step needs to know about one target. Its methods are the steps."""
 
-    def __init__(self, args, data: Data, sentences: list[str], models: Models, target: str):
-        self.args, self.data, self.sentences = args, data, sentences
-        self.models, self.target = models, target
-        depths = DEPTHS if args.layer == "auto" else [args.layer]
-        source_blocks = [models.block(args.src, depth, side=0) for depth in depths]
-        blocks = [models.block(target, depth, side=1) for depth in depths]
-        self.grid = list(dict.fromkeys(zip(source_blocks, blocks)))
-        counts = ["", *(f" {n}" for n in pair_counts(args, data))]
-        wanted = [self.source(emotion + count) for emotion in EMOTIONS for count in counts]
-        wanted += [Vector(emotion, target, target) for emotion in EMOTIONS]
-        context = read_context(args, data)
-        self.vectors = Vectors(
-            models,
-            wanted,
-            [target],
-            pairs=lambda concept, name: pairs(args, data, concept),
-            blocks=lambda name: sorted(set(blocks if name == target else source_blocks)),
-            context=lambda concept, name: context,
-            sentences=sentences,
-            refine=args.refine,
-            **map_options(args),
-        )
+    def __init__(self, args, data: Data, models: Models, vectors: Vectors, target: str):
+        self.args, self.data, self.models = args, data, models
+        self.vectors, self.target = vectors, target
+        pairs_of_blocks = zip(blocks(args, models, args.src), blocks(args, models, target))
+        self.grid = list(dict.fromkeys(pairs_of_blocks))
         self.points: dict[str, Point] = {}  # of each method, chosen on the validation scenarios
 
     def source(self, concept: str) -> Vector:
@@ -467,18 +477,16 @@ class Lab:
                     what = {"method": method, "variant": variant, "concept": emotion}
                     about = self.record(**what, alpha=alpha)
                     arms.append((about, self.move(each, method, alpha)))
-        return perplexity_records(self.model, self.sentences, arms)
+        return perplexity_records(self.model, self.vectors.sentences, arms)
 
     def measure_maps(self) -> list[dict]:
         """How well the maps predict states, held-out and where v is read, and how long v_hat is."""
-        methods, records = map_methods(self.args), []
-        where_read = "contrans-local" in methods
+        records = []
         vectors = [self.source(emotion) for emotion in EMOTIONS]
         own = [Vector(emotion, self.target, self.target) for emotion in EMOTIONS]
-        for method in methods:
+        for method in map_methods(self.args):
             point = self.points[method]
-            inputs = self.target, point, method, self.args.maps
-            found = self.vectors.quality(vectors, *inputs, own, where_read)
+            found = self.vectors.quality(vectors, self.target, point, method, self.args.maps, own)
             records += [self.record(method=method, **fields) for fields in found]
             if method == "contrans":
                 maps = self.vectors.maps(vectors[0], self.target, method)
@@ -494,9 +502,8 @@ class Lab:
         method = map_methods(self.args)[-1]
         point = self.points[method]
         for emotion in EMOTIONS:
-            about = self.vectors.describe(self.source(emotion), self.target, point, method)
             path = Path(folder) / f"v_{emotion}_{Path(self.target).name}.safetensors"
-            save_concept(path, self.direction(emotion, method), **about)
+            self.vectors.save(path, self.source(emotion), self.target, point, method)
 
     def pca(self) -> dict:
         """Figure 2b: the last block's states before and after one v_hat, in two dimensions.
@@ -621,6 +628,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
         lab.points[name] = best_point(select(grid, variant=name))
     if "contrans" in lab.points:  # App. A: the other way to fit the same map
         lab.points["gradient-descent"] = lab.points["contrans"]
+    worth = run.step(f"{target} maps", lab.measure_maps)  # known before the test
     tested = []
     for emotion in EMOTIONS:
         tested += run.step(f"{target} {emotion}", lab.score, emotion)
@@ -629,7 +637,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     records = grid + tested + means
     costs = run.step(f"{target} perplexity", lab.measure_perplexity)
     records += costs + fluent(means, costs)
-    records += run.step(f"{target} maps", lab.measure_maps)
+    records += worth
     run.step(f"{target} vectors", lab.save_vectors, str(run.folder))
     add_paper_numbers(records, PAPER_NAMES)
 
@@ -638,11 +646,11 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     tokens = run.step(f"{target} tokens", lab.token_changes)
     report = [
         f"## {Path(args.src).name} → {Path(target).name}",
+        map_table(records),
         *(accuracy_table(lab, records, method) for method in map_methods(args)),
         control_table(lab, records),
         run.figure(draw_cost(lab, records), f"fluency_{Path(target).name}"),
         *(run.figure(*each) for each in draw_grids(lab, grid)),
-        map_table(records),
         run.figure(draw_pca(lab, pca), f"pca_{Path(target).name}"),
         "Table 5: continuations without and with v_hat",
         markdown(["emotion", "method", "scenario", "continuation"], texts),
@@ -829,7 +837,8 @@ def main(argv=None):
         check_prompts(args, data, models, name)
     names = [args.src_base, *args.tgt]
     sentences = map_texts(args, models, names)
-    labs = [Lab(args, data, sentences, models, target) for target in args.tgt]
+    vectors = make_vectors(args, data, sentences, models)
+    labs = [Lab(args, data, models, vectors, target) for target in args.tgt]
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     models.require_fit(args.src, first_prompts)
     first_test = prompts(args, data, data.emotions[EMOTIONS[0]].test, shots=True)[:1]
@@ -848,7 +857,7 @@ def main(argv=None):
     report.append(run.figure(draw_tsne(args, tsne), "tsne_source"))
     report.append(run.figure(draw_pairs(args, records), "pairs"))
     title = f"Token Acc in %, mean of all emotions, v of {Path(args.src).name}"
-    headline = [verdict(judged), *figures, summary(title, judged)]
+    headline = [verdict(judged), *figures, summary(title, judged), *map_warnings(records)]
     run.save(records, examples(data, records), headline, report)
 
 

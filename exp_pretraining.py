@@ -406,12 +406,12 @@ class Lab:
 
     def measure_maps(self, alphas: dict, about: dict) -> list[dict]:
         """What each map is worth, and how near v_hat is to the checkpoint's own v: records."""
-        records, where_read = [], "contrans-local" in map_methods(self.args)
+        records = []
         own = [Vector(emotion, self.target, self.target) for emotion in EMOTIONS]
         vectors = [self.source(emotion) for emotion in EMOTIONS]
         for method in map_methods(self.args):
             inputs = self.target, self.point, method, self.args.maps
-            found = self.vectors.quality(vectors, *inputs, own, where_read)
+            found = self.vectors.quality(vectors, *inputs, own)
             what = about | {"source": self.args.src, "method": method, "part": "held-out"}
             what["alpha"] = alphas[method, None]
             records += [record(**what | fields) for fields in found]
@@ -536,18 +536,15 @@ def perplexity_table(args, records: list[dict]) -> str:
 
 
 def map_table(records: list[dict]) -> str:
-    """What the maps are worth, and how near v_hat is to the checkpoint's own v, with warnings."""
+    """What the maps are worth, and how near v_hat is to the checkpoint's own v."""
 
     def row(each):
         return f"{METHODS[each['method']]}: {MAP_METRICS[each['metric']]}"
 
-    def name_of(each):
-        return f"{label(each)} in {short(each['target'])}"
-
     shown = []
     for metric in ("r2", "r2_where_read", "cosine_to_response", "cosine_to_own"):
         shown += select(records, metric=metric, variant=None)
-    return "\n\n".join(["Affine maps", pivot(shown, row, column), *map_warnings(shown, name_of)])
+    return "Affine maps, known without any steering\n\n" + pivot(shown, row, column)
 
 
 # ---------------------------------------------------------------- figures
@@ -613,13 +610,9 @@ def main(argv=None):
         means = select(records, target=name, concept="mean", metric="token_acc")
         judged[short(name)] = means, chosen_alphas(records, name)
     figure = run.figure(draw_accuracy(args, records), "figure_3")
-    headline = [verdict(judged), figure, accuracy_table(args, records)]
-    run.save(
-        records,
-        examples(data, records),
-        headline,
-        [perplexity_table(args, records), map_table(records)],
-    )
+    headline = [verdict(judged), figure, accuracy_table(args, records), *map_warnings(records)]
+    more = [map_table(records), perplexity_table(args, records)]
+    run.save(records, examples(data, records), headline, more)
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

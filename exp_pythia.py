@@ -36,15 +36,19 @@ from harness import (
 )
 from models import Models
 from report import (
+    FLUENT,
     MAP_METRICS,
     METHODS,
     OWN_CHOICES,
     PAGE,
     PLAIN,
+    draw_fluency,
+    fluent,
     new_figure,
     of_kind,
     pivot,
     record,
+    relative_costs,
     select,
     shades,
     spread,
@@ -67,6 +71,7 @@ SETTINGS = {"layer": "0.75", "alpha": [1, 2, 3, 5], "sentences": 2000, "limit": 
 # The zoo's models have so few blocks that the last one names the emotion.
 ZOO = {"layer": "0.9", "limit": 50, "sentences": 300}
 ZOO["models"] = [f"{TOY}/models/pythia-{k}" for k in range(1, 6)]
+NOT_CHOSEN = "not chosen"  # variant of v_hat at another alpha
 FAMILIES = read_families("sizes", SETTINGS, toy=ZOO)
 
 
@@ -299,29 +304,30 @@ class Lab:
 
     def directions(self, target: str, emotion: str) -> dict[tuple, torch.Tensor]:
         """{(method, source, variant): direction [d]} of an emotion: the target's own vector, v_hat
-        of every other model by each map (Eq. 2), also on other samples of text, and vectors of
-        permuted labels."""
+        of every other model by each map (Eq. 2), and their controls."""
         args, block = self.args, self.block(target)
         own = Vector(emotion, target, target)
         found = {("self-align", target, None): self.vectors.v(own, block)}
         for method, source in product(map_methods(args), args.models):
             if source == target:
                 continue
-            point = Point(self.block(source), block, 1)
-            vector = Vector(emotion, source, source)
-            inputs = vector, target, point, method
-            found[method, source, None] = self.vectors.at(*inputs)
-            maps = self.vectors.maps(vector, target, method)
-            v = self.vectors.v(vector, point.source_block)
-            for k in range(1, args.maps):
-                v_hat = maps.vector(v, point.source_block, block, sample=k)
-                found[method, source, f"map {k}"] = v_hat
-            if method == map_methods(args)[-1]:
-                null = self.vectors.permuted(*inputs, args.permutations, self.seed(emotion))
-                for k, permuted in enumerate(null):
-                    found[method, source, f"permuted {k}"] = permuted
-                    if k < OWN_CHOICES:
-                        found[method, source, f"own-α permuted {k}"] = permuted
+            inputs = Vector(emotion, source, source), target, Point(self.block(source), block, 1)
+            found[method, source, None] = self.vectors.at(*inputs, method)
+            is_last = method == map_methods(args)[-1]  # permuted labels stand beside it only
+            controls = self.vectors.controls(
+                *inputs,
+                [],
+                method,
+                n_permuted=args.permutations if is_last else 0,
+                n_maps=args.maps,
+                n_random=0,  # they stand beside the strongest vector of all sources
+                n_shuffled=0,
+                seed=self.seed(emotion),
+            )
+            for variant, direction in controls.items():
+                found[method, source, variant] = direction
+            for k in range(min(OWN_CHOICES, args.permutations) if is_last else 0):
+                found[method, source, f"own-α permuted {k}"] = controls[f"permuted {k}"]
         return found
 
     # ------------------------------------------------------------ transplant, score: the steps
@@ -338,9 +344,11 @@ class Lab:
         model = self.models.load(target)
         for emotion, found in directions.items():
             moves = {("base", None, None, 0): BASE}
-            for key, direction in found.items():
-                alpha = alphas.get(key) or alphas[(*key[:2], None)]
-                moves[(*key, alpha)] = Transplant.of(direction, block, alpha)
+            for (*pair, variant), direction in found.items():
+                best = alphas.get((*pair, variant)) or alphas[(*pair, None)]
+                for alpha in [best] if variant else args.alpha:
+                    name = variant if alpha == best else NOT_CHOSEN
+                    moves[*pair, name, alpha] = Transplant.of(direction, block, alpha)
             alpha, v_hat = alphas[strongest], found[strongest]
             randoms = random_directions(v_hat, args.random, self.seed(emotion))
             for r, direction in enumerate(randoms):
@@ -349,8 +357,7 @@ class Lab:
             for key, each in zip(moves, answers):
                 hits.setdefault(key, []).extend(each["token_acc"])
         units = [emotion for emotion in EMOTIONS for _ in self.data.emotions[emotion].test]
-        records = self.measure_maps(target, about)
-        records += self.measure_perplexity(target, directions, alphas, about)
+        records = self.measure_perplexity(target, directions, about)
         for (method, source, variant, alpha), found in hits.items():
             what = about | {"source": source, "variant": variant, "alpha": alpha}
             what["source_block"] = self.block(source) if source else None
@@ -359,31 +366,19 @@ class Lab:
                 records.append(record(found, units=units, method=each, **what))
         return records
 
-    def measure_perplexity(self, target: str, directions, alphas, about: dict) -> list[dict]:
-        """Perplexity of plain sentences under each vector at its alpha, over that without one, mean
-        of all emotions: records."""
-        keys = [key for key in alphas if key[-1] is None]
-        arms = [({"method": "base"}, BASE)]
-        for (method, source, _), found in product(keys, directions.values()):
-            alpha = alphas[method, source, None]
-            direction = found[method, source, None]
-            fields = {"method": method, "source": source, "alpha": alpha}
-            arms.append((fields, Transplant.of(direction, self.block(target), alpha)))
-        model = self.models.load(target)
-        costs = perplexity_records(model, self.vectors.sentences, arms)
-        [base] = select(costs, method="base", part=PLAIN)
-        records = []
-        for method, source, _ in keys:
-            same = select(costs, method=method, source=source, part=PLAIN)
-            ratio = np.mean([each["value"] for each in same]) / base["value"]
-            what = about | {"source": source, "method": method, "alpha": same[0]["alpha"]}
-            what |= {"metric": "perplexity_ratio", "part": PLAIN, "concept": "mean"}
-            records.append(record(value=float(ratio), n=base["n"], **what))
-        return records
+    def measure_perplexity(self, target: str, directions: dict, about: dict) -> list[dict]:
+        """Perplexity of plain sentences under each vector, at every alpha: records."""
+        arms = [(about | {"method": "base", "alpha": 0}, BASE)]
+        for emotion, found in directions.items():
+            for (method, source, variant), direction in found.items():
+                for alpha in [] if variant else self.args.alpha:
+                    what = {"method": method, "source": source, "concept": emotion, "alpha": alpha}
+                    arms.append((about | what, Transplant.of(direction, about["block"], alpha)))
+        return perplexity_records(self.models.load(target), self.vectors.sentences, arms)
 
-    def measure_maps(self, target: str, about: dict) -> list[dict]:
+    def measure_maps(self, target: str) -> list[dict]:
         """What the maps from every other model are worth: records."""
-        records, where_read = [], "contrans-local" in map_methods(self.args)
+        records = []
         for method, source in product(map_methods(self.args), self.args.models):
             if source == target:
                 continue
@@ -391,9 +386,9 @@ class Lab:
             vectors = [Vector(emotion, source, source) for emotion in EMOTIONS]
             own = [Vector(emotion, target, target) for emotion in EMOTIONS]
             inputs = target, point, method, self.args.maps
-            found = self.vectors.quality(vectors, *inputs, own, where_read)
-            what = about | {"source": source, "method": method, "part": "held-out"}
-            what["source_block"] = point.source_block
+            found = self.vectors.quality(vectors, *inputs, own)
+            what = {"item": "Figure 4", "source": source, "target": target, "method": method}
+            what |= {"source_block": point.source_block, "block": point.block, "part": "held-out"}
             records += [record(**what | fields) for fields in found]
         return records
 
@@ -445,20 +440,35 @@ def strongest_key(directions: dict[str, dict], alphas: dict[tuple, float]) -> tu
 
 
 def one_target(run: Run, lab: Lab, target: str) -> list[dict]:
-    """Records of one target, and what each vector gains over the model without one."""
+    """Records of one target: first what the maps are worth, then the effect of each vector, its
+    gain over the model without one, its cost, and the effect where perplexity rises by at most
+    10 %."""
+    worth = run.step(f"maps to {target}", lab.measure_maps, target)
     records = run.step(f"target {target}", lab.measure, target)
     lab.vectors.forget_maps()  # the next target needs others
-    [base] = select(records, method="base")
-    gains = []
-    for each in select(records, metric="token_acc", variant=None):
-        if each is not base:
+    [base] = select(records, method="base", metric="token_acc")
+    derived = []
+    for source in lab.args.models:
+        mine = [each for each in records if each["source"] in (None, source)]
+        costs = select(mine, metric="perplexity")
+        derived += [each | {"source": source} for each in fluent(curve(mine), costs)]
+        ratios = relative_costs(costs, PLAIN)
+        for each in select(mine, source=source, metric="token_acc", variant=None):
             about = each | {"low": None, "high": None, "paper": None}
-            gain = each["value"] - base["value"]
-            gains.append(about | {"metric": "absolute_improvement", "value": gain})
+            found = {"absolute_improvement": each["value"] - base["value"]}
             if base["value"]:  # over a baseline of 0 there is no ratio
-                ratio = each["value"] / base["value"]
-                gains.append(about | {"metric": "improvement_ratio", "value": ratio})
-    return records + gains
+                found["improvement_ratio"] = each["value"] / base["value"]
+            found["perplexity_ratio"] = ratios[each["method"], each["alpha"]]
+            derived += [about | {"metric": name, "value": value} for name, value in found.items()]
+    return worth + records + derived
+
+
+def curve(records: list[dict]) -> list[dict]:
+    """Token Acc of v_hat at every alpha, and of the base model."""
+    found = select(records, metric="token_acc", variant=None)
+    for each in select(records, metric="token_acc", variant=NOT_CHOSEN):
+        found.append(each | {"variant": None})
+    return found
 
 
 # ---------------------------------------------------------------- tables
@@ -474,49 +484,58 @@ def column(each: dict) -> str:
     return f"v of {Path(each['source']).name}" if each["source"] else "random [range]"
 
 
+def pair_table(args, records: list[dict], row=short) -> str:
+    """Rows are targets, columns sources, in the order of --models."""
+    sources = [f"v of {Path(name).name}" for name in args.models]
+    return pivot(records, row, column, order=["no vector", *sources])
+
+
 def by_method(records: list[dict], method: str) -> list[dict]:
     """The records of a map, and those that it is shown beside: base and the target's own vector."""
     return [each for each in records if each["method"] in ("base", "self-align", method)]
 
 
 def tables(args, records: list[dict], method: str) -> list[str]:
-    order, shown = [None, *args.models], []
+    shown = []
     for target in args.models:
         mine = select(records, target=target, metric="token_acc")
         directions = of_kind(select(mine, method=method), "random")
-        tested = by_method(select(mine, variant=None), method)
-        tested.sort(key=lambda each: order.index(each["source"]))
-        shown += [*tested, spread(directions, "random")]
+        shown += by_method(select(mine, variant=None), method)
+        shown.append(spread(directions, "random"))
     samples = []
     for target, source in product(args.models, args.models):
         same = select(records, target=target, source=source, metric="token_acc")
-        own = select(same, method="self-align")  # on the diagonal
+        own = select(same, method="self-align", variant=None)  # on the diagonal
         mapped = select(same, method=method, variant=None)
         mapped += of_kind(select(same, method=method), "map ")
         samples.append(spread(own or mapped, "map"))
+    few = select(records, method=method, metric="token_acc", variant="few sentences")
     quality = []
     for metric in ("r2_where_read", "cosine_to_response"):
         quality += select(records, method=method, metric=metric, variant=None)
     ratios = by_method(select(records, metric="improvement_ratio"), method)
     costs = by_method(select(records, metric="perplexity_ratio"), method)
-    costs.sort(key=lambda each: args.models.index(each["source"]))
-    costs.sort(key=lambda each: args.models.index(each["target"]))
+    within = by_method(select(records, metric="token_acc", variant=FLUENT), method)
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return [
+        f"What the maps of {METHODS[method]} are worth, known without any steering: with a "
+        "negative R² or a cosine below 0.3 they rarely work (docs/map.md)",
+        pair_table(args, quality, lambda each: f"{short(each)}: {MAP_METRICS[each['metric']]}"),
         f"{METHODS[method]}: Token Acc in % [95 % interval], mean of all emotions, on scenarios of "
         f"the others (n = {shown[0]['n']}); rows are targets, columns sources, on the diagonal "
         f"Self-Align; block {args.layer}, α chosen on {chosen_on} for each pair. The {args.random} "
         "random directions are as strong as the strongest vector of the row",
-        pivot(shown, short, column),
+        pair_table(args, shown),
         "Improvement ratio (none over a baseline of 0)",
-        pivot(ratios, short, column) if ratios else "none",
+        pair_table(args, ratios) if ratios else "none",
         "Perplexity of plain sentences at these α, over that without a vector",
-        pivot(costs, short, column),
+        pair_table(args, costs),
+        "At the largest α that raises the perplexity of other sentences by at most 10 %",
+        pair_table(args, within),
         f"By maps on {args.maps} disjoint samples of the text, the first one's α [range]",
-        pivot(samples, short, column),
-        "What the maps are worth, without steering: with a negative R² or a cosine below 0.3 they "
-        "rarely work (docs/map.md)",
-        pivot(quality, lambda each: f"{short(each)}: {MAP_METRICS[each['metric']]}", column),
+        pair_table(args, samples),
+        "By maps with the paper's 0.39 sentences for each dimension (no number: the map has fewer)",
+        pair_table(args, few) if few else "none",
     ]
 
 
@@ -560,6 +579,14 @@ def draw_heat(args, records: list[dict], method: str):
     return figure
 
 
+def draw_cost(records: list[dict], target: str):
+    """Token Acc of one target against perplexity, mean of all sources."""
+    mine = select(records, target=target)
+    title = f"All other sizes → {Path(target).name}, mean of all emotions"
+    costs = select(mine, metric="perplexity")
+    return draw_fluency(curve(mine), costs, ylabel="Token Acc", ylim=(0, 1.05), title=title)
+
+
 def draw_tsne(points: dict[str, list]):
     """Figure 8: t-SNE of the states of three sizes."""
     figure, axes = new_figure(ncols=len(points), figsize=(PAGE, 2.8), squeeze=False)
@@ -588,7 +615,9 @@ def main(argv=None):
     lab = Lab(args, data, sentences, models)
     first_prompts = [texts[0] for texts in pairs(args, data, EMOTIONS[0])]
     first_prompts += prompts(args, data, data.emotions[EMOTIONS[0]].test[:1], shots=True)
-    run = Run(__file__, args, models, [data, sentences], first_prompts, steps=len(args.models) + 3)
+    run = Run(
+        __file__, args, models, [data, sentences], first_prompts, steps=2 * len(args.models) + 3
+    )
 
     found = {name: one_target(run, lab, name) for name in args.models}
     records = [each for name in args.models for each in found[name]]
@@ -602,8 +631,10 @@ def main(argv=None):
     for method in map_methods(args):
         headline.append(run.figure(draw_heat(args, records, method), f"figure_4_{method}"))
         headline += tables(args, records, method)
-    figure = run.figure(draw_tsne(points), "figure_8")
-    run.save(records, examples(data, records), headline, [figure])
+    figures = [run.figure(draw_tsne(points), "figure_8")]
+    for name in args.models:
+        figures.append(run.figure(draw_cost(records, name), f"fluency_{Path(name).name}"))
+    run.save(records, examples(data, records), headline, figures)
 
 
 def examples(data: Data, records: list[dict]) -> list[dict]:

@@ -5,20 +5,18 @@
         --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --texts my_plain_text.txt
 
 Refine a vector from pairs of texts, map it into larger models, add it there. How often do they then
-prefer the positive label on negative texts that made no vector?
-
-What to change: --pairs (a file with {"positive": text, "negative": text} on each line), --template,
-which ends where the label begins, and --labels; or `hits`, if your concept shows in something else
-than a label (see choice_logprobs, generate and perplexity in common.py).
-"""
+prefer the positive label on negative texts that made no vector? What to change: --pairs (a file
+with {"positive": text, "negative": text} on each line), --template, which ends where the label
+begins, and --labels; or the ten lines of `prompts` and `hits`, if your concept shows in something
+else than a label (see choice_logprobs and generate in common.py)."""
 
 from pathlib import Path
 
 import harness
 from common import BASE, Transplant, score_labels
-from harness import TOY, at_least, fail, map_methods
+from harness import TOY, at_least, map_methods
 from models import Models
-from report import draw_strength, map_table, record, select, summary, verdict
+from report import draw_strength, map_table, map_warnings, record, select, summary, verdict
 from vectors import Context, Point, Vector, Vectors, map_texts
 
 SETTINGS = {"layer": "0.75", "alpha": [1, 2, 4], "sentences": 1000, "limit": 200}
@@ -37,7 +35,7 @@ def options(argv=None):
     add("--save-vector", type=harness.folder_path, metavar="FOLDER", help="copy each v_hat there")
     args = harness.parse_options(parser, FAMILIES, argv)
     if "{text}" not in args.template:
-        fail("--template needs {text} in it")
+        harness.fail("--template needs {text} in it")
     return args
 
 
@@ -52,13 +50,16 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
 
 
 def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) -> list[dict]:
-    """Records of the effect of v_hat, of its controls and of the target's own vector."""
+    """Records of what the maps are worth, and of the effect of v_hat, its controls and own v."""
     v, own = Vector(args.labels[0], args.src, args.src_base), Vector(args.labels[0], target, target)
+    about = {"source": args.src, "target": target, "concept": v.concept} | point._asdict()
     # Refine (Eq. 1): v in the source, and in the target itself for comparison.
     directions = {("self-align", None): vectors.v(own, point.block)}
-    # Reformulate (Eq. 2): v_hat by each kind of map, and its controls.
-    counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
+    # Reformulate (Eq. 2): v_hat by each kind of map, what the map is worth, and controls.
+    records, counts = [], {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
     for method in map_methods(args):
+        for fields in vectors.quality([v], target, point, method, args.maps, [own]):
+            records.append(record(method=method, **about | fields))
         directions[method, None] = vectors.at(v, target, point, method)
         counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
         controls = vectors.controls(v, target, point, [], method, **counts)
@@ -69,16 +70,10 @@ def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) ->
         for alpha in args.alpha:
             moves[method, variant, alpha] = Transplant.of(direction, point.block, alpha)
     answers = hits(args, vectors.models.load(target), test, list(moves.values()))
-    about = {"source": args.src, "target": target, "concept": v.concept, "metric": "logit_acc"}
-    about |= {"part": "test", "source_block": point.source_block, "block": point.block}
-    records = []
+    about |= {"metric": "logit_acc", "part": "test"}
     for (method, variant, alpha), found in zip(moves, answers):
-        records.append(record(found, method=method, variant=variant, alpha=alpha, **about))
-    about["part"] = "held-out"
-    for method in map_methods(args):  # what the maps are worth, in the report
-        inputs = target, point, method, args.maps, [own], "contrans-local" in map_methods(args)
-        for fields in vectors.quality([v], *inputs):
-            records.append(record(method=method, **about | fields))
+        arm = {"method": method, "variant": variant, "alpha": alpha}
+        records.append(record(found, **about | arm))
     return records
 
 
@@ -87,54 +82,47 @@ def main(argv=None):
     models = Models(**harness.model_options(args))
     pairs, test = harness.read_pairs(args.pairs, args.seed, args.limit)
     positive, negative = zip(*pairs)
-    models.require_same_shape(args.src, args.src_base)
-    for side, name in enumerate([args.src, *args.tgt]):
-        models.block(name, args.layer, side)  # an impossible --layer ends here
+    blocks, names = {}, [args.src, args.src_base, *args.tgt]
+    for name in names:  # what cannot work ends here, before any weights are loaded
+        blocks[name] = models.block(name, args.layer, side=int(name in args.tgt))
         models.require_fit(name, prompts(args, [*positive, *negative, *test]), new_tokens=8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
-    names = [args.src_base, *args.tgt]
-    sentences = map_texts(args, models, names)
-    data, first, ignore = [pairs, test, sentences], prompts(args, test[:1]), ["save_vector"]
-    run = harness.Run(__file__, args, models, data, first, ignore, steps=len(args.tgt))
-
-    concept, source_block = args.labels[0], models.block(args.src, args.layer)
-    points = {}
-    for target in args.tgt:  # no strength is chosen: the figure shows all of them
-        points[target] = Point(source_block, models.block(target, args.layer, 1), alpha=None)
-    v = Vector(concept, args.src, args.src_base)
+    models.require_same_shape(args.src, args.src_base)
+    sentences = map_texts(args, models, names[1:])
+    data, first = [pairs, test, sentences], prompts(args, test[:1])
+    run = harness.Run(__file__, args, models, data, first, ["save_vector"], 2 * len(args.tgt))
+    v = Vector(args.labels[0], args.src, args.src_base)
     vectors = Vectors(
         models,
-        wanted=[v, *(Vector(concept, target, target) for target in args.tgt)],
+        wanted=[v, *(Vector(v.concept, target, target) for target in args.tgt)],
         targets=args.tgt,
         pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
-        blocks=lambda name: [points[name].block if name in points else source_block],
+        blocks=lambda name: [blocks[name]],
         context=lambda *_: Context((args.template,), positive + negative),
         sentences=sentences,
         refine=args.refine,
         **harness.map_options(args),
     )
-    records, figures, judged, quality = [], [], {}, []
-    for target, point in points.items():
-        name, best = Path(target).name, map_methods(args)[-1]
+    records, figures, worth, judged = [], [], [], {}
+    for target in args.tgt:  # no strength is chosen: table and figure show all of them
+        point, name = Point(blocks[args.src], blocks[target], alpha=None), Path(target).name
         found = run.step(f"steer {target}", steer, args, vectors, test, target, point)
-        tested = select(found, part="test")
-        path = run.folder / f"v_{concept}_{name}.safetensors"
-        if args.save_vector or not path.exists():
-            v_hat = vectors.at(v, target, point, best)
-            about = vectors.describe(v, target, point, best)
-            for folder in filter(None, [run.folder, args.save_vector]):
-                harness.save_concept(folder / path.name, v_hat, **about)
+        file, which = f"v_{v.concept}_{name}.safetensors", (v, target, point, map_methods(args)[-1])
+        run.step(f"save {target}", vectors.save, run.folder / file, *which)
+        if args.save_vector:  # whenever it is asked for, since that folder may be gone
+            vectors.save(args.save_vector / file, *which)
         for alpha in args.alpha:
-            at_alpha = [each for each in tested if each["alpha"] in (0, alpha)]
+            at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
             judged[f"{name}, α = {alpha:g}"] = at_alpha, {}
-        wanted = f"prefers “{concept}”"
-        shown = dict.fromkeys(["self-align", *map_methods(args)], point)
-        figure = draw_strength(tested, shown, ylabel=wanted, title=f"{name} {wanted}")
+        points = dict.fromkeys(["self-align", *map_methods(args)], point)
+        tested, wanted = select(found, part="test"), f"prefers “{v.concept}”"
+        figure = draw_strength(tested, points, ylabel=wanted, title=f"{name} {wanted}")
         figures.append(run.figure(figure, f"strength_{name}"))
-        quality.append(map_table(select(found, part="held-out")))
+        worth.append(map_table(found))
         records += found
-    title = f"How often “{concept}” is preferred, in % (n = {len(test)})"
-    run.save(records, [], [verdict(judged), *figures, summary(title, judged)], quality)
+    title = f"How often “{v.concept}” is preferred, in % (n = {len(test)})"
+    headline = [verdict(judged), *figures, summary(title, judged), *map_warnings(records)]
+    run.save(records, [], headline, worth)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ from harness import (
     read_text,
     read_texts,
     run_script,
-    save_concept,
 )
 from models import Models, context_length, spaced
 from report import (
@@ -74,6 +73,7 @@ from report import (
     effect_notes,
     label,
     map_table,
+    map_warnings,
     markdown,
     paired_p,
     pivot,
@@ -81,14 +81,7 @@ from report import (
     select,
     verdict,
 )
-from vectors import (
-    SHUFFLED_MAPS,
-    Context,
-    Point,
-    Vector,
-    Vectors,
-    map_texts,
-)
+from vectors import Context, Point, Vector, Vectors, map_texts, random_directions
 
 import numpy as np
 import torch
@@ -541,16 +534,16 @@ class Lab:
         """What is added at a point [d]; variant: a control of it."""
         if method == "self-align":
             return self.vectors.v(self.own(target), point.block)
+        args, inputs = self.args, (self.source("fairness"), target, point, method)
+        v_hat = self.vectors.at(*inputs)
         if variant is None:
-            return self.vectors.at(self.source("fairness"), target, point, method)
-        args, vector = self.args, self.source("fairness")
-        if variant.startswith("own-α permuted"):
-            counts = args.permutations, args.seed
-            null = self.vectors.permuted(vector, target, point, method, *counts)
-            return null[int(variant.split()[-1])]
-        counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
-        others = [self.source("happiness")]
-        return self.vectors.controls(vector, target, point, others, method, **counts)[variant]
+            return v_hat
+        kind, number = variant.rsplit(" ", 1)
+        if kind == "random":
+            null = random_directions(v_hat, args.random, args.seed)
+        else:
+            null = self.vectors.permuted(*inputs, args.permutations, args.seed)
+        return null[int(number)]
 
     # ------------------------------------------------------------ transplant, score: the steps
 
@@ -592,6 +585,15 @@ class Lab:
             direction = self.direction(target, method, point, variant)
             moves.append(Transplant.of(direction, point.block, point.alpha))
         return self.write(self.models.load(target), moves)
+
+    def controls(self, target, method, point) -> dict[str, dict]:
+        """The test prompts under the controls of a map at its point, but for random directions and
+        permuted labels."""
+        counts = {"n_maps": self.args.maps, "n_random": 0, "seed": self.args.seed}
+        vector, others = self.source("fairness"), [self.source("happiness")]
+        directions = self.vectors.controls(vector, target, point, others, method, **counts)
+        moves = [Transplant.of(each, point.block, point.alpha) for each in directions.values()]
+        return dict(zip(directions, self.write(self.models.load(target), moves)))
 
     def proxy_tuned(self, target) -> dict:
         """EFT: the difference between the small models' logits is added to the target's."""
@@ -657,11 +659,8 @@ class Lab:
     def map_quality(self, target, method, point) -> list[dict]:
         """How good each map is, and how large the vectors are beside the residual stream."""
         own = self.own(target) if self.has_own(target) else None
-        where_read = "contrans-local" in map_methods(self.args)
-        inputs = self.source("fairness"), target, point, method
-        found = self.vectors.map_quality(*inputs, self.args.maps, where_read)
-        for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
-            found.append({"metric": metric, "value": value})
+        vectors, inputs = [self.source("fairness")], (target, point, method, self.args.maps)
+        found = self.vectors.quality(vectors, *inputs, [own])
         return [fields | point._asdict() for fields in found]
 
     def two_concepts(self, target, path, method, point, toxic) -> tuple[list[dict], str]:
@@ -703,12 +702,6 @@ class Lab:
         for row in logprobs.split(sizes, 1):  # [transplants, choices] of one question
             hits.append(row[:, 0] > row[:, 1:].amax(1))
         return torch.stack(hits, 1).int().tolist()
-
-    def export(self, folder: str, target, method, point) -> None:
-        """Write v_fairness of a target as a file."""
-        about = self.vectors.describe(self.source("fairness"), target, point, method)
-        path = Path(folder) / f"v_fairness_{Path(target).name}.safetensors"
-        save_concept(path, self.direction(target, method, point), **about)
 
 
 def copies(prompt: str, text: str) -> int:
@@ -891,21 +884,17 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
     for method in map_methods(args):
         points = lab.points(target, method)
         [point], _ = steer(run, lab, found, method, points)
-        variants = [f"map {number}" for number in range(1, args.maps)]
-        variants += [f"shuffled map {number}" for number in range(SHUFFLED_MAPS)]
-        variants += ["other happiness"]
-        at_point = [point] * len(variants)
-        step = f"{name} {method}, controls"
-        written = run.step(step, lab.steered, target, method, at_point, variants)
-        for variant, texts in zip(variants, written):
-            found.add_row(method, texts, variant, **point._asdict())
         for fields in run.step(f"{name} {method}, maps", lab.map_quality, target, method, point):
             found.add(method, **fields)
+        step = f"{name} {method}, controls"
+        for variant, texts in run.step(step, lab.controls, target, method, point).items():
+            found.add_row(method, texts, variant, **point._asdict())
 
     null_rows(args, run, lab, found, method, point)
     if honesty:
         table_7(run, lab, found, honesty, method, point)
-    run.step(f"{name} export", lab.export, str(run.folder), target, method, point)
+    path, vector = run.folder / f"v_fairness_{name}.safetensors", lab.source("fairness")
+    run.step(f"{name} export", lab.vectors.save, path, vector, target, point, method)
     if "eft" not in missing:  # last, since it needs three models at once
         found.add_row("eft", run.step(f"{name} eft", lab.proxy_tuned, target))
     return found
@@ -937,9 +926,10 @@ def tables(args, found: Findings) -> list[str]:
     pair = f"{Path(args.src).name} → {Path(found.target).name}"
     parts = [
         f"Table 2: {pair}\n\n" + pivot(rows, label, "metric", missing, beside),
-        f"## {pair}\n\nToxic rate by group:",
-        pivot(groups, "group", label),
+        f"## {pair}",
         map_table(records),
+        "Toxic rate by group:",
+        pivot(groups, "group", label),
         f"Table 7: {pair}",
         notes.get("Table 7", "needs --honesty FILE (exp_truthfulqa.py --save-vector FOLDER)"),
     ]
@@ -967,9 +957,8 @@ p: McNemar's against the base model, corrected for their number (Holm).
 # ---------------------------------------------------------------- figures
 
 
-def draw_validation(args, found: Findings):
+def draw_validation(args, found: Findings, method: str):
     """The toxic rate at every pair of blocks and strength; none where perplexity is too high."""
-    method = map_methods(args)[-1]
     grid = select(found.records, method=method, variant=None, group=None)
     toxic, ratios = select(grid, part="validation"), select(grid, metric="perplexity_ratio")
     [best] = select(grid, item="Table 2", metric="perplexity")
@@ -1005,7 +994,9 @@ def main(argv=None):
         comparable = [each for each in found.records if each["metric"] != "perplexity"]
         add_paper_numbers(comparable, PAPER_NAMES)  # its perplexity is of other text
         name = Path(target).name
-        figures.append(run.figure(draw_validation(args, found), f"grid_{name}"))
+        for method in map_methods(args):
+            figure = draw_validation(args, found, method)
+            figures.append(run.figure(figure, f"grid_{method}_{name}"))
         table, *others = tables(args, found)
         main_tables.append(table)
         report += others
@@ -1013,7 +1004,7 @@ def main(argv=None):
         judged[name] = rates, {}
         records += found.records
         examples += found.examples
-    headline = [verdict(judged, lower=True), *figures, *main_tables]
+    headline = [verdict(judged, lower=True), *figures, *main_tables, *map_warnings(records)]
     run.save(records, examples, headline, report)
 
 

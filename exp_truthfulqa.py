@@ -71,6 +71,7 @@ from report import (
     holm,
     label,
     map_table,
+    map_warnings,
     markdown,
     mcnemar,
     of_kind,
@@ -727,18 +728,12 @@ class Lab:
 
     def measure_maps(self, row, point) -> list[dict]:
         """Records: quality of the maps, and norms."""
-        about = row.about(point)
-        where_read = "contrans-local" in map_methods(self.args)
-        inputs = row.vector, row.base, point, row.method
-        records = []
-        for fields in self.vectors.map_quality(*inputs, self.args.maps, where_read):
-            records.append(record(**about | {"source": row.start} | fields))
         chats = dict(zip(self.args.tgt, self.args.tgt_chat))
         own = Vector(row.concept, chats[row.host], row.base)
         own = own if own in self.vectors.wanted else None
-        for metric, value in self.vectors.vector_quality(*inputs, own, where_read).items():
-            records.append(record(**about, metric=metric, value=value))
-        return records
+        inputs = row.base, point, row.method, self.args.maps
+        found = self.vectors.quality([row.vector], *inputs, [own])
+        return [record(**row.about(point) | fields) for fields in found]
 
     def measure_perplexity(self, row, point) -> list[dict]:
         """Records: perplexity of plain sentences, under a vector at every alpha, and of other
@@ -939,10 +934,10 @@ def one_target(args, run, lab, part):
     report = [
         curves,
         f"## Table 1: {Path(args.src).name} → {name}{paper}",
+        map_table(worth),
         print_table(table, part, notes),
         gain_table(args, records, alphas),
         *figures,
-        map_table(worth),
         run.figure(fluency, f"fluency_{name}"),
         "Perplexity of plain sentences",
         perplexity_table(costs),
@@ -1178,21 +1173,6 @@ def opening(args, data, first: str) -> str:
 # ---------------------------------------------------------------- main
 
 
-def expected_steps(args, parts: list[Part]) -> int:
-    """Approximate number of steps of the run; a point that is chosen twice is one step."""
-    names = set()
-    for part in parts:
-        for row in part.rows:
-            names |= {row.step, f"{row.step}, validation"} if row.vector else {row.step}
-            if part.table == "1":
-                names.add(f"{row.step}, perplexity")
-                if row.vector:
-                    names.add(f"{row.step}, other strengths")
-                if row.method in map_methods(args):
-                    names |= {f"{row.step}, {what}" for what in ("controls", "maps", "depth")}
-    return len(names) + len(args.tgt)
-
-
 def main(argv=None):
     args = options(argv)
     models = Models(**model_options(args))
@@ -1217,7 +1197,7 @@ def main(argv=None):
         first_prompts += [positive[0], negative[0]]
     inputs = [data, *map(models.fingerprint, sorted(names))]
     ignore = ("generate", "save_vector")
-    steps = expected_steps(args, parts)
+    steps = sum(len(part.rows) * (5 if part.table == "1" else 2) for part in parts)
     run = Run(__file__, args, models, inputs, first_prompts, ignore, steps)
     lab = Lab(args, data, models, rows)
 
@@ -1235,7 +1215,7 @@ def main(argv=None):
     if args.table in ("1", "all"):
         targets = judged(args, lab, records)
         title = f"MC1 in %, v of {Path(args.src).name}"
-        headline = [verdict(targets), *figures, summary(title, targets)]
+        headline = [verdict(targets), *figures, summary(title, targets), *map_warnings(records)]
         run.save(records, examples, headline, report)
     else:
         run.save(records, examples, report)

@@ -384,9 +384,10 @@ def map_methods(args) -> list[str]:
 
 
 def map_options(args) -> dict:
-    """The options about affine maps, as arguments of vectors.AffineMaps."""
+    """The options about maps, as arguments of vectors.Vectors."""
     fitting = {"intercept": args.intercept, "rcond": args.rcond, "ridge": args.ridge}
-    return {"n_sentences": args.sentences, "norm": args.norm, **fitting}
+    where_read = args.map != "paper"
+    return {"n_sentences": args.sentences, "norm": args.norm, "where_read": where_read, **fitting}
 
 
 # ================================================================ 2  Files

@@ -443,14 +443,19 @@ def fluency_notes(shown: list[dict], costs: list[dict]) -> dict[str, str]:
 RATES = {"token_acc", "logit_acc", "mc1", "mc2", "toxic_rate", "empty", "copied", "repeated"}
 
 
-def pivot(records: list[dict], rows, columns, missing: dict[str, str] = {}, notes=None) -> str:
+def pivot(
+    records: list[dict], rows, columns, missing: dict[str, str] = {}, notes=None, order=()
+) -> str:
     """A Markdown table of records, rows and columns in the order of the records.
 
     rows, columns: a field, or a function of a record. missing: {row: why it has no numbers}.
-    notes: {row: what stands in a last column}."""
+    notes: {row: what stands in a last column}. order: columns that come first, where they are."""
     row_of = rows if callable(rows) else lambda each: each[rows]
     column_of = columns if callable(columns) else lambda each: each[columns]
-    heads = list(dict.fromkeys(column_of(each) for each in records)) or [""]
+    found_heads = dict.fromkeys(column_of(each) for each in records)
+    heads = [name for name in order if name in found_heads]
+    heads += [name for name in found_heads if name not in order]
+    heads = heads or [""]
     cells: dict = {}
     for each in records:
         cells.setdefault(row_of(each), {})[column_of(each)] = cell(each)
@@ -490,7 +495,7 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
-# What is measured of maps, see vectors.Vectors.map_quality and vector_quality.
+# What is measured of maps, see vectors.Vectors.quality.
 MAP_METRICS = {
     "r2": "R² held-out",
     "cosine": "cosine held-out",
@@ -524,28 +529,29 @@ def map_table(records: list[dict]) -> str:
     return "\n\n".join(["Affine maps", pivot(shown, label, column), *map_warnings(shown)])
 
 
-def map_warnings(records: list[dict], name_of=label) -> list[str]:
-    """What the quality of maps says against them. name_of: names a record."""
-    warnings = []
+def map_warnings(records: list[dict]) -> list[str]:
+    """One line for each map that rarely works, by what is known of it without any steering."""
+    reasons: dict[str, list[str]] = {}
     for each in select(records, variant=None):
-        warnings += _map_warning(each, name_of(each))
-    return warnings
+        if reason := _map_doubt(each):
+            pair = f"{Path(each['source']).name} → {Path(each['target']).name}"
+            reasons.setdefault(f"{METHODS[each['method']]}, {pair}", []).append(reason)
+    end = "such a map rarely works (docs/map.md)"
+    return [f"Warning: {name}: {', '.join(found)}: {end}" for name, found in reasons.items()]
 
 
-def _map_warning(each: dict, name: str) -> list[str]:
+def _map_doubt(each: dict) -> str:
+    """What one measure of a map says against it."""
     metric, value = each["metric"], each["value"]
     if metric == "r2_where_read" and value < 0:
-        advice = "the map extrapolates there, and rarely works (docs/map.md)"
-        return [f"Warning: {name}: R² where v is read is {value:.2f}: {advice}"]
+        return f"it extrapolates, R² {value:.2f} where v is read"
     if metric == "r2_along_v" and value < 0:
-        return [f"Warning: {name}: R² along v̂ is {value:.2f}: expect no effect, or a chance one"]
+        return f"R² {value:.2f} along v̂"
     if metric == "cosine_to_response" and value < 0.3:
-        advice = "below 0.3 maps rarely work (docs/map.md)"
-        return [f"Warning: {name}: v̂ has a cosine of {value:.2f} to Cov(Y, X·v): {advice}"]
+        return f"cosine {value:.2f} to Cov(Y, X·v)"
     if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
-        advice = "between 0.5 and 2 a map can be useless without --ridge 0.01"
-        return [f"Warning: {name}: {value:.2f} sentences for each dimension: {advice}"]
-    return []
+        return f"{value:.2f} sentences for each dimension without ridge (try --ridge 0.01)"
+    return ""
 
 
 # ================================================================ 5  Figures
@@ -650,7 +656,8 @@ def draw_fluency(curve: list[dict], costs: list[dict], **axes):
             x = [np.mean(ratios[alpha]) for alpha in alphas]
             axis.plot(x, [np.mean(effects[alpha]) for alpha in alphas], label=name, **look)
     axis.axvline(1.1, color="#888", lw=0.7)
-    axis.set_xscale("log", subs=(2, 5))
+    is_wide = axis.get_xlim()[1] > 100
+    axis.set_xscale("log", subs=[] if is_wide else (2, 5))  # ticks between the powers of ten
     axis.xaxis.set_major_formatter("×{x:g}")
     axis.xaxis.set_minor_formatter("×{x:g}")
     axis.set(xlabel="perplexity relative to the base model (line: ×1.1)", **axes)

@@ -28,7 +28,7 @@ from common import (
     perplexity,
     refine,
 )
-from harness import TOY, fail, read_text
+from harness import TOY, fail, read_text, save_concept
 from models import Model, Models
 from report import LIMITING, PLAIN, record
 
@@ -560,7 +560,8 @@ class Vectors:
     model): where a concept is read, for local maps. sentences: plain text to fit maps between base
     models on. refine: mean, pca or probe. known: other Vectors whose models are not read again.
     both_ways: the targets are sources, too, so each reads all places of a pool for local maps once.
-    maps: options of AffineMaps, n_sentences among them."""
+    where_read: measure all maps where v is read, too, for which local maps are fitted. maps:
+    options of AffineMaps, n_sentences among them."""
 
     def __init__(
         self,
@@ -574,6 +575,7 @@ class Vectors:
         refine,
         known: Vectors | None = None,
         both_ways: bool = False,
+        where_read: bool = True,
         **maps,
     ):
         self.models = models
@@ -581,7 +583,7 @@ class Vectors:
         self.targets = list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
         self.sentences, self.refine, self.map_options = sentences, refine, maps
-        self.known, self.both_ways = known, both_ways
+        self.known, self.both_ways, self.where_read = known, both_ways, where_read
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
         self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
         self.plain: dict[str, dict[int, torch.Tensor]] = {}
@@ -658,43 +660,40 @@ class Vectors:
             directions |= {f"permuted {k}": each for k, each in enumerate(null)}
         return directions
 
-    def quality(
-        self, vectors, target, point, method, n_maps=1, own=(), where_read=True
-    ) -> list[dict]:
-        """map_quality of the map of several vectors, and the means of their vector_quality.
+    def quality(self, vectors, target, point, method, n_maps=1, own=(None,)) -> list[dict]:
+        """What the maps of several vectors are worth, as fields of report.record: of each map of
+        the first vector _map_quality, of all vectors the mean of _vector_quality.
 
-        own: the target's own vectors, if they are known."""
-        found = self.map_quality(vectors[0], target, point, method, n_maps, where_read)
-        means: dict[str, list] = {}
-        for vector, theirs in itertools.zip_longest(vectors, own):
-            each = self.vector_quality(vector, target, point, method, theirs, where_read)
-            for metric, value in each.items():
-                means.setdefault(metric, []).append(value)
-        for metric, values in means.items():
-            found.append({"metric": metric, "value": float(np.mean(values)), "concept": "mean"})
-        return found
-
-    def map_quality(self, vector, target, point, method, n_maps=1, where_read=True) -> list[dict]:
-        """Quality of the maps of a vector, as fields of report.record.
-
-        where_read: also R² where v is read, for which a local map is fitted."""
-        blocks = point.source_block, point.block
-        maps = self.maps(vector, target, method)
+        own: the target's own vectors, where they are known."""
         found = []
         for number in range(n_maps):
-            fitted = maps.fit(*blocks, sample=number)
-            metrics = {"r2": fitted.r2, "cosine": fitted.cosine}
-            if where_read:
-                local = self.maps(vector, target, "contrans-local")
-                metrics["r2_where_read"] = local.r2_where_read(fitted, *blocks)
-            metrics["n_over_d"] = fitted.n / len(fitted.x_mean)
-            metrics["effective_rank"] = fitted.effective_rank
+            fitted, metrics = self._map_quality(vectors[0], target, point, method, number)
             about = {"concept": "map", "variant": f"map {number}" if number else None}
             about |= {"part": "held-out", "n": fitted.n}
             found += [about | {"metric": name, "value": x} for name, x in metrics.items()]
+        means: dict[str, list] = {}
+        for vector, theirs in zip(vectors, own, strict=True):
+            each = self._vector_quality(vector, target, point, method, theirs)
+            for metric, value in each.items():
+                means.setdefault(metric, []).append(value)
+        concept = vectors[0].concept if len(vectors) == 1 else "mean"
+        for metric, values in means.items():
+            found.append({"metric": metric, "value": float(np.mean(values)), "concept": concept})
         return found
 
-    def vector_quality(self, vector, target, point, method, own=None, where_read=True) -> dict:
+    def _map_quality(self, vector, target, point, method, number: int) -> tuple[AffineMap, dict]:
+        """A map of a vector, and {metric: value}."""
+        blocks = point.source_block, point.block
+        fitted = self.maps(vector, target, method).fit(*blocks, sample=number)
+        found = {"r2": fitted.r2, "cosine": fitted.cosine}
+        if self.where_read:
+            local = self.maps(vector, target, "contrans-local")
+            found["r2_where_read"] = local.r2_where_read(fitted, *blocks)
+        found["n_over_d"] = fitted.n / len(fitted.x_mean)
+        found["effective_rank"] = fitted.effective_rank
+        return fitted, found
+
+    def _vector_quality(self, vector, target, point, method, own=None) -> dict[str, float]:
         """{metric: value}: norms of v, v_hat and both streams; where v is read R² along v_hat and
         cosine_to_response; and the cosine of v_hat with the target's own vector."""
         blocks = point.source_block, point.block
@@ -702,7 +701,7 @@ class Vectors:
         source_norm, target_norm = self.maps(vector, target).stream_norms(*blocks)
         found = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
         found |= {"stream_source": source_norm, "stream_target": target_norm}
-        if where_read:
+        if self.where_read:
             fitted = self.maps(vector, target, method).fit(*blocks)
             local = self.maps(vector, target, "contrans-local")
             found["r2_along_v"] = local.r2_where_read(fitted, *blocks, along=v_hat)
@@ -713,7 +712,14 @@ class Vectors:
             found["cosine_to_own"] = torch.cosine_similarity(v_hat, theirs, dim=0).item()
         return found
 
-    def describe(self, vector: Vector, target: str, point: Point, method="contrans") -> dict:
+    def save(
+        self, path: str | Path, vector: Vector, target: str, point: Point, method: str
+    ) -> None:
+        """Write v_hat at a point, with a description, see harness.save_concept."""
+        about = self.describe(vector, target, point, method)
+        save_concept(path, self.at(vector, target, point, method), **about)
+
+    def describe(self, vector: Vector, target: str, point: Point, method: str) -> dict:
         """What harness.save_concept writes beside v_hat at a point."""
         positive, _ = self.pairs(vector.concept, vector.model)
         fitted = self.maps(vector, target, method).fit(point.source_block, point.block)

@@ -775,7 +775,7 @@ def test_improvements_are_with_minus_without(finished):
     gains = run.find(metric="absolute_improvement")
     assert len(gains) == 6  # two of each map, and both diagonals
     for each in gains:
-        [base] = run.find(target=each["target"], method="base")
+        [base] = run.find(target=each["target"], method="base", metric="token_acc")
         match = {name: each[name] for name in ("source", "target", "method")}
         [ours] = run.find(metric="token_acc", variant=None, **match)
         assert each["value"] == pytest.approx(ours["value"] - base["value"])
@@ -785,6 +785,31 @@ def test_improvements_are_with_minus_without(finished):
         assert len(ratios) == (1 if base["value"] else 0)
         for ratio in ratios:
             assert ratio["value"] == pytest.approx(ours["value"] / base["value"])
+
+
+@pytest.mark.slow
+def test_every_pair_of_sizes_has_a_curve_and_an_effect_within_a_tenth_of_perplexity(tmp_path, data):
+    argv = command("exp_pythia", "--data", data, "--alpha", "0.01", "1", "30")
+    run = Finished(exp_pythia.main, argv, tmp_path)
+    chosen = run.find(metric="absolute_improvement")
+    assert len(chosen) == 6  # two of each map, and both diagonals
+    for each in chosen:
+        match = {name: each[name] for name in ("source", "target", "method")}
+        tested = run.find(metric="token_acc", **match)
+        curve = [one for one in tested if one["variant"] in (None, "not chosen")]
+        assert sorted(one["alpha"] for one in curve) == [0.01, 1, 30]
+        costs = defaultdict(list)
+        for cost in run.find(metric="perplexity", **match, part="limiting sentences"):
+            costs[cost["alpha"]].append(cost["value"])
+        about = {"method": "base", "target": each["target"], "part": "limiting sentences"}
+        [base] = run.find(metric="perplexity", **about)
+        within = [alpha for alpha in costs if np.mean(costs[alpha]) <= 1.1 * base["value"]]
+        assert 0.01 in within and 30 not in within
+        [fluent] = report.select(tested, variant=report.FLUENT)
+        assert fluent["alpha"] == max(within)
+        [there] = report.select(curve, alpha=fluent["alpha"])
+        assert fluent["value"] == there["value"]
+    assert len(list(run.folder.glob("fluency_*.png"))) == 2
 
 
 # ================================================================ TruthfulQA
@@ -868,7 +893,7 @@ def test_the_opposite_vector_stands_beside_v_hat(finished, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exp_emotion", "exp_pretraining", "exp_truthfulqa"])
+@pytest.mark.parametrize("name", ["exp_emotion", "exp_pretraining", "exp_pythia", "exp_truthfulqa"])
 def test_other_sentences_limit_alpha_than_those_whose_cost_is_shown(name, finished, data):
     run = finished(name)
     path = data / "wikisplit" / "validation.tsv"
@@ -884,6 +909,24 @@ def test_other_sentences_limit_alpha_than_those_whose_cost_is_shown(name, finish
         assert (base["n"], base["value"]) == (tokens, pytest.approx(value.item(), rel=1e-4))
     controls = [each for each in run.find(metric="perplexity") if each["variant"]]
     assert {each["part"] for each in controls} <= {"plain sentences"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_map_stands_beside_one_of_as_few_sentences_as_the_papers(name, finished):
+    found = finished(name).find(variant="few sentences")
+    assert {each["method"] for each in found} == {"contrans", "contrans-local"}
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "exp_pythia"])
+def test_maps_that_rarely_work_are_named_under_the_result(name, finished):
+    run = finished(name)
+    printed = [line.strip() for line in run.said.splitlines() if line.startswith("Warning: ")]
+    assert printed == report.map_warnings(run.records)
+    doubtful = [
+        each for each in run.find(metric="r2_where_read", variant=None) if each["value"] < 0
+    ]
+    named = [line for line in printed if "where v is read" in line]
+    assert len(named) == len(doubtful)
 
 
 NULLS = {  # what the records have in common, how many keep alpha, and how many choose their own
