@@ -511,7 +511,7 @@ def tables(args, records: list[dict], method: str) -> list[str]:
         samples.append(spread(own or mapped, "map"))
     few = select(records, method=method, metric="token_acc", variant="few sentences")
     quality = []
-    for metric in ("r2_where_read", "cosine_to_response"):
+    for metric in ("r2_where_read", "cosine_to_response", "separation"):
         quality += select(records, method=method, metric=metric, variant=None)
     ratios = by_method(select(records, metric="improvement_ratio"), method)
     costs = by_method(select(records, metric="perplexity_ratio"), method)
@@ -519,7 +519,7 @@ def tables(args, records: list[dict], method: str) -> list[str]:
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return [
         f"What the maps of {METHODS[method]} are worth, known without any steering: with a "
-        "negative R² or a cosine below 0.3 they rarely work (docs/map.md)",
+        "negative R², a cosine below 0.3 or an AUC below 0.7 they rarely work (docs/map.md)",
         pair_table(args, quality, lambda each: f"{short(each)}: {MAP_METRICS[each['metric']]}"),
         f"{METHODS[method]}: Token Acc in % [95 % interval], mean of all emotions, on scenarios of "
         f"the others (n = {shown[0]['n']}); rows are targets, columns sources, on the diagonal "

@@ -502,6 +502,7 @@ MAP_METRICS = {
     "r2_where_read": "R² where v is read",
     "r2_along_v": "R² along v̂",
     "cosine_to_response": "cosine to Cov(Y, X·v)",
+    "separation": "AUC of v",
     "n_over_d": "n / d",
     "effective_rank": "effective rank",
     "norm_v": "|v|",
@@ -530,25 +531,28 @@ def map_table(records: list[dict]) -> str:
 
 
 def map_warnings(records: list[dict]) -> list[str]:
-    """One line for each map that rarely works, by what is known of it without any steering."""
+    """One line for each map that rarely works, by what is known of it and of v without any
+    steering."""
     reasons: dict[str, list[str]] = {}
     for each in select(records, variant=None):
         if reason := _map_doubt(each):
             pair = f"{Path(each['source']).name} → {Path(each['target']).name}"
             reasons.setdefault(f"{METHODS[each['method']]}, {pair}", []).append(reason)
-    end = "such a map rarely works (docs/map.md)"
+    end = "then v_hat rarely works (docs/map.md)"
     return [f"Warning: {name}: {', '.join(found)}: {end}" for name, found in reasons.items()]
 
 
 def _map_doubt(each: dict) -> str:
-    """What one measure of a map says against it."""
+    """What one measure of a map, or of v, says against it."""
     metric, value = each["metric"], each["value"]
     if metric == "r2_where_read" and value < 0:
-        return f"it extrapolates, R² {value:.2f} where v is read"
+        return f"R² {value:.2f} where v is read"
     if metric == "r2_along_v" and value < 0:
         return f"R² {value:.2f} along v̂"
     if metric == "cosine_to_response" and value < 0.3:
         return f"cosine {value:.2f} to Cov(Y, X·v)"
+    if metric == "separation" and value < 0.7:
+        return f"v hardly tells pairs apart (AUC {value:.2f})"
     if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
         return f"{value:.2f} sentences for each dimension without ridge (try --ridge 0.01)"
     return ""

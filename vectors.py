@@ -458,6 +458,20 @@ def response(v: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return along @ (y - y.mean(0)).double() / len(y)
 
 
+def separation(positive: torch.Tensor, negative: torch.Tensor) -> float:
+    """AUC: how often a positive lies further along v than a negative, states [n, d] of pairs.
+
+    Each half of the pairs is judged by the v of the other half (Eq. 1). 0.5 is chance: v is then no
+    more than noise, and the model hardly has the concept."""
+    halves = [(positive[k::2].double(), negative[k::2].double()) for k in (0, 1)]
+    found = []
+    for (first, second), (one, other) in (halves, halves[::-1]):
+        v = first.mean(0) - second.mean(0)
+        above = (one @ v)[:, None] > other @ v
+        found.append(above.double().mean().item())
+    return float(np.mean(found))
+
+
 # ================================================================ 4  Controls
 
 SHUFFLED_MAPS = 5  # one alone can be far from the others
@@ -694,8 +708,9 @@ class Vectors:
         return fitted, found
 
     def _vector_quality(self, vector, target, point, method, own=None) -> dict[str, float]:
-        """{metric: value}: norms of v, v_hat and both streams; where v is read R² along v_hat and
-        cosine_to_response; and the cosine of v_hat with the target's own vector."""
+        """{metric: value}: norms of v, v_hat and both streams; where v is read the separation of
+        its pairs, R² along v_hat and cosine_to_response; and the cosine of v_hat with the target's
+        own vector."""
         blocks = point.source_block, point.block
         v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
         source_norm, target_norm = self.maps(vector, target).stream_norms(*blocks)
@@ -706,6 +721,10 @@ class Vectors:
             local = self.maps(vector, target, "contrans-local")
             found["r2_along_v"] = local.r2_where_read(fitted, *blocks, along=v_hat)
             found["cosine_to_response"] = local.cosine_to_response(v, v_hat, *blocks)
+            column = self.blocks(vector.model).index(blocks[0])
+            positive, negative = [states[:, column] for states in self.pair_states(vector)]
+            if len(positive) > 1:
+                found["separation"] = separation(positive, negative)
         if own:
             theirs = self.v(own, point.block)
             found["norm_own"] = theirs.norm().item()

@@ -5,6 +5,7 @@ any rank and scale are in test_hypothesis.py.
 """
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,7 @@ from vectors import (
     plain_texts,
     random_directions,
     response,
+    separation,
     shared_token_ends,
 )
 
@@ -1099,6 +1101,24 @@ def test_windows_are_pieces_of_the_text_as_long_as_the_concepts_texts():
         words[0] = words[0].lower()
         assert any(" ".join(words) in text for text in plain)
     assert pieces == cut_windows(plain, ["a b c!", "d e"], 200)
+
+
+def test_each_half_of_the_pairs_is_judged_by_the_vector_of_the_other():
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = torch.randn(2, 9, 5, generator=generator)
+    positive[:, 0] += 1
+    above = []
+    for learn, judged in ((0, 1), (1, 0)):
+        v = refine(positive[learn::2, None], negative[learn::2, None])[0]
+        rates = []
+        for one, other in itertools.product(positive[judged::2], negative[judged::2]):
+            rates.append(float(one @ v > other @ v))
+        above.append(np.mean(rates))
+    assert separation(positive, negative) == pytest.approx(np.mean(above))
+    assert 0.5 < np.mean(above) < 1
+    positive[:, 0] += 100
+    assert separation(positive, negative) == 1
+    assert separation(negative, positive) == 1  # v has a sign of its own
 
 
 def test_the_response_to_a_vector_is_a_covariance():

@@ -769,12 +769,14 @@ def test_each_source_is_judged_by_its_own_permuted_labels():
 
 
 MAP_WARNINGS = [
-    ({"r2_where_read": -0.1}, "it extrapolates, R² -0.10 where v is read"),
+    ({"r2_where_read": -0.1}, "R² -0.10 where v is read"),
     ({"r2_where_read": 0.1}, None),
     ({"r2_along_v": -0.1}, "R² -0.10 along v̂"),
     ({"r2_along_v": 0.1}, None),
     ({"cosine_to_response": 0.29}, "cosine 0.29 to Cov(Y, X·v)"),
     ({"cosine_to_response": 0.3}, None),
+    ({"separation": 0.69}, "v hardly tells pairs apart (AUC 0.69)"),
+    ({"separation": 0.7}, None),
     ({"n_over_d": 0.6}, "0.60 sentences for each dimension"),
     ({"n_over_d": 0.5}, None),
     ({"n_over_d": 2.0}, None),
