@@ -644,6 +644,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     pca = run.step(f"{target} PCA", lab.pca)
     texts = run.step(f"{target} texts", lab.generations)
     tokens = run.step(f"{target} tokens", lab.token_changes)
+    lab.vectors.forget_maps()  # the next target needs others
     report = [
         f"## {Path(args.src).name} → {Path(target).name}",
         map_table(records),
