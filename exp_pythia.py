@@ -454,12 +454,13 @@ def one_target(run: Run, lab: Lab, target: str) -> list[dict]:
         derived += [each | {"source": source} for each in fluent(curve(mine), costs)]
         ratios = relative_costs(costs, PLAIN)
         for each in select(mine, source=source, metric="token_acc", variant=None):
-            about = each | {"low": None, "high": None, "paper": None}
+            about = each | dict.fromkeys(("low", "high", "item_low", "item_high", "paper"))
             found = {"absolute_improvement": each["value"] - base["value"]}
             if base["value"]:  # over a baseline of 0 there is no ratio
                 found["improvement_ratio"] = each["value"] / base["value"]
-            found["perplexity_ratio"] = ratios[each["method"], each["alpha"]]
             derived += [about | {"metric": name, "value": value} for name, value in found.items()]
+            cost = {"metric": "perplexity_ratio", "part": PLAIN, "n": None, "units": None}
+            derived.append(about | cost | {"value": ratios[each["method"], each["alpha"]]})
     return worth + records + derived
 
 
