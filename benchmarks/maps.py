@@ -73,9 +73,10 @@ def emotion_columns(argv: list[str]) -> list[Column]:
     data = exp_emotion.load_data(args)
     names = [args.src_base, *args.tgt]
     sentences = plain_texts(args.texts, models, names, args.maps * args.sentences)
+    vectors = exp_emotion.make_vectors(args, data, sentences, models)
     columns = []
     for target in args.tgt:
-        lab = exp_emotion.Lab(args, data, sentences, models, target)
+        lab = exp_emotion.Lab(args, data, models, vectors, target)
 
         def hits(part, vector, moves, target=target):
             model = models.load(target)
@@ -88,7 +89,7 @@ def emotion_columns(argv: list[str]) -> list[Column]:
         columns.append(
             Column(
                 name=name,
-                vectors=lab.vectors,
+                vectors=vectors,
                 concepts=ours,
                 own=own,
                 target=target,
