@@ -554,7 +554,7 @@ def _map_doubt(each: dict) -> str:
     if metric == "separation" and value < 0.7:
         return f"v hardly tells pairs apart (AUC {value:.2f})"
     if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
-        return f"{value:.2f} sentences for each dimension without ridge (try --ridge 0.01)"
+        return f"{value:.2f} sentences for each dimension (try --ridge 0.01)"
     return ""
 
 

@@ -463,10 +463,10 @@ def separation(positive: torch.Tensor, negative: torch.Tensor) -> float:
 
     Each half of the pairs is judged by the v of the other half (Eq. 1). 0.5 is chance: v is then no
     more than noise, and the model hardly has the concept."""
-    halves = [(positive[k::2].double(), negative[k::2].double()) for k in (0, 1)]
+    halves = [(positive[k::2], negative[k::2]) for k in (0, 1)]
     found = []
     for (first, second), (one, other) in (halves, halves[::-1]):
-        v = first.mean(0) - second.mean(0)
+        v = refine(first[:, None], second[:, None])[0]
         above = (one @ v)[:, None] > other @ v
         found.append(above.double().mean().item())
     return float(np.mean(found))
