@@ -422,8 +422,11 @@ class Models:
     def fits(self, name: str, texts: list[str], new_tokens: int = 0) -> np.ndarray:
         """Which texts, followed by `new_tokens`, fit the context of the model [n]."""
         room = context_length(self.config(name)) - new_tokens
-        lengths = self.lengths(name, texts)
-        return np.array([0 < length <= room for length in lengths], bool)
+        # ASCII has no more tokens than characters, but for the special ones: most texts are short.
+        short = [text.isascii() and text.strip() != "" and len(text) + 16 <= room for text in texts]
+        others = [text for text, is_short in zip(texts, short) if not is_short]
+        lengths = iter(self.lengths(name, others))
+        return np.array([is_short or 0 < next(lengths) <= room for is_short in short], bool)
 
     def require_fit(
         self, name: str, texts: list[str], new_tokens: int = 0, advice: str = ""
