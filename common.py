@@ -220,7 +220,7 @@ def _pair_refiner(nn, layers: list[int]):
 # ================================================================ 3  Affine map
 
 
-HELD_OUT = 0.2  # share of the rows that a map is not fitted on (App. A)
+HELD_OUT = 0.2  # share of the rows that a map is not fitted on, as in the released code
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,6 @@ def fit_affine(
     x: torch.Tensor,
     y: torch.Tensor,
     intercept: bool = False,
-    rcond: float = 0.0,
     ridge: float = 0.0,
     held_out: float = HELD_OUT,
 ) -> AffineMap:
@@ -288,7 +287,7 @@ def fit_affine(
         x_fit, y_fit = x_fit - x_mean, y_fit - y_mean
     gram = x_fit @ x_fit.T if n < x.shape[1] else x_fit.T @ x_fit
     fitted = AffineMap(
-        _pseudo_inverse(x_fit, gram, rcond, ridge),
+        _pseudo_inverse(x_fit, gram, ridge),
         y_fit,
         x_mean,
         y_mean,
@@ -303,20 +302,19 @@ def fit_affine(
 
 
 def _pseudo_inverse(
-    x: torch.Tensor, gram: torch.Tensor, rcond: float, ridge: float
+    x: torch.Tensor, gram: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors [d, r] and [r, n] of the pseudo-inverse X^+ = V S^-1 U^T of x [n, d] (Eq. 2).
 
     gram: X X^T or X^T X, whichever is smaller."""
     n, d = x.shape
     penalty = ridge * (x**2).sum() / min(n, d)  # in units of the mean squared singular value
-    if not rcond:
-        factors = _gram_inverse(x, gram, penalty)
-        if factors is not None:
-            return factors
+    factors = _gram_inverse(x, gram, penalty)
+    if factors is not None:
+        return factors
     u, s, vt = torch.linalg.svd(x, full_matrices=False)  # Eq. 2
     zero = torch.finfo(s.dtype).eps * max(n, d)  # relative to the largest, in float64
-    keep = s > s[0] * max(rcond, zero)
+    keep = s > s[0] * zero
     s_inverse = torch.where(keep, s / (s**2 + penalty), 0.0)
     return vt.T * s_inverse, u.T
 
@@ -489,7 +487,7 @@ def perplexity(
     window: int | None = None,
     eft: tuple[Model, ...] = (),
 ) -> tuple[torch.Tensor, int]:
-    """Perplexity of the texts under each transplant [transplants], and the number of its tokens.
+    """Perplexity of the texts under each transplant [transplants], and of how many tokens it is.
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
     overlap by half. Every token except a text's first is counted once. eft: as in
@@ -557,8 +555,6 @@ def generate(
     transplants: list[Transplant] = (BASE,),
     max_new_tokens: int = 32,
     sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     seed: int = 0,
     eft: tuple[Model, ...] = (),
 ) -> list[list[str]]:
@@ -575,7 +571,7 @@ def generate(
     _require_room(model, rows, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(texts), max_new_tokens, generator=generator)
-    options = (max_new_tokens, temperature if sample else 0.0, top_p)
+    options = (max_new_tokens, sample)
     has_cache = all(_sharing(each)[CACHE] for each in (model, *eft))
     is_on_ndif = any(each.remote for each in (model, *eft))
     # EFT on NDIF adds the logits of several places, token by token.
@@ -1270,7 +1266,7 @@ def _written(model: Model, rows, transplants, eft, options: tuple, uniform):
 def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small: tuple):
     """Make a function that continues one batch under all transplants: new tokens
     [copies * rows, max_new_tokens], -1 after the end."""
-    max_new_tokens, *sampling = options
+    max_new_tokens, sample = options
     ends = _end_tokens(nn)
     models, signs = [(nn, shifts, sharing)], [1]
     for sign, (small_nn, small_sharing) in zip((1, -1), small):  # EFT: chat minus base
@@ -1296,7 +1292,7 @@ def _writer(nn, shifts: dict, copies: int, sharing: tuple, options: tuple, small
             for sign, others in zip(signs[1:], scores[1:]):
                 logits = _add_logits(logits, sign, others)
             _require_finite(logits.amax(-1), "logits")
-            token = _choose(logits, uniform[alive % n, step], *sampling)
+            token = _choose(logits, uniform[alive % n, step], sample)
             new_tokens[alive, step] = token
             going = ~torch.isin(token, ends)
             if step + 1 == max_new_tokens or not going.any():
@@ -1361,15 +1357,11 @@ def _read_tokens(nn, tokens, mask, shifts: dict, sharing: tuple, blocks):
     return _unembed(nn, states, sharing)
 
 
-def _choose(logits, uniform, temperature: float, top_p: float):
-    """A token for each row: where the cumulative probability reaches `uniform` [rows], random
-    numbers from 0 to 1. At temperature 0 the most likely one."""
-    if not temperature:
+def _choose(logits, uniform, sample: bool):
+    """A token for each row: the most likely one, or a sample: where the cumulative probability
+    reaches `uniform` [rows], random numbers from 0 to 1."""
+    if not sample:
         return logits.argmax(-1).cpu()
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-    logits = TemperatureLogitsWarper(temperature)(None, logits)
-    logits = TopPLogitsWarper(top_p)(None, logits)
     mass = logits.softmax(-1).cumsum(-1)
     wanted = uniform[:, None].to(mass) * mass[:, -1:]
     token = torch.searchsorted(mass, wanted, right=True)[:, 0]
@@ -1379,7 +1371,7 @@ def _choose(logits, uniform, temperature: float, top_p: float):
 def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, uniform):
     """As _written, but every new token takes the logits after the whole text: for models on NDIF
     (with EFT), and for models without a KV cache."""
-    max_new_tokens, *sampling = options
+    max_new_tokens, sample = options
     ends = _end_tokens(model.nn)
     for member, transplant in enumerate(transplants):
         alive = torch.arange(len(rows))
@@ -1392,7 +1384,7 @@ def _written_by_logits(model: Model, rows, transplants, eft, options: tuple, uni
             [logits] = _logits(model, trees, [transplant])
             for sign, small in zip((1, -1), eft):
                 logits = _add_logits(logits, sign, _logits(small, trees)[0])
-            token = _choose(logits, uniform[alive, step], *sampling)
+            token = _choose(logits, uniform[alive, step], sample)
             new_tokens[alive, step] = token
             alive = alive[~torch.isin(token, ends)]
             if not len(alive):

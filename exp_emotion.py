@@ -368,7 +368,7 @@ class Lab:
         if method == "gradient-descent":
             matrix, *_ = self.gradient_descent
             return self.vectors.v(self.source(concept), point.source_block) @ matrix
-        return self.vectors.at(self.source(concept), self.target, point, method)
+        return self.vectors.v_hat(self.source(concept), self.target, point, method)
 
     @cached_property
     def gradient_descent(self) -> tuple[torch.Tensor, float, float]:
@@ -492,7 +492,7 @@ class Lab:
                 maps = self.vectors.maps(vectors[0], self.target, method)
                 _, r2, cosine = self.gradient_descent
                 about = {"method": "gradient-descent", "concept": "map", "part": "held-out"}
-                about["n"] = maps.fit(point.source_block, point.block).n
+                about["n"] = maps.between(point.source_block, point.block).n
                 records.append(self.record(metric="r2", value=r2, **about))
                 records.append(self.record(metric="cosine", value=cosine, **about))
         return records

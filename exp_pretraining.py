@@ -349,7 +349,7 @@ class Lab:
         found = {("self-align", None): self.vectors.v(own, self.point.block)}
         for method in map_methods(args):
             inputs = self.source(emotion), self.target, self.point
-            found[method, None] = self.vectors.at(*inputs, method)  # Eq. 2
+            found[method, None] = self.vectors.v_hat(*inputs, method)  # Eq. 2
             is_last = method == map_methods(args)[-1]  # permuted labels stand beside it only
             controls = self.vectors.controls(
                 *inputs,

@@ -311,7 +311,7 @@ class Lab:
             if source == target:
                 continue
             inputs = Vector(emotion, source, source), target, Point(self.block(source), block, 1)
-            found[method, source, None] = self.vectors.at(*inputs, method)
+            found[method, source, None] = self.vectors.v_hat(*inputs, method)
             is_last = method == map_methods(args)[-1]  # permuted labels stand beside it only
             controls = self.vectors.controls(
                 *inputs,

@@ -60,7 +60,7 @@ def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) ->
     for method in map_methods(args):
         for fields in vectors.quality([v], target, point, method, args.maps, [own]):
             records.append(record(method=method, **about | fields))
-        directions[method, None] = vectors.at(v, target, point, method)
+        directions[method, None] = vectors.v_hat(v, target, point, method)
         counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
         controls = vectors.controls(v, target, point, [], method, **counts)
         directions |= {(method, variant): control for variant, control in controls.items()}

@@ -19,7 +19,8 @@ ToxiGen and TruthfulQA (exp_truthfulqa.py --save-vector makes v_honesty).
 
 alpha, and with --layer auto the pair of blocks, has the lowest toxic rate on validation prompts
 among those that raise perplexity by at most --max-ppl-ratio; the perplexity in the tables is that
-of other texts. Vectors of permuted labels choose their own alpha by the same rule. Refinement,
+of other texts. Vectors of permuted labels choose their own alpha by the same rule, at v_hat's
+blocks (with --layer auto v_hat has nine times as many points to choose from). Refinement,
 validation and test share no prompt; but the lists of a group are shuffles of the same few
 sentences.
 Validation and test prompts are those whose toxicity by the classifier is above 0.5, as in the
@@ -64,7 +65,7 @@ from harness import (
     read_texts,
     run_script,
 )
-from models import Models, context_length, spaced
+from models import Models, context_length, spaced, split_revision
 from report import (
     METHODS,
     OWN_CHOICES,
@@ -401,14 +402,13 @@ class Classifier:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        args, name, revision = self.args, self.args.classifier, ""
-        if not Path(name).is_dir():  # the path of a folder may contain an @
-            name, _, revision = name.partition("@")
+        args = self.args
+        name, revision = split_revision(args.classifier)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return pipeline(
             "text-classification",
             model=name,
-            revision=revision or None,
+            revision=revision,
             device=device if args.device == "auto" else args.device,
             dtype=args.dtype if args.dtype in ("bfloat16", "float16") else "float32",
             trust_remote_code=args.trust_remote_code,
@@ -428,7 +428,7 @@ class Classifier:
             return torch.tensor(toxic)
 
         name, dtype = self.args.classifier, self.args.dtype
-        about = [self.models.fingerprint(name), self.toxic, dtype, prompts]
+        about = [self.models.fingerprint(name), self.toxic, MIN_TOXICITY, dtype, prompts]
         return cached("toxicity", about, compute).tolist()
 
     def classify(self, texts: list[str]) -> list[dict]:
@@ -535,7 +535,7 @@ class Lab:
         if method == "self-align":
             return self.vectors.v(self.own(target), point.block)
         args, inputs = self.args, (self.source("fairness"), target, point, method)
-        v_hat = self.vectors.at(*inputs)
+        v_hat = self.vectors.v_hat(*inputs)
         if variant is None:
             return v_hat
         kind, number = variant.rsplit(" ", 1)
@@ -671,7 +671,8 @@ class Lab:
         fairness = self.direction(target, method, point)
         model = self.models.load(target)
         honesty, about = load_concept(Path(path), model)
-        v_honesty = Transplant.of(honesty, about["layer"], about.get("alpha") or 1)
+        alpha = about.get("alpha") or 1  # exp_template.py chooses none
+        v_honesty = Transplant.of(honesty, about["layer"], alpha)
         v_fairness = Transplant.of(fairness, point.block, point.alpha)
         both, seen = v_honesty + v_fairness, set(about.get("questions", []))
         unseen = [item for item in self.data.questions if item["question"].strip() not in seen]
@@ -689,8 +690,9 @@ class Lab:
             found.append(fields | {"metric": "toxic_rate", "hits": hits})
             fields |= {"part": "OpenWebText", "n": tokens}
             found.append(fields | {"metric": "perplexity", "value": costs[i].item()})
-        note = f"v_honesty after block {about['layer']}, alpha = {about.get('alpha', 1):g}; "
-        note += f"cosine of the two vectors {cosine(honesty, fairness):.2f}"
+        cosine = torch.cosine_similarity(honesty, fairness, dim=0).item()
+        note = f"v_honesty after block {about['layer']}, alpha = {alpha:g}; "
+        note += f"cosine of the two vectors {cosine:.2f}"
         return found, note if unseen else f"{note}; v_honesty has seen the questions"
 
     def mc1(self, model, items: list[dict], transplants) -> list[list[int]]:
@@ -714,10 +716,6 @@ def repetition(text: str) -> float:
     words = text.split()
     triples = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
-
-
-def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-    return torch.cosine_similarity(one, other, dim=0).item()
 
 
 # ---------------------------------------------------------------- one target
@@ -750,11 +748,8 @@ class Findings:
     def add_row(self, method: str, written: dict, variant=None, note="", **point) -> None:
         """The continuations of the test prompts under one condition, see Lab.write."""
         fields = {"variant": variant, "part": "test", **point}
-        fields["units"] = self.split.groups
-        self.add(method, "toxic_rate", written["toxic"], **fields)
-        self.add(method, "empty", written["empty"], **fields)
-        self.add(method, "copied", written["copied"], **fields)
-        del fields["units"]
+        for metric, name in (("toxic_rate", "toxic"), ("empty", "empty"), ("copied", "copied")):
+            self.add(method, metric, written[name], units=self.split.groups, **fields)
         self.add(method, "repeated", values=written["repeated"], **fields)
         if variant is not None:
             return
@@ -785,10 +780,10 @@ def missing_rows(args, models: Models, target: str, chat: str | None) -> dict[st
     return missing
 
 
-def steer(run, lab: Lab, found: Findings, method, points, variants=(None,)):
+def steer(run, lab: Lab, found: Findings, method, points, variants=(None,)) -> list[Point]:
     """Choose a point for each variant on the validation prompts, then steer the test prompts there.
 
-    The mildest of equally toxic points is taken. Returns the points, and the continuations."""
+    The mildest of equally toxic points is taken. Returns the points."""
     target = found.target
     name = f"{Path(target).name} {variants[0] or method}"
     if len(variants) > 1:
@@ -816,7 +811,7 @@ def steer(run, lab: Lab, found: Findings, method, points, variants=(None,)):
             found.add_cost(method, "perplexity_ratio", tried["perplexity_ratio"], **fields)
             if tried["toxic"] is not None:
                 found.add(method, "toxic_rate", tried["toxic"], part="validation", **fields)
-    return own, written
+    return own
 
 
 def baselines(run, lab: Lab, found: Findings, target: str, chat: str | None) -> None:
@@ -882,14 +877,14 @@ def one_target(args, run, lab: Lab, target: str, honesty: Path | None) -> Findin
     if "self-align" not in missing:
         steer(run, lab, found, "self-align", lab.points(target, "self-align"))
     for method in map_methods(args):
-        points = lab.points(target, method)
-        [point], _ = steer(run, lab, found, method, points)
+        [point] = steer(run, lab, found, method, lab.points(target, method))
         for fields in run.step(f"{name} {method}, maps", lab.map_quality, target, method, point):
             found.add(method, **fields)
         step = f"{name} {method}, controls"
         for variant, texts in run.step(step, lab.controls, target, method, point).items():
             found.add_row(method, texts, variant, **point._asdict())
 
+    # They cost much, so they stand beside the last map only, which is saved, too.
     null_rows(args, run, lab, found, method, point)
     if honesty:
         table_7(run, lab, found, honesty, method, point)
@@ -917,8 +912,8 @@ def tables(args, found: Findings) -> list[str]:
     rows += beside_controls(select(tested, part="OpenWebText", metric="perplexity"), {})
     beside = {}
     rates = select(tested, part="test", metric="toxic_rate")
-    for name, p_value in effect_notes(rates, {}, lower=True).items():
-        beside[name] = ", ".join(filter(None, [p_value, notes.get(name)]))
+    for name, note in effect_notes(rates, {}, lower=True).items():
+        beside[name] = ", ".join(filter(None, [note, notes.get(name)]))
     missing = {METHODS[method]: reason for method, reason in found.missing.items()}
     groups = []
     for method in ("base", *map_methods(args)):
@@ -938,7 +933,8 @@ def tables(args, found: Findings) -> list[str]:
     return parts
 
 
-def opening(args, split: Split) -> str:
+def opening(args, data: Data) -> str:
+    split = data.split
     sizes = [len(part) for part in (split.hate, split.validation, split.test)]
     decoding = "sampled" if args.sample else "greedy"
     header = ["group", "hateful", "neutral", "pairs", "left out", "validation", "test"]
@@ -948,7 +944,7 @@ def opening(args, split: Split) -> str:
 their toxicity by the classifier is not above {MIN_TOXICITY:g}.
 Continuations are {decoding}, at most {args.max_new_tokens} tokens, judged by {args.classifier}.
 Rates in % [95 % interval] (paper); of several maps or directions: mean [lowest, highest].
-Perplexity is of {N_TEXTS} short OpenWebText sentences, which the paper's numbers are not about.
+Perplexity is of {len(data.texts)} short OpenWebText sentences; the paper's is of other text.
 p: McNemar's against the base model, corrected for their number (Holm).
 
 {markdown(header, split.counts)}"""
@@ -987,7 +983,7 @@ def main(argv=None):
     steps = len(args.tgt) * (12 + 5 * len(map_methods(args)) + controls)
     run = Run(__file__, args, models, inputs, first_prompts, steps=steps)
 
-    records, examples, report, judged = [], [], [opening(args, data.split)], {}
+    records, examples, report, judged = [], [], [opening(args, data)], {}
     figures, main_tables = [], []
     for target, honesty in zip(args.tgt, args.honesty):
         found = one_target(args, run, lab, target, honesty)

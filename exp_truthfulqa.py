@@ -611,7 +611,7 @@ class Lab:
     def v_hat(self, row, point):
         """v_hat [d_target] (Eq. 2); v itself in the model pair that it comes from."""
         method = "self-align" if row.start == row.base else row.method
-        return self.vectors.at(row.vector, row.base, point, method)
+        return self.vectors.v_hat(row.vector, row.base, point, method)
 
     def move(self, row, point) -> Transplant:
         return Transplant.of(self.v_hat(row, point), point.block, point.alpha)

@@ -30,6 +30,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from concurrent.futures import Future
@@ -49,7 +50,7 @@ TOY = ROOT / "data" / "toy"
 MODELS = ROOT / "data" / "models.csv"
 HOSTED_NDIF = "https://api.ndif.us"
 BATCH_TOKENS = 4096  # of one forward pass; more are no faster on a CPU
-CACHE = {"folder": os.environ.get("CONTRANS_CACHE", ROOT / "cache")}
+CACHE = {"folder": os.environ.get("CONTRANS_CACHE") or ROOT / "cache"}
 DRY_RUN = {"folder": None}  # temporary, the only one that a dry run writes to
 
 # ================================================================ 1  Options
@@ -104,7 +105,7 @@ def share(text: str) -> float:
     return float(text)
 
 
-def _positive(text: str) -> float:
+def _not_negative(text: str) -> float:
     """An option type: a finite number, 0 or more."""
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be a finite number, 0 or more")
@@ -238,10 +239,9 @@ def _add_map_options(add) -> None:
         help="plain sentences of one affine map; 80 %% fit it, 20 %% test it (paper: 2000)",
     )
     add("--intercept", action="store_true", help="paper's map with an intercept (paper: without)")
-    add("--rcond", type=share, default=0.0, help="drop singular values below this share (paper: 0)")
     add(
         "--ridge",
-        type=_positive,
+        type=_not_negative,
         default=0.0,
         help="paper's map: ridge in units of the mean squared singular value (paper: 0)",
     )
@@ -313,9 +313,9 @@ def parse_options(
             setattr(args, name, value)
     complete(args)
     _require_models(args)
-    of_paper = args.intercept or args.rcond or args.ridge or args.norm != "as-is"
+    of_paper = args.intercept or args.ridge or args.norm != "as-is"
     if args.map == "local" and of_paper:
-        fail("--norm, --intercept, --rcond and --ridge change the paper's map, not --map local")
+        fail("--norm, --intercept and --ridge change the paper's map, not --map local")
     if is_mapped and args.src_base in args.tgt:
         fail(f"{args.src_base} is source and target; its own vector is the row Self-Align")
     args.alpha = list(dict.fromkeys(args.alpha))
@@ -385,9 +385,13 @@ def map_methods(args) -> list[str]:
 
 def map_options(args) -> dict:
     """The options about maps, as arguments of vectors.Vectors."""
-    fitting = {"intercept": args.intercept, "rcond": args.rcond, "ridge": args.ridge}
-    where_read = args.map != "paper"
-    return {"n_sentences": args.sentences, "norm": args.norm, "where_read": where_read, **fitting}
+    return {
+        "n_sentences": args.sentences,
+        "norm": args.norm,
+        "where_read": args.map != "paper",
+        "intercept": args.intercept,
+        "ridge": args.ridge,
+    }
 
 
 # ================================================================ 2  Files
@@ -729,10 +733,9 @@ class Run:
 
     The hash covers arguments, models, data and the source of the script and of the five files that
     it imports: the same command continues where it stopped, and an edited script starts a run of
-    its own."""
+    its own. ignore: options that change no step's result. steps: their approximate number."""
 
     def __init__(self, script, args, models, data=None, first_prompts=(), ignore=(), steps=0):
-        # ignore: options that change no step's result; steps: their approximate number
         names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
         names = [name for name in dict.fromkeys(names) if name]
         inputs = {
@@ -740,16 +743,8 @@ class Run:
             "data": _digest(json.loads(json.dumps(data))),
             "first prompts": first_prompts,
         }
-        skipped = {
-            "command",
-            "out",
-            "fresh",
-            "quiet",
-            "dry_run",
-            "no_cache",
-            "batch_tokens",
-            *ignore,
-        }
+        skipped = {"command", "out", "fresh", "quiet", "dry_run", "no_cache", "batch_tokens"}
+        skipped |= set(ignore)
         settings = {k: v for k, v in vars(args).items() if k not in skipped}
         settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
         parts = ("harness.py", "common.py", "models.py", "report.py", "vectors.py")
@@ -809,9 +804,7 @@ class Run:
             print(f"\n{self.title}\n\n{self.models.costs()}")
             DRY_RUN["folder"].cleanup()
             return
-        names = (
-            "seed", "refine", "map", "norm", "protocol", "intercept", "ridge", "rcond", "sentences",
-        )  # fmt: skip
+        names = ["seed", "refine", "map", "norm", "protocol", "intercept", "ridge", "sentences"]
         about = {name: getattr(self.args, name, None) for name in names}
         columns = [*RECORD, "run", *names]
         records = [each | {"run": self.id} | about for each in records]
@@ -856,7 +849,8 @@ def _details(folder: Path) -> str:
     about = read_json(folder / "args.json")
     settings = about["args"] | about["inputs"]["models"] | read_json(folder / "environment.json")
     rows = [[name, json.dumps(value)] for name, value in settings.items()]
-    prompts = ["~~~text\n" + prompt + "\n~~~" for prompt in about["inputs"]["first prompts"]]
+    # No prompt can end an indented block.
+    prompts = [textwrap.indent(prompt, "    ") for prompt in about["inputs"]["first prompts"]]
     return "\n\n".join(["## Details", markdown(["", ""], rows), *prompts])
 
 
@@ -1038,7 +1032,8 @@ def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
     names = [about["args"]["src"], *about["args"]["tgt"]]
     roles = {name: number for number, name in enumerate(names)}
     records = [json.loads(line) for line in read_text(folder / "records.jsonl").splitlines()]
-    records = select(records, part="test", group=None)
+    records = select(records, part="test")
+    records = select(records, group=None) or records  # each checkpoint has one
     records = [each for each in records if each["low"] is not None]
     records = select(records, concept="mean") or records
     fields = ("item", "concept", "method", "variant", "alpha", "metric")

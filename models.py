@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import itertools
 import math
 import re
 import sys
@@ -131,7 +132,7 @@ def load_model(
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown: auto, {', '.join(DTYPES)}")
     _require_device(device)
-    repo, revision = _split_revision(name)
+    repo, revision = split_revision(name)
     is_elsewhere = remote or dry_run
     on_gpu = device != "cpu" and torch.cuda.is_available()
     torch_dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -424,9 +425,11 @@ class Models:
         room = context_length(self.config(name)) - new_tokens
         # ASCII has no more tokens than characters, but for the special ones: most texts are short.
         short = [text.isascii() and text.strip() != "" and len(text) + 16 <= room for text in texts]
-        others = [text for text, is_short in zip(texts, short) if not is_short]
-        lengths = iter(self.lengths(name, others))
-        return np.array([is_short or 0 < next(lengths) <= room for is_short in short], bool)
+        fit = np.array(short, bool)
+        others = list(itertools.compress(texts, ~fit))
+        lengths = np.array(self.lengths(name, others))
+        fit[~fit] = (lengths > 0) & (lengths <= room)
+        return fit
 
     def require_fit(
         self, name: str, texts: list[str], new_tokens: int = 0, advice: str = ""
@@ -496,7 +499,7 @@ class Models:
 
     def _read(self, name: str) -> tuple:
         if name not in self.known:
-            if not Path(_split_revision(name)[0]).is_dir():
+            if not Path(split_revision(name)[0]).is_dir():
                 _require_hub_or_cache()
             local = name not in self.remote
             if local and not self.allow_pickle:
@@ -516,7 +519,7 @@ def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
     """(config, tokenizer) of a model; ends the program with one line if they cannot be read."""
     from transformers import AutoConfig
 
-    repo, revision = _split_revision(name)
+    repo, revision = split_revision(name)
     is_folder = Path(repo).is_dir()
     if not is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
         fail(f"no model folder {repo}")
@@ -537,7 +540,8 @@ def _model_config(name: str, trust_remote_code: bool = False) -> tuple:
         fail(f"cannot read model {name}: {reason}")
 
 
-def _split_revision(name: str) -> tuple[str, str | None]:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """(repository or folder, revision) of a model's name."""
     if Path(name).is_dir():  # the path of a folder may contain an @
         return str(name), None
     repo, _, revision = str(name).partition("@")
@@ -546,7 +550,7 @@ def _split_revision(name: str) -> tuple[str, str | None]:
 
 def _require_safetensors(name: str) -> None:
     """End the program if the weights are pickles, which can run any code."""
-    repo, revision = _split_revision(name)
+    repo, revision = split_revision(name)
     advice = "they are pickles, which can run any code; add --allow-pickle if you trust them"
     folder = Path(repo)
     if folder.is_dir():
@@ -581,7 +585,7 @@ def _require_hub_or_cache() -> None:
 
 def _fingerprint(name: str) -> str:
     """The identity of a model: hub id and commit, or a hash of the folder's files."""
-    repo, revision = _split_revision(name)
+    repo, revision = split_revision(name)
     if not Path(repo).is_dir():
         from huggingface_hub import try_to_load_from_cache
 

@@ -60,7 +60,7 @@ def record(hits=None, values=None, units=None, **fields) -> dict:
         fields |= {"low": low, "high": high, "n": len(found)}
     if units is not None:
         fields |= {"units": len(set(units)), "item_low": low, "item_high": high}
-        unit_low, unit_high = _cluster_bootstrap(found, units)  # equal where all units are alike
+        unit_low, unit_high = _interval(_resampled_means(found, units))  # equal if all are alike
         fields["low"] = min(low, unit_low)
         fields["high"] = max(high, unit_high)
         items["unit_of"] = np.unique(units, return_inverse=True)[1].tolist()
@@ -125,30 +125,25 @@ def _wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _bootstrap(values, seed: int = 0) -> tuple[float, float]:
+def _bootstrap(values) -> tuple[float, float]:
     """95 % interval of a mean, by resampling the items."""
     values = np.asarray(values, float)
-    return _interval(values[_draws(len(values), seed)].mean(1))
+    return _interval(values[_draws(len(values))].mean(1))
 
 
-def _cluster_bootstrap(values, units, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean, by resampling the units that its items belong to."""
-    return _interval(_resampled_means(values, units, seed))
-
-
-def _resampled_means(values, units, seed: int = 0) -> np.ndarray:
+def _resampled_means(values, units) -> np.ndarray:
     """Means of all items of units drawn with replacement [RESAMPLES]."""
     names, unit_of = np.unique(units, return_inverse=True)
     sums = np.bincount(unit_of, np.asarray(values, float))
     sizes = np.bincount(unit_of)
-    draws = _draws(len(names), seed)
+    draws = _draws(len(names))
     return sums[draws].sum(1) / sizes[draws].sum(1)
 
 
 @functools.lru_cache(maxsize=8)
-def _draws(n: int, seed: int) -> np.ndarray:
-    """Numbers of the units in each resample [RESAMPLES, n]."""
-    return np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+def _draws(n: int) -> np.ndarray:
+    """Indices of the units drawn in each resample [RESAMPLES, n]."""
+    return np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
 
 
 def _interval(means: np.ndarray) -> tuple[float, float]:
@@ -329,9 +324,11 @@ def verdict(targets: dict[str, tuple[list[dict], dict[str, float]]], lower=False
     rule = f"better than no vector and than its strongest control, both at p < 0.05 ({test})"
     if nulls:
         rule += (
-            ", and than vectors of permuted labels at p < 0.05 (rank; than all of fewer than 20)"
+            ", and than vectors of permuted labels at rank p < 0.05 (if they are fewer than 20, "
+            "than every one)"
         )
-    return "\n".join([*lines, f"\nA vector holds if it is {rule}. These p follow its rate."])
+    rule = f"\nA vector holds if it is {rule}. The p of these tests follow its rate."
+    return "\n".join([*lines, rule])
 
 
 def _verdict_line(target: str, records: list[dict], sign: int) -> str:
@@ -469,10 +466,8 @@ def pivot(
     return markdown(["", *heads], lines)
 
 
-def cell(each: dict | None) -> str:
+def cell(each: dict) -> str:
     """A record as text: rates in %, the interval, and the paper's number in brackets."""
-    if each is None:
-        return ""
     is_rate = each["metric"] in RATES
     scale, digits = (100, 1) if is_rate else (1, 2)
     text = f"{scale * each['value']:.{digits}f}"
@@ -488,7 +483,8 @@ def markdown(header: list[str], rows: list[list]) -> str:
     """A Markdown table. Cells are plain text: Markdown in them is escaped."""
 
     def plain(text) -> str:
-        escaped = re.sub(r"([|*`<\\])", r"\\\1", str(text))
+        marks = r"[|*`<\\]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])"  # not the _ inside of a name
+        escaped = re.sub(f"({marks})", r"\\\1", str(text))
         return re.sub(r"\s*\n\s*", " ", escaped)
 
     header, *rows = [[plain(text) for text in row] for row in (header, *rows)]
@@ -515,7 +511,7 @@ MAP_METRICS = {
 
 
 def map_table(records: list[dict]) -> str:
-    """Quality of the maps to one target, known without any steering, with warnings."""
+    """Quality of the maps to one target, known without any steering."""
     shown = []
     for method, metric in itertools.product(METHODS, MAP_METRICS):
         same = select(records, method=method, metric=metric)
@@ -527,7 +523,7 @@ def map_table(records: list[dict]) -> str:
     def column(each):
         return MAP_METRICS[each["metric"]]
 
-    return "\n\n".join(["Affine maps", pivot(shown, label, column), *map_warnings(shown)])
+    return f"Affine maps\n\n{pivot(shown, label, column)}"
 
 
 def map_warnings(records: list[dict]) -> list[str]:
@@ -554,7 +550,7 @@ def _map_doubt(each: dict) -> str:
     if metric == "separation" and value < 0.7:
         return f"v hardly tells pairs apart (AUC {value:.2f})"
     if metric == "n_over_d" and 0.5 < value < 2 and each["method"] == "contrans":
-        return f"{value:.2f} sentences for each dimension (try --ridge 0.01)"
+        return f"{value:.2f} sentences for each dimension, the worst case without --ridge"
     return ""
 
 
@@ -612,8 +608,8 @@ def draw_strength(records: list[dict], points: dict, **axes):
     [base] = select(records, method="base", variant=None)
     for method, point in points.items():
         mine = select(records, method=method, source_block=point[0], block=point[1])
-        mine = sorted(mine, key=lambda each: each["alpha"])
-        curve = [base, *select(mine, variant=None)]
+        mine.sort(key=lambda each: each["alpha"])
+        curve = sorted([base, *select(mine, variant=None)], key=lambda each: each["alpha"])
         alphas = [each["alpha"] for each in curve]
         draw_curve(axis, alphas, curve, METHODS[method], **LOOK[method])
         highest: dict = {}  # of the random directions, for each alpha
@@ -733,7 +729,8 @@ def html(title: str, report: str, folder: Path) -> str:
         return f'src="data:image/png;base64,{data}"'
 
     body = MarkdownIt("js-default").render(report)
-    body = re.sub(r"(?<=[\d,\]]) (?=[\d\[(%])", "&nbsp;", body)  # a number stays with its interval
+    # A number stays with its interval, but a prompt is as it was.
+    body = re.sub(r"(?<=[\d,\]]) (?=[\d\[(%])(?![^<]*</code>)", "&nbsp;", body)
     body = re.sub(r'src="([^":/]+\.png)"', inside, body)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     title = f"<title>{title}</title><style>{STYLE}</style>"

@@ -89,8 +89,7 @@ def plain_texts(path: Path, models: Models, names: list[str], count: int) -> lis
 
 
 def count_samples(wanted: int, sentences: list[str], n_sentences: int) -> int:
-    """How many maps can be fitted on samples of the text that share no sentence, at most `wanted`,
-    at least 1."""
+    """How many maps can be fitted on disjoint samples of the text: at most `wanted`, at least 1."""
     count = max(1, min(wanted, len(sentences) // n_sentences))
     if count < wanted:
         print(f"{len(sentences)} plain texts: {count} instead of {wanted} maps on other sentences")
@@ -108,8 +107,8 @@ def cut_ends(texts: list[str]) -> list[str]:
 
 
 def perplexity_records(model: Model, sentences: list[str], arms: list, eft=()) -> list[dict]:
-    """Records of the perplexity of 30 plain sentences, and without controls of 30 others, which
-    limit alpha. arms: (fields of report.record, transplant) of each condition."""
+    """Records of the perplexity of 30 plain sentences under every arm, and of 30 others, which
+    limit alpha, under those that are no controls. arms: (fields of report.record, transplant)."""
     texts = cut_ends(sentences)[-60:]
     half = len(texts) // 2
     own = [arm for arm in arms if not arm[0].get("variant")]
@@ -123,7 +122,7 @@ def perplexity_records(model: Model, sentences: list[str], arms: list, eft=()) -
 
 
 def sample_rows(n: int, size: int, sample: int) -> list[int]:
-    """Row numbers of sample 0, 1 … out of n rows: disjoint until all rows are used."""
+    """Row indices of sample 0, 1 … out of n rows: disjoint until all rows are used."""
     order = random.Random(0).sample(range(n), n)
     start = sample * size
     return [order[(start + i) % n] for i in range(min(size, n))]
@@ -136,12 +135,12 @@ class Maps:
     """What AffineMaps and LocalMaps share: maps between the blocks of two models, each fitted once.
 
     Subclasses define states(source_block, block, sample), which gives x [n, d1] and y [n, d2], and
-    fitted(x, y)."""
+    fit(x, y)."""
 
     def __init__(self):
         self.known: dict[tuple, AffineMap] = {}
 
-    def fit(
+    def between(
         self,
         source_block: int,
         block: int,
@@ -157,13 +156,13 @@ class Maps:
             if shuffled is not None:
                 order = random.Random(f"{sample} {shuffled}").sample(range(len(y)), len(y))
                 y = y[order]
-            self.known[key] = self.fitted(x, y)
+            self.known[key] = self.fit(x, y)
         return self.known[key]
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
         """v_hat [..., d2] of concept vectors v [..., d1] (Eq. 2). which: sample, shuffled and n of
-        fit."""
-        return self.fit(source_block, block, **which).vector(v)
+        between."""
+        return self.between(source_block, block, **which).vector(v)
 
 
 class AffineMaps(Maps):
@@ -179,10 +178,10 @@ class AffineMaps(Maps):
         if norm not in ("as-is", "match"):
             raise ValueError(f"unknown norm {norm!r}: as-is or match")
         self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
-        self.fitting = fitting  # intercept, rcond, ridge
+        self.fitting = fitting  # intercept, ridge
 
     def rows(self, sample: int = 0) -> list[int]:
-        """Numbers of the plain sentences that a map is fitted on, see sample_rows."""
+        """Indices of the plain sentences that a map is fitted on, see sample_rows."""
         n = len(next(iter(self.x.values())))
         return sample_rows(n, self.n_sentences, sample)
 
@@ -191,7 +190,7 @@ class AffineMaps(Maps):
         rows = self.rows(sample)
         return self.x[source_block][rows], self.y[block][rows]
 
-    def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+    def fit(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
         return fit_affine(x, y, **self.fitting)
 
     def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
@@ -218,7 +217,7 @@ class AffineMaps(Maps):
 WINDOWS = 2.0  # texts inside the refinement templates, for each plain text
 POSITIONS = 1.6  # positions that a local map is fitted on, for each plain text
 LOCAL_RIDGE = 0.01
-LAST = -1  # the place of a text's last token
+LAST_TOKEN = -1  # the place of a text's last token
 
 
 class Context(NamedTuple):
@@ -234,7 +233,7 @@ class Context(NamedTuple):
 
 class Pool(NamedTuple):
     """Texts, and the places in each of them where states may be read: character offsets at which
-    tokens end, or LAST."""
+    tokens end, or LAST_TOKEN."""
 
     texts: list[str]
     places: list[list[int]]
@@ -243,7 +242,7 @@ class Pool(NamedTuple):
 class NearStates(NamedTuple):
     """A source's states x at the places of a pool nearest to the states that v is computed from.
 
-    rows: {block: numbers of the places [n]}, x: {block: [n, d]}."""
+    rows: {block: indices of the places [n]}, x: {block: [n, d]}."""
 
     pool: Pool
     rows: dict[int, list[int]]
@@ -269,9 +268,9 @@ def local_pool(
         keep &= models.fits(name, windows)
     windows = list(itertools.compress(windows, keep))
     if texts:
-        return Pool(windows, [[LAST]] * len(windows))
+        return Pool(windows, [[LAST_TOKEN]] * len(windows))
     places = shared_token_ends([models.tokenizer(name) for name in names], plain)
-    return Pool(plain + windows, places + [[LAST]] * len(windows))
+    return Pool(plain + windows, places + [[LAST_TOKEN]] * len(windows))
 
 
 def cut_windows(plain: list[str], texts, count: int, seed: int = 0) -> list[str]:
@@ -329,11 +328,12 @@ def pool_states(model: Model, pool: Pool, blocks: list[int], rows=None) -> torch
         i, place = places[row]
         kept.setdefault(i, []).append(place)
     texts = [pool.texts[i] for i in kept]
-    inside = [pool.texts[i] for i, own in kept.items() if own != [LAST]]
+    inside = [pool.texts[i] for i, own in kept.items() if own != [LAST_TOKEN]]
     ends = dict(zip(inside, token_ends(model.tokenizer, inside)))
     positions = []
     for text, own in zip(texts, kept.values()):
-        positions.append([LAST if place == LAST else ends[text][place] for place in own])
+        at = ends.get(text, {}) | {LAST_TOKEN: LAST_TOKEN}
+        positions.append([at[place] for place in own])
     states = hidden_states(model, texts, blocks, positions=positions)
     number = {row: k for k, row in enumerate(wanted)}
     return states[[number[row] for row in rows]]
@@ -349,8 +349,8 @@ def near_states(
     fit_affine holds out the last fifth."""
     rows, nearest = {}, {}
     rank = random.Random(seed).sample(range(len(x)), len(x))  # of each place
+    count = int(POSITIONS * n_sentences)
     for number, block in enumerate(concept_states):
-        count = int(POSITIONS * n_sentences)
         chosen = nearest_positions(x[:, number], concept_states[block], count)
         # If rounding changes which places are near, the others keep their order.
         rows[block] = sorted(chosen, key=rank.__getitem__)
@@ -362,11 +362,11 @@ def nearest_positions(x: torch.Tensor, states: torch.Tensor, count: int) -> list
     """Rows of x [N, d] nearest to `states` [m, d]: the nearest to every state, then the second
     nearest to every state, and so on, by cosine similarity of standardized dimensions."""
     mean = x.mean(0)
-    spread = x.std(0, correction=1 if len(x) > 1 else 0).clamp(min=1e-12)  # a constant dimension
-    pool = torch.nn.functional.normalize((x - mean) / spread, dim=1)
-    wanted = torch.nn.functional.normalize((states - mean) / spread, dim=1)
+    deviation = x.std(0, correction=1 if len(x) > 1 else 0).clamp(min=1e-12)  # some are constant
+    pool = torch.nn.functional.normalize((x - mean) / deviation, dim=1)
+    wanted = torch.nn.functional.normalize((states - mean) / deviation, dim=1)
     similarity = wanted @ pool.T
-    depth = min(len(x), max(4, 4 * count // len(states) + 8))
+    depth = min(len(x), 4 * count // len(states) + 8)
     while True:
         ranked = similarity.topk(depth, dim=1).indices
         chosen = list(dict.fromkeys(ranked.T.flatten().tolist()))
@@ -423,7 +423,7 @@ class LocalMaps(Maps):
         rows = [number[row] for row in near.rows[source_block]]
         return near.x[source_block], y[rows, self.blocks.index(block)]
 
-    def fitted(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
+    def fit(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
         return fit_local(x, y)
 
     def r2_where_read(self, other: AffineMap, source_block: int, block: int, along=None) -> float:
@@ -431,7 +431,7 @@ class LocalMaps(Maps):
 
         along: only in this direction [d2]."""
         x, y = self.states(source_block, block)
-        n = self.fit(source_block, block).n
+        n = self.between(source_block, block).n
         predicted, y = other.predict(x[n:]).double(), y.double()
         if along is not None:
             along = along.double()[:, None]
@@ -446,7 +446,7 @@ class LocalMaps(Maps):
         at those held out."""
         second = len(self.near) > 1
         x, y = self.states(source_block, block, sample=int(second))
-        first = 0 if second else self.fit(source_block, block).n
+        first = 0 if second else self.between(source_block, block).n
         direction = response(v, x[first:], y[first:])
         return torch.cosine_similarity(v_hat.double(), direction, dim=0).item()
 
@@ -465,9 +465,9 @@ def separation(positive: torch.Tensor, negative: torch.Tensor) -> float:
     more than noise, and the model hardly has the concept."""
     halves = [(positive[k::2], negative[k::2]) for k in (0, 1)]
     found = []
-    for (first, second), (one, other) in (halves, halves[::-1]):
-        v = refine(first[:, None], second[:, None])[0]
-        above = (one @ v)[:, None] > other @ v
+    for (fit_positive, fit_negative), (positive, negative) in (halves, halves[::-1]):
+        v = refine(fit_positive[:, None], fit_negative[:, None])[0]
+        above = (positive @ v)[:, None] > negative @ v
         found.append(above.double().mean().item())
     return float(np.mean(found))
 
@@ -534,7 +534,7 @@ def control_directions(
     directions = {}
     for number in range(1, n_maps):
         directions[f"map {number}"] = maps.vector(v, source_block, block, sample=number)
-    if PAPER_N_OVER_D * len(v) < maps.fit(source_block, block).n:
+    if PAPER_N_OVER_D * len(v) < maps.between(source_block, block).n:
         few = round(PAPER_N_OVER_D * len(v) / (1 - HELD_OUT))
         directions["few sentences"] = rescale(maps.vector(v, source_block, block, n=few), v_hat)
     for number in range(n_shuffled):
@@ -640,8 +640,8 @@ class Vectors:
         self.known_maps.clear()
         self.known_permuted.clear()
 
-    def at(self, vector: Vector, target: str, point: Point, method="contrans", **which):
-        """v_hat [d] of a vector in the space of a target (Eq. 2). which: see AffineMaps.vector."""
+    def v_hat(self, vector: Vector, target: str, point: Point, method="contrans", **which):
+        """v_hat [d] of a vector in the space of a target (Eq. 2). which: see Maps.between."""
         v = self.v(vector, point.source_block)
         if method == "self-align":  # the target's own vector needs no map
             return v
@@ -658,7 +658,7 @@ class Vectors:
             positive, negative = [states[:, [column]] for states in self.pair_states(vector)]
             null = permuted_vectors(positive, negative, count, seed)[:, 0]
             null = self.maps(vector, target, method).vector(null, point.source_block, point.block)
-            self.known_permuted[key] = rescale(null, self.at(vector, target, point, method))
+            self.known_permuted[key] = rescale(null, self.v_hat(vector, target, point, method))
         return self.known_permuted[key]
 
     def controls(
@@ -698,7 +698,7 @@ class Vectors:
     def _map_quality(self, vector, target, point, method, number: int) -> tuple[AffineMap, dict]:
         """A map of a vector, and {metric: value}."""
         blocks = point.source_block, point.block
-        fitted = self.maps(vector, target, method).fit(*blocks, sample=number)
+        fitted = self.maps(vector, target, method).between(*blocks, sample=number)
         found = {"r2": fitted.r2, "cosine": fitted.cosine}
         if self.where_read:
             local = self.maps(vector, target, "contrans-local")
@@ -712,12 +712,12 @@ class Vectors:
         its pairs, R² along v_hat and cosine_to_response; and the cosine of v_hat with the target's
         own vector."""
         blocks = point.source_block, point.block
-        v, v_hat = self.v(vector, blocks[0]), self.at(vector, target, point, method)
+        v, v_hat = self.v(vector, blocks[0]), self.v_hat(vector, target, point, method)
         source_norm, target_norm = self.maps(vector, target).stream_norms(*blocks)
         found = {"norm_v": v.norm().item(), "norm_v_hat": v_hat.norm().item()}
         found |= {"stream_source": source_norm, "stream_target": target_norm}
         if self.where_read:
-            fitted = self.maps(vector, target, method).fit(*blocks)
+            fitted = self.maps(vector, target, method).between(*blocks)
             local = self.maps(vector, target, "contrans-local")
             found["r2_along_v"] = local.r2_where_read(fitted, *blocks, along=v_hat)
             found["cosine_to_response"] = local.cosine_to_response(v, v_hat, *blocks)
@@ -736,12 +736,12 @@ class Vectors:
     ) -> None:
         """Write v_hat at a point, with a description, see harness.save_concept."""
         about = self.describe(vector, target, point, method)
-        save_concept(path, self.at(vector, target, point, method), **about)
+        save_concept(path, self.v_hat(vector, target, point, method), **about)
 
     def describe(self, vector: Vector, target: str, point: Point, method: str) -> dict:
         """What harness.save_concept writes beside v_hat at a point."""
         positive, _ = self.pairs(vector.concept, vector.model)
-        fitted = self.maps(vector, target, method).fit(point.source_block, point.block)
+        fitted = self.maps(vector, target, method).between(point.source_block, point.block)
         return {
             "concept": vector.concept,
             "source": vector.model,
@@ -817,7 +817,7 @@ class Vectors:
 
     def _read_near(self, vector: Vector, target: str, context: Context) -> list[NearStates]:
         """The near states of the source's base model, for each sample of text: the same for all
-        targets with one vocabulary."""
+        targets with the same vocabulary."""
         key = vector.model, vector.base, context, self.models.vocabulary(target)
         if key in self.known_near:
             return self.known_near[key]

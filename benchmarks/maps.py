@@ -32,7 +32,7 @@ from harness import model_options
 from models import Models
 from report import markdown, record, spread
 from vectors import (
-    LAST,
+    LAST_TOKEN,
     LOCAL_RIDGE,
     Point,
     Pool,
@@ -145,7 +145,7 @@ def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[st
     local = vectors.maps(vector, target, "contrans-local")
     x, y = paper.states(source_block, block, sample)
     found = {
-        "paper": paper.fit(source_block, block, sample),
+        "paper": paper.between(source_block, block, sample),
         "paper, ridge": fit_affine(x, y, intercept=True, ridge=LOCAL_RIDGE),
     }
     source = vectors.models.load(vector.base)
@@ -159,13 +159,13 @@ def fitted_maps(column: Column, sample: int, blocks: tuple[int, int]) -> dict[st
     context = vectors.context(vector.concept, vector.model)
     wanted = {source_block: vectors.states_of_context(vector.model, context)[source_block]}
     for way in ("windows", "nearest"):
-        own = [each for each in zip(*pool) if (each[1] == [LAST]) == (way == "windows")]
+        own = [each for each in zip(*pool) if (each[1] == [LAST_TOKEN]) == (way == "windows")]
         part = Pool(*map(list, zip(*own)))
         x = pool_states(source, part, [source_block])
         near = near_states(part, x, wanted, len(plain), sample)
         y = pool_states(model, part, [block], near.rows[source_block])[:, 0]
         found[way] = fit_local(near.x[source_block], y)
-    found["local"] = local.fit(source_block, block, sample)
+    found["local"] = local.between(source_block, block, sample)
     return found
 
 

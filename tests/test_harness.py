@@ -128,9 +128,6 @@ stray
 --limit -2
 --limit 1.5
 --batch-tokens 0
---rcond -0.1
---rcond 1
---rcond nan
 --ridge -1
 --ridge nan
 --ridge inf
@@ -191,8 +188,6 @@ def test_an_option_goes_before_the_family(tmp_path):
     "line",
     """--ridge 0
 --ridge 0.01
---rcond 0
---rcond 0.99
 --sentences 1
 --random 1
 --limit 1
@@ -446,11 +441,14 @@ def test_saved_records_read_back(start, capsys):
 
 
 def test_what_a_model_has_written_is_text_in_both_reports(start):
-    run, said = start(), "a|b <script>*c*\nd"
+    said = "a|b <script>*c*\nd ![e](http://f.g/h.png) __i__ _j_ k_l 5 [6, 7]"
+    prompt = "~~~\n# In 1955 [INST] <b>"
+    run = start(first_prompts=[prompt])
     run.save([], [], [markdown(["said", ""], [[said, "last"]])])
     page = (run.folder / "report.html").read_text()
-    assert "<script>" not in page
-    assert "<td>a|b &lt;script&gt;*c* d</td>\n<td>last</td>" in page
+    shown = "a|b &lt;script&gt;*c* d ![e](http://f.g/h.png) __i__ _j_ k_l 5&nbsp;[6,&nbsp;7]"
+    assert f"<td>{shown}</td>\n<td>last</td>" in page
+    assert "<pre><code>~~~\n# In 1955 [INST] &lt;b&gt;\n</code></pre>" in page
 
 
 def test_steps_are_told_line_by_line_and_not_at_all_under_quiet(start, capsys):
@@ -471,11 +469,12 @@ def runs_command(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-def test_runs_are_listed_and_compared(start, tmp_path, capsys, one_line):
+@pytest.mark.parametrize("group", [None, "1e6 tokens"])  # all records of checkpoints have one
+def test_runs_are_listed_and_compared(group, start, tmp_path, capsys, one_line):
     one, other, third = start(), start("--seed 1"), start("--seed 2")
     for run, hits in ((one, 10), (other, 15)):
         hits = [1] * hits + [0] * (20 - hits)
-        about = {"target": "toy/b", "metric": "mc1", "part": "test"}
+        about = {"target": "toy/b", "metric": "mc1", "part": "test", "group": group}
         records = [record(hits, method="base", alpha=0, **about)]
         records += [record(hits, method="contrans", variant="random 1", alpha=2, **about)]
         run.save(records, [], ["- **b**, 1.0 % without a vector: nothing."])
@@ -501,7 +500,8 @@ def test_figures_show_every_strength_and_block(start):
     run, hits = start(), [1, 0, 0, 1]
     about = {"metric": "mc1", "source_block": 1, "block": 2}
     records, others = [record(hits, method="base", alpha=0, metric="mc1")], []
-    for alpha in range(1, 9):
+    alphas = [3, 1, 2, -1, 4, 5, 6, 7]
+    for alpha in alphas:
         for variant in (None, "random 0", "random 1"):
             records.append(record(hits, method="contrans", variant=variant, alpha=alpha, **about))
         cost = about | {"metric": "perplexity_ratio", "alpha": alpha}
@@ -512,6 +512,7 @@ def test_figures_show_every_strength_and_block(start):
     assert names == ["ConTrans", "its highest random direction", "Base Model"]
     lengths = [len(line.get_xdata()) for line in curves.axes[0].lines]
     assert lengths[:2] == [9, 8]
+    assert list(curves.axes[0].lines[0].get_xdata()) == sorted([0, *alphas])
     tried = select(records, variant=None, method="contrans")[:6]
     grid = draw_grid("MC1 [%]", tried, others, (1, 2, 3))
     texts = [text.get_text() for text in grid.axes[0].texts]
@@ -788,10 +789,12 @@ MAP_WARNINGS = [
 def test_the_table_of_maps_says_what_to_mistrust(measured, warning):
     [(metric, value)] = measured.items()
     about = {"source": "zoo/small", "target": "zoo/large", "method": "contrans"}
-    table = report.map_table([record(**about, metric=metric, value=value)])
-    assert f"{value:.2f}" in table
-    assert ("Warning: ConTrans, small → large: " in table) == bool(warning)
-    assert (warning or "") in table
+    records = [record(**about, metric=metric, value=value)]
+    assert f"{value:.2f}" in report.map_table(records)
+    found = report.map_warnings(records)
+    assert len(found) == (1 if warning else 0)
+    for line in found:
+        assert line.startswith(f"Warning: ConTrans, small → large: {warning}")
 
 
 def test_a_record_has_all_fields_and_no_others():

@@ -175,7 +175,7 @@ def pairs(texts: list[str]) -> list[tuple[str, str]]:
 
 STEERED = transplants(96)  # the width of llama-m
 LONG = [SHOTS + text for text in TEXTS]
-SAMPLED = {"sample": True, "top_p": 0.9, "temperature": 0.8, "seed": 3}
+SAMPLED = {"sample": True, "seed": 3}
 CALLS = {
     "states": (hidden_states, TEXTS, [5, 2, 5]),
     "states of all blocks": (hidden_states, TEXTS),
