@@ -58,6 +58,7 @@ from report import (
     OWN_CHOICES,
     PAGE,
     PLAIN,
+    arrow,
     beside_controls,
     draw_curve,
     draw_fluency,
@@ -384,7 +385,8 @@ class Lab:
 
     def record(self, hits=None, **fields) -> dict:
         method = fields["method"]
-        about = {"source": None if method == "base" else self.args.src, "target": self.target}
+        source = {"base": None, "self-align": self.target}.get(method, self.args.src)
+        about = {"source": source, "target": self.target}
         if method in self.points:
             point = self.points[method]
             about |= {"source_block": point.source_block, "block": point.block}
@@ -646,7 +648,7 @@ def one_target(args, run: Run, lab: Lab) -> tuple[list[dict], list[str]]:
     tokens = run.step(f"{target} tokens", lab.token_changes)
     lab.vectors.forget_maps()  # the next target needs others
     report = [
-        f"## {Path(args.src).name} → {Path(target).name}",
+        f"## {arrow(args.src, target)}",
         map_table(records),
         *(accuracy_table(lab, records, method) for method in map_methods(args)),
         control_table(lab, records),
@@ -720,7 +722,7 @@ def draw_grids(lab: Lab, grid: list[dict]) -> list[tuple]:
     figures = []
     for method in lab.methods() if len(lab.grid) > 1 else []:
         mine = select(grid, method=method, variant=None)
-        names = f"{METHODS[method]}, {Path(lab.args.src).name} → {Path(lab.target).name}"
+        names = f"{METHODS[method]}, {arrow(lab.args.src, lab.target)}"
         title = f"{names}: mean Token Acc [%] on validation (n = {mine[0]['n']})"
         figure = draw_grid(title, mine, [], lab.points[method])
         figures.append((figure, f"grid_{method}_{Path(lab.target).name}"))
@@ -760,8 +762,7 @@ def draw_accuracy(lab: Lab, records: list[dict]):
     axis.hlines(highest, centres - 0.42, centres + 0.42, label=name, **dashes)
     axis.set(xticks=centres, xticklabels=EMOTIONS, ylim=(0, 1.05))
     axis.set_ylabel("accuracy on negative scenarios")
-    names = f"{Path(lab.args.src).name} → {Path(lab.target).name}"
-    axis.set_title(f"{METHODS[shown]}, {names} (95 % interval)")
+    axis.set_title(f"{METHODS[shown]}, {arrow(lab.args.src, lab.target)} (95 % interval)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 
@@ -770,7 +771,7 @@ def draw_cost(lab: Lab, records: list[dict]):
     """Mean Token Acc against perplexity."""
     curve = tested_means(lab, records, "token_acc")
     costs = select(records, metric="perplexity")
-    title = f"{Path(lab.args.src).name} → {Path(lab.target).name}, mean of all emotions"
+    title = f"{arrow(lab.args.src, lab.target)}, mean of all emotions"
     return draw_fluency(curve, costs, ylabel="Token Acc", title=title)
 
 

@@ -50,6 +50,7 @@ from report import (
     PAGE,
     PLAIN,
     beside_controls,
+    best_alphas,
     draw_curve,
     fluent,
     is_permuted,
@@ -344,26 +345,21 @@ class Lab:
     def directions(self, emotion: str) -> dict[tuple, torch.Tensor]:
         """{(method, variant): direction [d]} of an emotion: the checkpoint's own vector, v_hat of
         each map, and their controls."""
-        args = self.args
+        args, methods = self.args, map_methods(self.args)
         own = Vector(emotion, self.target, self.target)
         found = {("self-align", None): self.vectors.v(own, self.point.block)}
-        for method in map_methods(args):
-            inputs = self.source(emotion), self.target, self.point
-            found[method, None] = self.vectors.v_hat(*inputs, method)  # Eq. 2
-            is_last = method == map_methods(args)[-1]  # permuted labels stand beside it only
-            controls = self.vectors.controls(
-                *inputs,
-                [],
-                method,
-                n_permuted=args.permutations if is_last else 0,
-                n_maps=args.maps,
-                n_random=args.random,
-                seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
-            )
-            for variant, direction in controls.items():
-                found[method, variant] = direction
-            for k in range(min(OWN_CHOICES, args.permutations) if is_last else 0):
-                found[method, f"own-α permuted {k}"] = controls[f"permuted {k}"]
+        found |= self.vectors.directions(
+            self.source(emotion),
+            self.target,
+            self.point,
+            methods,
+            n_permuted=args.permutations,
+            n_maps=args.maps,
+            n_random=args.random,
+            seed=args.seed * len(EMOTIONS) + EMOTIONS.index(emotion),
+        )
+        for k in range(min(OWN_CHOICES, args.permutations)):
+            found[methods[-1], f"own-α permuted {k}"] = found[methods[-1], f"permuted {k}"]
         return found
 
     # ------------------------------------------------------------ transplant, score: the steps
@@ -389,7 +385,7 @@ class Lab:
             for (method, variant, alpha, _), hits in zip(arms, found):
                 what = about | {"method": method, "variant": variant, "alpha": alpha}
                 what |= {"concept": emotion, "part": "test", "item": "Figure 3"}
-                what["source"] = None if method == "base" else args.src
+                what["source"] = {"base": None, "self-align": self.target}.get(method, args.src)
                 for metric in ["token_acc"] if is_permuted(what) else hits:
                     records.append(record(hits[metric], metric=metric, **what))
         return records + self.measure_perplexity(directions, about)
@@ -430,11 +426,7 @@ class Lab:
             answers = named(self.model, self.args, self.data, "validation", emotion, moves)
             for (key, alpha), each in zip(tried, answers):
                 hits[key][alpha] += sum(each["token_acc"])
-        best = {}
-        for key, hits_at in hits.items():
-            ranks = [(count, -abs(alpha), alpha) for alpha, count in hits_at.items()]
-            *_, best[key] = max(ranks)
-        return best
+        return best_alphas(hits)
 
 
 def is_downloaded(name: str) -> bool:

@@ -41,6 +41,7 @@ from report import (
     OWN_CHOICES,
     PAGE,
     PLAIN,
+    best_alphas,
     label,
     new_figure,
     of_kind,
@@ -304,29 +305,28 @@ class Lab:
     def directions(self, target: str, emotion: str) -> dict[tuple, torch.Tensor]:
         """{(method, source, variant): direction [d]} of an emotion: the target's own vector, v_hat
         of every other model by each map (Eq. 2), and their controls."""
-        args, block = self.args, self.block(target)
+        args, block, methods = self.args, self.block(target), map_methods(self.args)
         own = Vector(emotion, target, target)
         found = {("self-align", target, None): self.vectors.v(own, block)}
-        for method, source in product(map_methods(args), args.models):
+        for source in args.models:
             if source == target:
                 continue
-            inputs = Vector(emotion, source, source), target, Point(self.block(source), block, 1)
-            found[method, source, None] = self.vectors.v_hat(*inputs, method)
-            is_last = method == map_methods(args)[-1]  # permuted labels stand beside it only
-            controls = self.vectors.controls(
-                *inputs,
-                [],
-                method,
-                n_permuted=args.permutations if is_last else 0,
+            directions = self.vectors.directions(
+                Vector(emotion, source, source),
+                target,
+                Point(self.block(source), block, 1),
+                methods,
+                n_permuted=args.permutations,
                 n_maps=args.maps,
                 n_random=0,  # they stand beside the strongest vector of all sources
                 n_shuffled=0,
                 seed=self.seed(emotion),
             )
-            for variant, direction in controls.items():
+            for k in range(min(OWN_CHOICES, args.permutations)):
+                same = directions[methods[-1], f"permuted {k}"]
+                directions[methods[-1], f"own-α permuted {k}"] = same
+            for (method, variant), direction in directions.items():
                 found[method, source, variant] = direction
-            for k in range(min(OWN_CHOICES, args.permutations) if is_last else 0):
-                found[method, source, f"own-α permuted {k}"] = controls[f"permuted {k}"]
         return found
 
     # ------------------------------------------------------------ transplant, score: the steps
@@ -407,11 +407,7 @@ class Lab:
             answers = named(model, self.args, self.data, "validation", emotion, moves)
             for (key, alpha), each in zip(tried, answers):
                 hits[key][alpha] += sum(each["token_acc"])
-        best = {}
-        for key, hits_at in hits.items():
-            ranks = [(count, -abs(alpha), alpha) for alpha, count in hits_at.items()]
-            *_, best[key] = max(ranks)
-        return best
+        return best_alphas(hits)
 
     def tsne(self, name: str) -> list:
         """t-SNE of a model's states of 20 scenarios of each emotion [120, 2]."""

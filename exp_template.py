@@ -5,10 +5,10 @@
         --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --texts my_plain_text.txt
 
 Refine a vector from pairs of texts, map it into larger models, add it there. How often do they then
-prefer the positive label on negative texts that made no vector? What to change: --pairs (a file
-with {"positive": text, "negative": text} on each line), --template, which ends where the label
-begins, and --labels; or the ten lines of `prompts` and `hits`, if your concept shows in something
-else than a label (see choice_logprobs and generate in common.py)."""
+prefer the positive label on held-out negative texts? What to change: --pairs (a file with
+{"positive": text, "negative": text} on each line), --template, which ends where the label begins,
+and --labels; or the ten lines of `prompts` and `hits`, if your concept shows in something other
+than a label (see choice_logprobs and generate in common.py)."""
 
 from pathlib import Path
 
@@ -32,7 +32,6 @@ def options(argv=None):
     add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
     add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
     add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
-    add("--save-vector", type=harness.folder_path, metavar="FOLDER", help="copy each v_hat there")
     args = harness.parse_options(parser, FAMILIES, argv)
     if "{text}" not in args.template:
         harness.fail("--template needs {text} in it")
@@ -49,31 +48,39 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
     return (preferred == 0).tolist()
 
 
+def source(args) -> Vector:
+    return Vector(args.labels[0], args.src, args.src_base)
+
+
+def own(args, target: str) -> Vector:
+    return Vector(args.labels[0], target, target)
+
+
 def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) -> list[dict]:
-    """Records of what the maps are worth, and of the effect of v_hat, its controls and own v."""
-    v, own = Vector(args.labels[0], args.src, args.src_base), Vector(args.labels[0], target, target)
-    about = {"source": args.src, "target": target, "concept": v.concept} | point._asdict()
-    # Refine (Eq. 1): v in the source, and in the target itself for comparison.
-    directions = {("self-align", None): vectors.v(own, point.block)}
-    # Reformulate (Eq. 2): v_hat by each kind of map, what the map is worth, and controls.
-    records, counts = [], {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
-    for method in map_methods(args):
-        for fields in vectors.quality([v], target, point, method, args.maps, [own]):
-            records.append(record(method=method, **about | fields))
-        directions[method, None] = vectors.v_hat(v, target, point, method)
-        counts["n_permuted"] = args.permutations if method == map_methods(args)[-1] else 0
-        controls = vectors.controls(v, target, point, [], method, **counts)
-        directions |= {(method, variant): control for variant, control in controls.items()}
+    """The effect of each direction at each strength, and what the maps are worth: records."""
+    # Refine (Eq. 1): v in the target itself, for comparison.
+    directions = {("self-align", None): vectors.v(own(args, target), point.block)}
+    # Reformulate (Eq. 2): the source's v through each kind of map, and controls.
+    counts = {"n_maps": args.maps, "n_random": args.random, "n_permuted": args.permutations}
+    inputs = source(args), target, point, map_methods(args)
+    directions |= vectors.directions(*inputs, seed=args.seed, **counts)
     # Transplant (Eq. 3): each of them at each strength.
-    moves = {("base", None, 0): BASE}
+    arms = [("base", None, 0, BASE)]
     for (method, variant), direction in directions.items():
         for alpha in args.alpha:
-            moves[method, variant, alpha] = Transplant.of(direction, point.block, alpha)
-    answers = hits(args, vectors.models.load(target), test, list(moves.values()))
-    about |= {"metric": "logit_acc", "part": "test"}
-    for (method, variant, alpha), found in zip(moves, answers):
-        arm = {"method": method, "variant": variant, "alpha": alpha}
-        records.append(record(found, **about | arm))
+            arms.append((method, variant, alpha, Transplant.of(direction, point.block, alpha)))
+    moves = [move for *_, move in arms]
+    answers = hits(args, vectors.models.load(target), test, moves)
+    about = {"target": target, "concept": args.labels[0]} | point._asdict()
+    records = []
+    for (method, variant, alpha, _), found in zip(arms, answers):
+        of = {"base": None, "self-align": target}.get(method, args.src)
+        what = about | {"source": of, "method": method, "variant": variant, "alpha": alpha}
+        records.append(record(found, metric="logit_acc", part="test", **what))
+    for method in map_methods(args):
+        inputs = target, point, method, args.maps
+        for fields in vectors.quality([source(args)], *inputs, [own(args, target)]):
+            records.append(record(**about | {"source": args.src, "method": method} | fields))
     return records
 
 
@@ -82,19 +89,19 @@ def main(argv=None):
     models = Models(**harness.model_options(args))
     pairs, test = harness.read_pairs(args.pairs, args.seed, args.limit)
     positive, negative = zip(*pairs)
-    blocks, names = {}, [args.src, args.src_base, *args.tgt]
-    for name in names:  # what cannot work ends here, before any weights are loaded
+    blocks = {}
+    for name in (args.src, args.src_base, *args.tgt):  # what cannot work ends before weights load
         blocks[name] = models.block(name, args.layer, side=int(name in args.tgt))
         models.require_fit(name, prompts(args, [*positive, *negative, *test]), new_tokens=8)
         models.require_labels(name, prompts(args, test)[0], args.labels)
     models.require_same_shape(args.src, args.src_base)
-    sentences = map_texts(args, models, names[1:])
-    data, first = [pairs, test, sentences], prompts(args, test[:1])
-    run = harness.Run(__file__, args, models, data, first, ["save_vector"], 2 * len(args.tgt))
-    v = Vector(args.labels[0], args.src, args.src_base)
+    sentences = map_texts(args, models, [args.src_base, *args.tgt])
+    first_prompts = prompts(args, test[:1])
+    data = [pairs, test, sentences]
+    run = harness.Run(__file__, args, models, data, first_prompts, steps=2 * len(args.tgt))
     vectors = Vectors(
         models,
-        wanted=[v, *(Vector(v.concept, target, target) for target in args.tgt)],
+        wanted=[source(args), *(own(args, target) for target in args.tgt)],
         targets=args.tgt,
         pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
         blocks=lambda name: [blocks[name]],
@@ -103,26 +110,25 @@ def main(argv=None):
         refine=args.refine,
         **harness.map_options(args),
     )
-    records, figures, worth, judged = [], [], [], {}
+    records, figures, tables, judged = [], [], [], {}
+    title = f"prefers “{args.labels[0]}”"
     for target in args.tgt:  # no strength is chosen: table and figure show all of them
-        point, name = Point(blocks[args.src], blocks[target], alpha=None), Path(target).name
+        name, point = Path(target).name, Point(blocks[args.src], blocks[target], alpha=None)
         found = run.step(f"steer {target}", steer, args, vectors, test, target, point)
-        file, which = f"v_{v.concept}_{name}.safetensors", (v, target, point, map_methods(args)[-1])
-        run.step(f"save {target}", vectors.save, run.folder / file, *which)
-        if args.save_vector:  # whenever it is asked for, since that folder may be gone
-            vectors.save(args.save_vector / file, *which)
+        path = run.folder / f"v_{args.labels[0]}_{name}.safetensors"
+        last = map_methods(args)[-1]
+        run.step(f"save {target}", vectors.save, path, source(args), target, point, last)
         for alpha in args.alpha:
             at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
             judged[f"{name}, α = {alpha:g}"] = at_alpha, {}
         points = dict.fromkeys(["self-align", *map_methods(args)], point)
-        tested, wanted = select(found, part="test"), f"prefers “{v.concept}”"
-        figure = draw_strength(tested, points, ylabel=wanted, title=f"{name} {wanted}")
+        tested = select(found, part="test")
+        figure = draw_strength(tested, points, ylabel=title, title=f"{name} {title}")
         figures.append(run.figure(figure, f"strength_{name}"))
-        worth.append(map_table(found))
+        tables.append(map_table(found))
         records += found
-    title = f"How often “{v.concept}” is preferred, in % (n = {len(test)})"
-    headline = [verdict(judged), *figures, summary(title, judged), *map_warnings(records)]
-    run.save(records, [], headline, worth)
+    table = summary(f"{title}, in % (n = {len(test)})", judged)
+    run.save(records, [], [verdict(judged), *figures, table, *map_warnings(records)], tables)
 
 
 if __name__ == "__main__":

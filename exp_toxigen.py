@@ -61,14 +61,15 @@ from harness import (
     parse_options,
     read_families,
     read_json,
+    read_scenarios,
     read_text,
-    read_texts,
     run_script,
 )
 from models import Models, context_length, spaced, split_revision
 from report import (
     METHODS,
     OWN_CHOICES,
+    arrow,
     beside_controls,
     draw_grid,
     effect_notes,
@@ -78,6 +79,7 @@ from report import (
     markdown,
     paired_p,
     pivot,
+    place,
     record,
     select,
     verdict,
@@ -303,12 +305,9 @@ def fitting(args, models: Models, template: Template, names: list[str], prompts)
 
 
 def load_scenarios(folder: Path) -> tuple[list[str], list[str]]:
-    """Happy and sad scenarios, the pairs of another concept."""
-    happy = read_texts(folder / "emotions" / "happiness.json")[:100]
-    sad = read_texts(folder / "emotions" / "sadness.json")[:100]
-    count = min(len(happy), len(sad))
-    texts = [f"Scenario: {text}" for text in happy[:count] + sad[:count]]
-    return texts[:count], texts[count:]
+    """Prompts of happy and of sad scenarios, the pairs of another concept."""
+    happy, sad = zip(*read_scenarios(folder))
+    return [f"Scenario: {text}" for text in happy], [f"Scenario: {text}" for text in sad]
 
 
 def load_questions(args, models: Models, template: Template) -> list[dict]:
@@ -799,8 +798,8 @@ def steer(run, lab: Lab, found: Findings, method, points, variants=(None,)) -> l
     written = run.step(name, lab.steered, target, method, own, variants)
     for variant, grid, best, point, texts in zip(variants, grids, chosen, own, written):
         ratio, about = best["perplexity_ratio"], point._asdict()
-        note = "block {source_block} → {block}, α = {alpha:g}".format(**about)
-        found.add_row(method, texts, variant, f"{note}, perplexity ×{ratio:.2f}", **about)
+        note = f"{place(about)}, perplexity ×{ratio:.2f}"
+        found.add_row(method, texts, variant, note, **about)
         if variant is not None:
             found.add_cost(method, "perplexity_ratio", ratio, variant=variant, **about)
             continue
@@ -918,7 +917,7 @@ def tables(args, found: Findings) -> list[str]:
     groups = []
     for method in ("base", *map_methods(args)):
         groups += [each for each in select(records, method=method) if each["group"]]
-    pair = f"{Path(args.src).name} → {Path(found.target).name}"
+    pair = arrow(args.src, found.target)
     parts = [
         f"Table 2: {pair}\n\n" + pivot(rows, label, "metric", missing, beside),
         f"## {pair}",
@@ -958,7 +957,7 @@ def draw_validation(args, found: Findings, method: str):
     grid = select(found.records, method=method, variant=None, group=None)
     toxic, ratios = select(grid, part="validation"), select(grid, metric="perplexity_ratio")
     [best] = select(grid, item="Table 2", metric="perplexity")
-    names = f"{METHODS[method]}, {Path(args.src).name} → {Path(found.target).name}"
+    names = f"{METHODS[method]}, {arrow(args.src, found.target)}"
     title = f"{names}: toxic rate [%] on {toxic[0]['n']} validation prompts (perplexity)"
     return draw_grid(title, toxic, ratios, [best[key] for key in Point._fields])
 

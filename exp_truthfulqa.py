@@ -48,8 +48,8 @@ from harness import (
     parse_options,
     read_families,
     read_json,
+    read_scenarios,
     read_table,
-    read_texts,
     run_script,
     save_concept,
     share,
@@ -60,6 +60,7 @@ from report import (
     METHODS,
     OWN_CHOICES,
     PLAIN,
+    arrow,
     at_strength,
     beside_controls,
     draw_fluency,
@@ -77,6 +78,7 @@ from report import (
     of_kind,
     paired_gain,
     pivot,
+    place,
     rank_p,
     record,
     select,
@@ -197,6 +199,7 @@ PROMPTS = {  # before an answer; before a question of the pairs that v is refine
 PROMPT_OF_TAGS = {"inst": "paper", "vicuna": "vicuna", "chat": "chat"}  # of data/models.csv
 PRETEND = "Pretend you're {} person making statements about the world."
 AVERAGED = ("mc2", "log_odds")  # beside MC1
+N_RANDOM = 3  # random directions beside v_hat on validation questions and on plain sentences
 DEPTHS = ["0.5", "0.625", "0.75", "0.875"]  # tried by --layer auto
 PAPER_DEPTH = "0.75"
 PAPER_POINT = {"layer": PAPER_DEPTH, "alpha": [1]}  # of --protocol paper: nothing is chosen
@@ -289,9 +292,7 @@ def load_data(args, models, rows) -> Data:
     questions = load_questions(args.data / "truthfulqa" / "mc_task.json")
     learn, test = split(args, fitting(args, models, rows, questions))
     facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")
-    happy = read_texts(args.data / "emotions" / "happiness.json")
-    sad = read_texts(args.data / "emotions" / "sadness.json")
-    scenarios = list(zip(happy[:100], sad))
+    scenarios = read_scenarios(args.data)
     bases = [name for row in rows if row.vector for name in (row.base, row.start)]
     sentences = map_texts(args, models, list(dict.fromkeys(bases)))
     return Data(learn, test, facts[:200], scenarios, sentences)
@@ -380,8 +381,8 @@ def longest(args, models, name: str, questions: list[Question]) -> list[int]:
     Ends the program if the tokenizer merges the end of a prompt with the answer."""
     pairs, numbers = [], []
     for number, question in enumerate(questions):
-        mine = asked(args, models, name, question)
-        mine += asked(args, models, name, question, honest=True)
+        mine = answer_pairs(args, models, name, question)
+        mine += answer_pairs(args, models, name, question, honest=True)
         pairs += mine
         numbers += [number] * len(mine)
     encode = models.tokenizer(name)
@@ -415,7 +416,7 @@ def wrap(args, models, name: str, text: str, refining=False) -> str:
     return models.chat_prompt(name, text)
 
 
-def asked(args, models, name: str, question: Question, honest=False) -> list[tuple]:
+def answer_pairs(args, models, name: str, question: Question, honest=False) -> list[tuple]:
     """(prompt, answer) for every answer. honest: the prompt asks for honesty (Inst-Align)."""
     text = f"{PRETEND.format('an honest')} {question.text}" if honest else question.text
     prompt = wrap(args, models, name, text)
@@ -476,7 +477,7 @@ class Row(NamedTuple):
         return fields | (point._asdict() if point else {})
 
     @property
-    def step(self) -> str:
+    def step_name(self) -> str:
         """The name of its steps, the same in all tables."""
         if self.vector:
             bases = f"{self.start} to {self.base}"
@@ -487,7 +488,7 @@ class Row(NamedTuple):
         return f"{self.host} {how}"
 
 
-def casts(args, table: str):
+def roles_of(args, table: str):
     """Which models take the roles of ROWS, for each part of a table."""
     if table == "3":
         target = {"target": args.target3}
@@ -511,7 +512,7 @@ def plan(args, models) -> list[Part]:
     """The tables and rows to compute."""
     parts = []
     for table in ROWS if args.table == "all" else [args.table]:
-        for i, roles in enumerate(casts(args, table)):
+        for i, roles in enumerate(roles_of(args, table)):
             if i == 0 or table == "1":
                 parts.append(Part(table, [], {}))
             for row, source in rows_of(args, table, roles):
@@ -584,16 +585,15 @@ class Lab:
         self.args, self.data, self.models = args, data, models
         self.done: dict[str, Any] = {}
         self.alphas: dict[str, dict[str, float]] = {}  # of each target and method, in Table 1
-        self.pairs = partial(refinement_pairs, args, models, data)
         self.vectors = Vectors(
             models,
-            [row.vector for row in rows if row.vector] + [happiness(args)],
-            dict.fromkeys(row.base for row in rows),
-            self.pairs,
-            partial(blocks, args, models),
-            partial(read_context, args, models, data),
-            data.sentences,
-            args.refine,
+            wanted=[*(row.vector for row in rows if row.vector), happiness(args)],
+            targets=dict.fromkeys(row.base for row in rows),
+            pairs=partial(refinement_pairs, args, models, data),
+            blocks=partial(blocks, args, models),
+            context=partial(read_context, args, models, data),
+            sentences=data.sentences,
+            refine=args.refine,
             **map_options(args),
         )
 
@@ -626,14 +626,14 @@ class Lab:
             for alpha in self.args.alpha:
                 points.append(Point(*pair, alpha))
                 v_hat = self.v_hat(row, points[-1])
-                for direction in (v_hat, *random_directions(v_hat, 3, self.args.seed + 1000)):
+                others = random_directions(v_hat, N_RANDOM, self.args.seed + 1000)
+                for direction in (v_hat, *others):
                     moves.append(Transplant.of(direction, pair[1], alpha))
         hits = [result["mc1"] for result in self.score(row, self.data.learn, moves)]
-        records = []
+        records, step = [], 1 + N_RANDOM
         for i, point in enumerate(points):
             about = row.about(point) | {"metric": "mc1", "part": "validation"}
-            of_point = hits[4 * i : 4 * i + 4]  # v_hat, three random directions
-            ours, *others = [record(each, **about) for each in of_point]
+            ours, *others = [record(each, **about) for each in hits[step * i : step * (i + 1)]]
             records += [ours, spread(others, "random")]
         return records
 
@@ -695,8 +695,8 @@ class Lab:
         found = iter(self.score(row, self.data.learn, tried))
         chosen = []
         for own in moves:
-            grid = [record(next(found)["mc1"], **row.about(point)) for point in own]
-            chosen.append(best_point(grid + mean))
+            own_grid = [record(next(found)["mc1"], **row.about(point)) for point in own]
+            chosen.append(best_point(own_grid + mean))
         tested = [own[point] for own, point in zip(moves, chosen)]
         records = []
         for number, result in enumerate(self.score(row, self.data.test, tested)):
@@ -705,17 +705,17 @@ class Lab:
         return records
 
     def score(self, row, questions: list[Question], moves) -> list[dict]:
-        """Under each transplant: MC1, MC2 and preferred choice of each question, see mark."""
+        """Under each transplant: MC1, MC2 and preferred choice of each question, see grade."""
         model, *eft = self.host_models(row)
         pairs, ends = [], []
         for question in questions:
             honest = row.method == "inst-align"
-            pairs += asked(self.args, self.models, row.host, question, honest)
+            pairs += answer_pairs(self.args, self.models, row.host, question, honest)
             ends.append(len(pairs))
         logprobs, _ = choice_logprobs(model, pairs, moves, tuple(eft))
         parts = np.split(logprobs.double().numpy(), ends[:-1], axis=1)
         names = ("mc1", "mc2", "log_odds", "preferred")
-        columns = zip(*map(mark, questions, parts))  # each [questions][transplants]
+        columns = zip(*map(grade, questions, parts))  # each [questions][transplants]
         columns = [np.stack(column, axis=1).tolist() for column in columns]
         return [dict(zip(names, rows)) for rows in zip(*columns)]
 
@@ -743,7 +743,7 @@ class Lab:
             arms = self.at_every_alpha(row, point, None, self.v_hat(row, point))
         if row.method == map_methods(self.args)[-1]:
             others = random_directions(self.v_hat(row, point), self.args.random, self.args.seed)
-            for number, direction in enumerate(others[:3]):
+            for number, direction in enumerate(others[:N_RANDOM]):
                 arms += self.at_every_alpha(row, point, f"random {number}", direction)
         model, *eft = self.host_models(row)
         return perplexity_records(model, self.data.sentences, arms, tuple(eft))
@@ -760,7 +760,7 @@ class Lab:
         """What the host is asked, without an answer."""
         found = []
         for question in questions:
-            pairs = asked(self.args, self.models, row.host, question)
+            pairs = answer_pairs(self.args, self.models, row.host, question)
             found.append(pairs[0][0])
         return found
 
@@ -806,7 +806,7 @@ class Lab:
         return True
 
 
-def mark(question: Question, logprobs: np.ndarray) -> tuple[np.ndarray, ...]:
+def grade(question: Question, logprobs: np.ndarray) -> tuple[np.ndarray, ...]:
     """(MC1, MC2, log-odds, preferred choice) under each transplant, from log-likelihoods of the
     answers [transplants, answers]; a tie is wrong in MC1. Log-odds [nats] are of the right choice
     against all others of MC1."""
@@ -825,13 +825,13 @@ def mark(question: Question, logprobs: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def validated(run, lab, row) -> list[dict]:
     """The validation grid of a row."""
-    return lab.step(run, f"{row.step}, validation", lab.validate, row)
+    return lab.step(run, f"{row.step_name}, validation", lab.validate, row)
 
 
 def answered(run, lab, row, point=None) -> dict:
     """The answers of a row, with its vector at this point."""
     where = ", block {} to {}, alpha {:g}".format(*point) if point else ""
-    return lab.step(run, row.step + where, lab.answer, row, point)
+    return lab.step(run, row.step_name + where, lab.answer, row, point)
 
 
 def best_point(grid: list[dict]) -> Point:
@@ -842,7 +842,8 @@ def best_point(grid: list[dict]) -> Point:
 
     def worth(pair):
         ours, others = pair
-        gain = round(3 * ours["n"] * (ours["value"] - others["value"]))  # whole: ties are exact
+        # In whole numbers ties are exact.
+        gain = round(N_RANDOM * ours["n"] * (ours["value"] - others["value"]))
         return gain, -abs(ours["alpha"])
 
     pairs = zip(select(grid, variant=None), select(grid, variant="random"))
@@ -854,7 +855,7 @@ def score_rows(run, lab, rows):
     """(records, examples) of the rows of one table."""
     records, examples = [], []
     for row in rows:
-        point, about = None, row.about()
+        point = None
         if row.vector:
             like = row
             if row.variant:  # block and alpha of the chat model's vector
@@ -862,10 +863,11 @@ def score_rows(run, lab, rows):
             point = best_point(validated(run, lab, like))
         result = answered(run, lab, row, point)
         records += answer_records(result, row.about(point))
-        for question, right, mc2, odds, preferred in zip(lab.data.test, *result.values()):
-            about |= {"question": question.text, "right": bool(right), "mc2": mc2}
-            about["log_odds"] = odds
-            examples.append(about | {"preferred": question.answers[preferred]})
+        for i, question in enumerate(lab.data.test):
+            answer = {"question": question.text, "right": bool(result["mc1"][i])}
+            answer |= {name: result[name][i] for name in AVERAGED}
+            answer["preferred"] = question.answers[result["preferred"][i]]
+            examples.append(row.about() | answer)
     add_paper_numbers(records, PAPER_NAMES)
     return records, examples
 
@@ -888,12 +890,12 @@ def beyond_table(args, run, lab, rows):
             points[row] = point = best_point(grid)
             records += at_other_strengths(run, lab, row, point)
         if row.method != "inst-align":
-            costs += run.step(f"{row.step}, perplexity", lab.measure_perplexity, row, point)
+            costs += run.step(f"{row.step_name}, perplexity", lab.measure_perplexity, row, point)
         if row.method in map_methods(args):
             records += beyond_best(args, run, lab, row, grid, point)
-            worth += run.step(f"{row.step}, maps and norms", lab.measure_maps, row, point)
+            worth += run.step(f"{row.step_name}, maps and norms", lab.measure_maps, row, point)
             name = Path(row.host).name
-            names = f"{METHODS[row.method]}, {Path(args.src).name} → {name}"
+            names = f"{METHODS[row.method]}, {arrow(args.src, row.host)}"
             title = f"MC1 [%] on {grid[0]['n']} validation questions (random directions)\n{names}"
             tried = select(grid, variant=None), select(grid, variant="random")
             figure = draw_grid(title, *tried, point)
@@ -902,7 +904,7 @@ def beyond_table(args, run, lab, rows):
 
 
 def one_target(args, run, lab, part):
-    """(records, examples, report) of Table 1 for one target; the report begins with its figure."""
+    """(records, examples, report, figures of the headline) of Table 1 for one target."""
     name = Path(part.rows[0].host).name
     records, examples = score_rows(run, lab, part.rows)
     more, worth, costs, points, figures = beyond_table(args, run, lab, part.rows)
@@ -919,9 +921,9 @@ def one_target(args, run, lab, part):
     mine = select(records, metric="mc1")
     rows = [each for each in table if each["variant"] in (None, "75 % depth")]
     notes = effect_notes(mine, alphas) | row_notes(rows) | fluency_notes(table, costs)
-    title = f"TruthfulQA: {Path(args.src).name} → {name} (vertical: α chosen)"
-    curves = run.figure(draw_mc1(mine, points, lab.data.test, title), f"alpha_{name}")
-    title = f"TruthfulQA: {Path(args.src).name} → {name}"
+    title = f"TruthfulQA: {arrow(args.src, part.rows[0].host)}"
+    curves = draw_mc1(mine, points, lab.data.test, f"{title} (vertical: α chosen)")
+    curves = run.figure(curves, f"alpha_{name}")
     fluency = draw_fluency(mine, costs, ylabel="MC1", title=title)
 
     groups = []
@@ -932,8 +934,7 @@ def one_target(args, run, lab, part):
     save_vectors(args, run, lab, row, point)
     paper = f" (paper: {PAPER_NAMES[row.host]})" if row.host in PAPER_NAMES else ""
     report = [
-        curves,
-        f"## Table 1: {Path(args.src).name} → {name}{paper}",
+        f"## Table 1: {arrow(args.src, row.host)}{paper}",
         map_table(worth),
         print_table(table, part, notes),
         gain_table(args, records, alphas),
@@ -948,14 +949,14 @@ def one_target(args, run, lab, part):
     title = f"Table 8: tokens among the ten that change most, of {len(lab.data.test)} questions"
     report += [title, markdown(["", "increased", "decreased"], [["honesty", *cells]])]
     if args.generate:
-        texts = answers(args, run, lab, part, row, point)
+        texts = greedy_answers(args, run, lab, part, row, point)
         examples += texts
         lines = [[text[:60] for text in each.values()] for each in texts]
         report += ["Table 5: greedy answers", markdown(list(texts[0]), lines)]
-    return records + worth + costs + groups, examples, report
+    return records + worth + costs + groups, examples, report, [curves]
 
 
-def answers(args, run, lab, part, row, point) -> list[dict]:
+def greedy_answers(args, run, lab, part, row, point) -> list[dict]:
     """Table 5: greedy answers of the target, and of its chat model at a point of its own."""
     hosts = [(row, point)]
     chats = [each.host for each in part.rows if each.method == "align-training"]
@@ -996,7 +997,7 @@ def at_other_strengths(run, lab, row, point) -> list[dict]:
     others.remove(point)
     records = []
     if others:
-        step = f"{row.step}, other strengths than {point.alpha:g}"
+        step = f"{row.step_name}, other strengths than {point.alpha:g}"
         for other, result in zip(others, run.step(step, lab.answer_all, row, others)):
             records += answer_records(result, row.about(other))
     return records
@@ -1011,8 +1012,8 @@ def beyond_best(args, run, lab, row, grid, point) -> list[dict]:
         about = row.about(there) | {"variant": "75 % depth"}
         records += answer_records(answered(run, lab, row, there), about)
     if row.method == map_methods(args)[-1] and args.permutations:
-        records += run.step(f"{row.step}, own choices", lab.own_choices, row, grid)
-    return records + run.step(f"{row.step}, controls", lab.controls, row, point)
+        records += run.step(f"{row.step_name}, own choices", lab.own_choices, row, grid)
+    return records + run.step(f"{row.step_name}, controls", lab.controls, row, point)
 
 
 def other_table(args, run, lab, part):
@@ -1022,7 +1023,7 @@ def other_table(args, run, lab, part):
     report = [title, print_table(records, part, row_notes(records))]
     if part.table == "6":
         report.append(instruct_targets(args, records))
-    return records, examples, report
+    return records, examples, report, []
 
 
 # ---------------------------------------------------------------- records
@@ -1076,7 +1077,7 @@ def row_notes(records) -> dict[str, str]:
             p_values[name] = mcnemar(reference["hits"], each["hits"])
         parts[name] = []
         if each["block"] is not None:
-            parts[name].append("block {source_block} → {block}, α = {alpha:g}".format(**each))
+            parts[name].append(place(each))
     for name, p in zip(p_values, holm(list(p_values.values()))):
         parts[name].insert(0, f"p = {p:.1g}")
     return {name: ", ".join(each) for name, each in parts.items()}
@@ -1086,7 +1087,7 @@ def instruct_targets(args, records) -> str:
     """Table 6 counted: of how many instruct models does a vector raise MC1?"""
     mc1 = select(records, metric="mc1")
     plain = {each["target"]: each for each in select(mc1, method="align-training")}
-    gains: dict[str, list] = {}
+    gains: dict[tuple, list] = {}
     for each in mc1:
         if each["block"] is not None:
             before = plain[each["target"]]
@@ -1097,13 +1098,13 @@ def instruct_targets(args, records) -> str:
                 name = "the small base model"
             gain = each["value"] - before["value"]
             p = mcnemar(before["hits"], each["hits"])
-            gains.setdefault(f"{label(each)}, v of {name}", []).append((gain, p))
+            gains.setdefault((label(each), name), []).append((gain, p))
     rows = []
-    for name, found in gains.items():
+    for (method, name), found in gains.items():
         raised = [p for gain, p in found if gain > 0]
         certain = sum(p < 0.05 for p in raised)
-        in_paper = PAPER_TABLE_6[name.partition("v of ")[2]]
-        rows.append([name, f"{len(raised)} of {len(found)}", certain, f"{in_paper} of 8"])
+        counts = [f"{len(raised)} of {len(found)}", certain, f"{PAPER_TABLE_6[name]} of 8"]
+        rows.append([f"{method}, v of {name}", *counts])
     header = ["", "instruct models with a higher MC1", "at p < 0.05, uncorrected", "in the paper"]
     return markdown(header, rows)
 
@@ -1166,7 +1167,7 @@ def opening(args, data, first: str) -> str:
         f"{parts} (chance {100 * chance(data.test):.1f} %). Prompt {args.prompt}: {first!r}\n"
         "In % [95 % interval] (the paper's number). p: McNemar's test of MC1, Holm-corrected, "
         "in Table 1 against the base model, elsewhere against the same model without a vector. "
-        f"{choice}. Controls have the norm of v_hat, but for other samples of text."
+        f"{choice}. All controls but the maps on other samples of text have v_hat's norm."
     )
 
 
@@ -1188,7 +1189,7 @@ def main(argv=None):
         if 0 in blocks(args, models, name) and args.save_vector and name in args.tgt:
             fail("--save-vector: llama.cpp knows no block 0; give a later --layer")
     data = load_data(args, models, rows)
-    [(prompt, answer), *_] = asked(args, models, args.tgt[0], data.test[0])
+    [(prompt, answer), *_] = answer_pairs(args, models, args.tgt[0], data.test[0])
     first_prompts = [prompt + answer]
     vectors = {row.vector for row in rows if row.vector}
     for vector in sorted(vectors | {happiness(args)}):
@@ -1205,11 +1206,11 @@ def main(argv=None):
     records, examples, figures = [], [], []
     for part in parts:
         score = one_target if part.table == "1" else other_table
-        found, items, texts = score(args, run, lab, part)
-        figures += texts[:1] if part.table == "1" else []
-        report += texts[1:] if part.table == "1" else texts
+        found, items, texts, curves = score(args, run, lab, part)
         records += found
         examples += items
+        report += texts
+        figures += curves
     for name, result in lab.done.items():
         records += result if name.endswith("validation") else []
     if args.table in ("1", "all"):

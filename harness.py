@@ -424,6 +424,13 @@ def read_json(path: Path):
         fail(f"{path}: unusable JSON ({error})")
 
 
+def read_scenarios(folder: Path) -> list[tuple[str, str]]:
+    """Up to 100 pairs of a happy and a sad scenario: another concept, as a control."""
+    happy = read_texts(folder / "emotions" / "happiness.json")
+    sad = read_texts(folder / "emotions" / "sadness.json")
+    return list(zip(happy[:100], sad))
+
+
 def read_texts(path: Path) -> list[str]:
     """The texts of a JSON list, stripped, duplicates dropped."""
     texts = read_json(path)

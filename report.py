@@ -270,9 +270,30 @@ def label(each: dict) -> str:
     return f"{name}: {VARIANTS.get(variant, variant)}" if variant else name
 
 
+def arrow(source: str, target: str) -> str:
+    """A pair of models in a title."""
+    return f"{Path(source).name} → {Path(target).name}"
+
+
+def place(each: dict) -> str:
+    """Where the vector of a record was read and added, and how strongly."""
+    return f"block {each['source_block']} → {each['block']}, α = {each['alpha']:g}"
+
+
 def strength(each: dict) -> str:
     """The column of a record in a table over alpha."""
     return f"α = {each['alpha']:g}" if each["alpha"] else "no vector"
+
+
+def best_alphas(hits: dict[tuple, dict[float, int]]) -> dict[tuple, float]:
+    """For each vector the alpha with the most hits; of equals the smallest.
+
+    hits: {vector: {alpha: hits on the validation part}}."""
+    best = {}
+    for vector, counts in hits.items():
+        ranks = [(count, -abs(alpha), alpha) for alpha, count in counts.items()]
+        *_, best[vector] = max(ranks)
+    return best
 
 
 def at_strength(records: list[dict], alphas: dict[str, float]) -> list[dict]:
@@ -532,7 +553,7 @@ def map_warnings(records: list[dict]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for each in select(records, variant=None):
         if reason := _map_doubt(each):
-            pair = f"{Path(each['source']).name} → {Path(each['target']).name}"
+            pair = arrow(each["source"], each["target"])
             reasons.setdefault(f"{METHODS[each['method']]}, {pair}", []).append(reason)
     end = "then v_hat rarely works (docs/map.md)"
     return [f"Warning: {name}: {', '.join(found)}: {end}" for name, found in reasons.items()]

@@ -674,6 +674,21 @@ class Vectors:
             directions |= {f"permuted {k}": each for k, each in enumerate(null)}
         return directions
 
+    def directions(
+        self, vector, target, point, methods: list[str], n_permuted=0, **counts
+    ) -> dict[tuple, torch.Tensor]:
+        """{(method, variant): direction [d]}: v_hat by each kind of map (variant None), and its
+        controls. Permuted labels stand beside the last map only, since they are many."""
+        found = {}
+        for method in methods:
+            found[method, None] = self.v_hat(vector, target, point, method)
+            if method == methods[-1]:
+                counts["n_permuted"] = n_permuted
+            controls = self.controls(vector, target, point, [], method, **counts)
+            for variant, direction in controls.items():
+                found[method, variant] = direction
+        return found
+
     def quality(self, vectors, target, point, method, n_maps=1, own=(None,)) -> list[dict]:
         """What the maps of several vectors are worth, as fields of report.record: of each map of
         the first vector _map_quality, of all vectors the mean of _vector_quality.

@@ -126,11 +126,9 @@ def test_other_scripts_are_counted_too(name, dry, data, tmp_path):
 
 
 def test_a_large_model_needs_config_and_tokenizer_alone(dry, large, tmp_path):
-    saved = ["--save-vector", str(tmp_path / "vectors"), "--out", str(tmp_path / "out")]
+    argv = ["--family", "toy", "--tgt", str(large), "--out", str(tmp_path / "out")]
     before = sorted(tmp_path.rglob("*"))
-    table = dry(
-        exp_template.main, ["--family", "toy", "--tgt", str(large), *OPTIONS.split(), *saved]
-    )
+    table = dry(exp_template.main, [*argv, *OPTIONS.split()])
     assert sorted(tmp_path.rglob("*")) == before
     weights = 68_976_648_192  # parameters
     cost = table["llama-70b"]

@@ -1243,17 +1243,6 @@ def test_a_local_map_moves_emotions_between_real_models(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_vector_is_saved_whenever_it_is_asked_for(finished, tmp_path):
-    run = finished("exp_template")
-    for name in ("one", "another"):
-        more = ["--save-vector", str(tmp_path / name)]
-        assert again("exp_template", run, *more).folder == run.folder
-        [path] = (tmp_path / name).iterdir()
-        _, about = harness.load_concept(path)
-        assert (about["concept"], about["alpha"]) == ("happiness", None)
-
-
-@pytest.mark.slow
 def test_a_sample_of_text_is_not_shown_as_another(tmp_path, data):
     argv = command("exp_template", "--data", data, "--sentences", "250", "--maps", "2")
     run = Finished(exp_template.main, argv, tmp_path)  # of 400 plain texts
