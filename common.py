@@ -206,7 +206,7 @@ def concept_vector(
 
 def _pair_refiner(nn, layers: list[int]):
     """Make a function that refines the pairs of one batch, on the server."""
-    read = _state_reader(nn, [], layers, {}, (), False, False)
+    read = _state_reader(nn, [], layers, {}, (), stop=False, lens=False)
 
     def refine_batch(rows):
         last = [[-1]] * len(rows)
@@ -1460,7 +1460,7 @@ def _count_states(model: Model, prefix, layers, shifts, sharing, stop: bool, len
 
 
 def _count_pairs(model: Model, layers):
-    read = _count_states(model, [], layers, {}, (), False, False)
+    read = _count_states(model, [], layers, {}, (), stop=False, lens=False)
 
     def refine_batch(rows):
         last = [[-1]] * len(rows)

@@ -153,7 +153,8 @@ def load_model(
         logging.set_verbosity(before)
     _require_known_paths(name, nn)
     nn._module.requires_grad_(False).eval()
-    if not is_elsewhere and not _takes_padding(name, nn):
+    ignores_padding = is_elsewhere or _check_forward(name, nn)
+    if not ignores_padding:
         print(f"{name} does not ignore padding: computed one text at a time")
         batch_tokens = 1
     return Model(
@@ -225,10 +226,10 @@ def _load_weights(repo: str, hub: dict, dtype: str, torch_dtype, device: str, al
     return module
 
 
-def _takes_padding(name: str, nn) -> bool:
-    """Whether left padding is ignored, tested on a few tokens: some recurrent models read it.
+def _check_forward(name: str, nn) -> bool:
+    """Refuse what is no causal LM with one residual stream (ValueError), tested on a few tokens.
 
-    Raises ValueError for a model that is not causal or has no single residual stream."""
+    Returns whether left padding is ignored: some recurrent models read it."""
     row, found = [5, 6, 7], []
     longer, longest = [*row, 8], [3, 4, *row, 8]
     for rows in ([row], [longer], [longest, row]):

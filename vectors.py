@@ -596,7 +596,7 @@ class Vectors:
         self.wanted = list(dict.fromkeys(wanted))
         self.targets = list(targets)
         self.pairs, self.blocks, self.context = pairs, blocks, context
-        self.sentences, self.refine, self.map_options = sentences, refine, maps
+        self.sentences, self.refine_method, self.map_options = sentences, refine, maps
         self.known, self.both_ways, self.where_read = known, both_ways, where_read
         self.refined: dict[Vector, dict[int, torch.Tensor]] = {}
         self.known_states: dict[str, dict[str, torch.Tensor]] = {}  # model -> prompt -> [blocks, d]
@@ -765,7 +765,7 @@ class Vectors:
             "source_layer": point.source_block,
             "layer": point.block,
             "alpha": point.alpha,
-            "method": self.refine,
+            "method": self.refine_method,
             "map": method,
             "pairs": len(positive),
             "first_prompt": positive[0],
@@ -820,9 +820,9 @@ class Vectors:
                 if vector.model == name:
                     if model.remote:  # no states travel
                         pairs = self.pairs(vector.concept, name)
-                        v = concept_vector(model, *pairs, blocks, self.refine)
+                        v = concept_vector(model, *pairs, blocks, self.refine_method)
                     else:
-                        v = refine(*self.pair_states(vector), self.refine)
+                        v = refine(*self.pair_states(vector), self.refine_method)
                     refined[vector] = dict(zip(blocks, v))
             if name in mapped:
                 states = hidden_states(model, cut_ends(self.sentences), blocks)

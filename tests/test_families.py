@@ -204,12 +204,16 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def run_scripts(family: str, env: dict, data: Path, out: Path, *more: str) -> dict[str, dict]:
-    """{script: its args.json} of every script that has the family, in one process.
+def run_scripts(
+    family: str, env: dict, data: Path, out: Path, *more: str, scripts=()
+) -> dict[str, dict]:
+    """{script: its args.json} of every script that has the family (or of `scripts`), in one
+    process.
 
     A script with a source takes the largest of the family's targets alone, to save time."""
     lines = []
-    for name, (kind, options) in SCRIPTS.items():
+    for name in scripts or SCRIPTS:
+        kind, options = SCRIPTS[name]
         settings = read_families(kind, {}).get(family)
         if settings:
             words = [f"{name} --family {family} {options}", *more]
@@ -269,9 +273,12 @@ def check_family(family: str, found: dict[str, dict], loaded: set[str], repos: d
     assert len(found) == scripts.get(family, 5)
 
 
-ON_NDIF = {  # and a model of theirs that is not up: it is deployed when the first job asks for it
-    "llama3": "meta-llama/Llama-3.1-405B-Instruct",
-    "pythia-small": "EleutherAI/pythia-160m@step4000",
+ON_NDIF = {  # a model that is not up: the first job that asks for it deploys it; and scripts
+    "llama3": (
+        "meta-llama/Llama-3.1-405B-Instruct",
+        ["exp_emotion", "exp_truthfulqa", "exp_toxigen", "exp_template"],
+    ),
+    "pythia-small": ("EleutherAI/pythia-160m@step4000", ["exp_pretraining", "exp_pythia"]),
 }
 # llama, codellama, pythia and amber differ from others in nothing but names: left out to save time.
 # Those of ON_NDIF run here in the test below.
@@ -296,10 +303,9 @@ def test_every_family_has_stand_ins():
 
 # A real server has no model up, and another hub: see docs/ndif.md.
 @pytest.mark.slow
-@pytest.mark.parametrize("family, late", ON_NDIF.items())
-def test_a_family_on_ndif_writes_the_records_of_a_local_run(
-    family, late, stand_ins, data, tmp_path
-):
+@pytest.mark.parametrize("family", ON_NDIF)
+def test_a_family_on_ndif_writes_the_records_of_a_local_run(family, stand_ins, data, tmp_path):
+    late, scripts = ON_NDIF[family]
     repos = stand_ins(family)
     folders = {
         repo if revision == "main" else f"{repo}@{revision}": folder
@@ -315,7 +321,8 @@ def test_a_family_on_ndif_writes_the_records_of_a_local_run(
             check_family(family, found, {repo for repo, *_ in hub.loaded}, repos)
         hub.loaded.clear()
         options = ("--remote", "both", "--ndif-host", HOST or server.url)
-        found = run_scripts(family, hub.surroundings(there) | more, data, there, *options)
+        env = hub.surroundings(there) | more
+        found = run_scripts(family, env, data, there, *options, scripts=scripts)
         assert not hub.loaded  # no weights of the family came here
         failed = [job for job in server.log() if job["status"] != "COMPLETED"]
         assert not failed
