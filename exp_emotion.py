@@ -1,6 +1,6 @@
 """Can a concept be moved from one model into another? Emotions, Sec. 4, App. A, B.2 and B.3.
 
-    python exp_emotion.py                                     toy zoo, 3 to 6 minutes on 2 CPU cores
+    python exp_emotion.py                                     toy zoo, 2 to 5 minutes on 2 CPU cores
     python exp_emotion.py --family llama --data data/paper    LLaMA-7B -> 13B and 65B
     python exp_emotion.py --src Qwen/Qwen3-0.6B --tgt Qwen/Qwen3-4B --data data/paper
 

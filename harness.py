@@ -460,7 +460,7 @@ def read_pairs(path: Path, seed: int, limit: int) -> tuple[list[tuple[str, str]]
     used = {text for pair in pairs[:half] for text in pair}
     test = dict.fromkeys(negative for _, negative in pairs[half:] if negative not in used)
     if not test:
-        fail(f"{path} repeats its negatives: none is left that made no vector")
+        fail(f"{path} repeats its negatives: none is left for the test")
     return pairs[:half], list(test)[: limit if limit > 0 else None]
 
 
@@ -830,7 +830,7 @@ class Run:
         parts = [title, *headline, *more, _details(self.folder)]
         report = "\n\n".join(part for part in parts if part) + "\n"
         _write_file(self.folder / "report.html", html(self.title, report, self.folder))
-        _write_file(self.folder / "report.md", report)  # last: a run that has it is whole
+        _write_file(self.folder / "report.md", report)  # last: a run that has it is complete
         shown = [part for part in [title, *headline] if not part.startswith("![")]
         print("\n" + "\n\n".join(shown), f"\nreport.html, records and figures:\n{self.folder}")
         if self.reused:
@@ -995,7 +995,7 @@ def list_runs(folder: Path) -> str:
         report, steps = path.with_name("report.md"), path.with_name("steps")
         if report.exists():
             found = [each for each in read_text(report).splitlines() if each.startswith("- **")]
-            lines += [f"{path.parent}  {when}  whole", *found]
+            lines += [f"{path.parent}  {when}  complete", *found]
         else:
             count = len(list(steps.glob("*")))
             lines.append(f"{path.parent}  {when}  interrupted after {count} steps")
@@ -1056,7 +1056,7 @@ def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = _Parser(prog="harness.py", description="What is in the run folders.")
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("runs", help="list runs: when, whole or interrupted, verdict")
+    runs = commands.add_parser("runs", help="list runs: when, complete or interrupted, verdict")
     runs.add_argument("folder", type=Path, nargs="?", default=Path("results"))
     compare = commands.add_parser("compare", help="two runs side by side, with differences")
     compare.add_argument("folders", type=Path, nargs=2, metavar="FOLDER")

@@ -480,7 +480,7 @@ def test_runs_are_listed_and_compared(group, start, tmp_path, capsys, one_line):
         run.save(records, [], ["- **b**, 1.0 % without a vector: nothing."])
     third.step("a", int, 1)
     said = runs_command(capsys, "runs", tmp_path)
-    assert said.count("whole") == 2 and said.count("b, 1.0 % without a vector: nothing.") == 2
+    assert said.count("complete") == 2 and said.count("b, 1.0 % without a vector: nothing.") == 2
     assert f"{third.folder}" in said and "interrupted after 1 steps" in said
     said = runs_command(capsys, "compare", one.folder, other.folder)
     assert "| seed" in said and "random 1" not in said
