@@ -1604,12 +1604,16 @@ def eft_logits(references: list[Reference], ids: list[int], shifts: dict) -> tor
     return logits + chat.logits(ids)[:, :size] - base.logits(ids)[:, :size]
 
 
-def eft_tokens(references, text: str, shifts: dict, eos: int = 1) -> list[int]:
-    """The greedy continuation of at most 8 tokens."""
+def eft_tokens(references, text: str, shifts: dict, eos: int = 1, uniform=None) -> list[int]:
+    """The continuation of at most 8 tokens: greedy, or sampled with these random numbers [8]."""
     ids, new = references[0].ids(text)[0].tolist(), []
     while len(new) < 8 and eos not in new:
-        logits = eft_logits(references, ids + new, shifts)
-        new.append(logits[-1].argmax().item())
+        logits = eft_logits(references, ids + new, shifts)[-1]
+        token = logits.argmax()
+        if uniform is not None:
+            mass = logits.softmax(-1).cumsum(-1)
+            token = (mass <= uniform[len(new)] * mass[-1]).sum()
+        new.append(token.item())
     return new
 
 
@@ -1643,6 +1647,18 @@ def test_eft_adds_the_logits_of_chat_minus_base(trio):
     greedy = check_eft(models, references, pairs_of(TEXTS), steered)
     assert greedy.any()
     assert not greedy.all()
+
+
+def test_samples_under_eft_are_of_the_sum_of_the_logits(trio):
+    (target, *small), references = trio
+    (transplant, shifts), *_ = WIDE
+    uniform = torch.rand(len(TEXTS), 8, generator=torch.Generator().manual_seed(3))
+    rows = []
+    for text, numbers in zip(TEXTS, uniform):
+        rows.append(eft_tokens(references, text, shifts, uniform=numbers))
+    wanted = references[0].tokenizer.batch_decode(rows, skip_special_tokens=True)
+    got = generate(target, TEXTS, [transplant], 8, True, seed=3, eft=tuple(small))
+    assert got == [wanted]
 
 
 def test_perplexity_under_eft_is_of_the_sum_of_the_logits(trio):

@@ -267,12 +267,14 @@ def test_the_records_are_the_same_in_both_files(run):
             assert row[key] == ("" if cell is None else str(cell))
 
 
-def test_every_record_is_one_number_of_this_run(run):
+def test_every_record_is_one_number_of_this_run(name, run):
     for each in run.records:
         assert math.isfinite(each["value"])
         assert each["run"] == run.folder.name[-8:]
         assert each["target"] and each["metric"]
         assert each["method"] in {*report.METHODS, "gradient-descent", None}
+        if name in (*EMOTION_SCRIPTS, "exp_template") and each["method"] == "self-align":
+            assert each["source"] == each["target"]
         if each["variant"] != report.FLUENT:  # there 0 is an alpha that is within the limit
             assert each["alpha"] != 0 or each["method"] == "base"
         if each["low"] is not None:
