@@ -138,6 +138,7 @@ def test_a_large_model_needs_config_and_tokenizer_alone(dry, large, tmp_path):
     assert cost["GPU hours"] == pytest.approx(on_two_gpus, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_requests_to_ndif_are_counted_without_asking_it(dry, large):
     argv = ["--family", "toy", "--tgt", str(large), *OPTIONS.split()]
     argv += ["--ndif-host", "http://localhost:1"]

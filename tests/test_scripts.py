@@ -1252,6 +1252,7 @@ def test_a_sample_of_text_is_not_shown_as_another(tmp_path, data):
     assert run.find(variant="shuffled map 0") and not run.find(variant="map 1")
 
 
+@pytest.mark.slow
 def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
     path = tmp_path / "pairs.jsonl"
 
