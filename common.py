@@ -487,7 +487,7 @@ def perplexity(
     window: int | None = None,
     eft: tuple[Model, ...] = (),
 ) -> tuple[torch.Tensor, int]:
-    """Perplexity of the texts under each transplant [transplants], and of how many tokens it is.
+    """Perplexity of the texts under each transplant [transplants], and the number of tokens.
 
     A text longer than `window` tokens (default: the context, at most 1,024) is read in windows that
     overlap by half. Every token except a text's first is counted once. eft: as in

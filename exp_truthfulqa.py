@@ -630,10 +630,11 @@ class Lab:
                 for direction in (v_hat, *others):
                     moves.append(Transplant.of(direction, pair[1], alpha))
         hits = [result["mc1"] for result in self.score(row, self.data.learn, moves)]
-        records, step = [], 1 + N_RANDOM
+        records, per_point = [], 1 + N_RANDOM
         for i, point in enumerate(points):
             about = row.about(point) | {"metric": "mc1", "part": "validation"}
-            ours, *others = [record(each, **about) for each in hits[step * i : step * (i + 1)]]
+            of_point = hits[per_point * i : per_point * (i + 1)]
+            ours, *others = [record(each, **about) for each in of_point]
             records += [ours, spread(others, "random")]
         return records
 
@@ -922,8 +923,8 @@ def one_target(args, run, lab, part):
     rows = [each for each in table if each["variant"] in (None, "75 % depth")]
     notes = effect_notes(mine, alphas) | row_notes(rows) | fluency_notes(table, costs)
     title = f"TruthfulQA: {arrow(args.src, part.rows[0].host)}"
-    curves = draw_mc1(mine, points, lab.data.test, f"{title} (vertical: α chosen)")
-    curves = run.figure(curves, f"alpha_{name}")
+    figure = draw_mc1(mine, points, lab.data.test, f"{title} (vertical: α chosen)")
+    curves = run.figure(figure, f"alpha_{name}")
     fluency = draw_fluency(mine, costs, ylabel="MC1", title=title)
 
     groups = []

@@ -845,11 +845,8 @@ class Run:
 
         for suffix in () if DRY_RUN["folder"] else ("png", "pdf"):
             path = self.folder / f"{name}.{suffix}"
-            options = {
-                "format": suffix,
-                "dpi": 200,
-                "bbox_inches": "tight",
-            }  # some legends are wide
+            # Some legends are wider than their figure.
+            options = {"format": suffix, "dpi": 200, "bbox_inches": "tight"}
             _write_file(path, lambda file: figure.savefig(file, **options))
         plt.close(figure)
         return f"![{name}]({name}.png)"

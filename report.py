@@ -629,8 +629,8 @@ def draw_strength(records: list[dict], points: dict, **axes):
     [base] = select(records, method="base", variant=None)
     for method, point in points.items():
         mine = select(records, method=method, source_block=point[0], block=point[1])
-        mine.sort(key=lambda each: each["alpha"])
-        curve = sorted([base, *select(mine, variant=None)], key=lambda each: each["alpha"])
+        mine = sorted([base, *mine], key=lambda each: each["alpha"])
+        curve = select(mine, variant=None)
         alphas = [each["alpha"] for each in curve]
         draw_curve(axis, alphas, curve, METHODS[method], **LOOK[method])
         highest: dict = {}  # of the random directions, for each alpha
