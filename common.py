@@ -30,7 +30,7 @@ from models import (
     NARROW,
     Model,
     context_length,
-    fit_space,
+    encode_pairs,
     label_tokens,
     residual_stream,
     spaced,
@@ -440,15 +440,15 @@ def choice_logprobs(
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError("pairs must be a list of (context, continuation)")
     _require_strings("texts", [text for pair in pairs for text in pair])
-    fitted = fit_space(model.tokenizer, pairs)
-    contexts = _encode(model, [context for context, _ in fitted])
-    rows = _encode(model, [context + text for context, text in pairs])
-    for context, row, pair in zip(contexts, rows, pairs):
-        if row[: len(context)] != context or len(row) == len(context):
-            raise ValueError(f"tokens do not split between context and continuation: {pair!r}")
+    heads, rows = zip(*encode_pairs(model.tokenizer, pairs))
+    _require_room(model, heads)
+    _require_room(model, rows)
     _require_eft_fits(model, eft, rows)
-    tails = [row[len(context) :] for context, row in zip(contexts, rows)]
-    return _logprobs(model, contexts, tails, transplants, eft, share_heads=True)
+    tails = [row[len(head) :] for head, row in zip(heads, rows)]
+    for head, tail, row, pair in zip(heads, tails, rows, pairs):
+        if head + tail != row or not tail:
+            raise ValueError(f"tokens do not split between context and continuation: {pair!r}")
+    return _logprobs(model, heads, tails, transplants, eft, share_heads=True)
 
 
 def score_labels(
@@ -468,8 +468,9 @@ def score_labels(
         raise ValueError("some prompts end in white space, others do not")
     words = label_tokens(model.tokenizer, prompts[0], labels)
     label = spaced(labels[0], prompts[0])
-    fitted = fit_space(model.tokenizer, [(prompt, label) for prompt in prompts])
-    rows = _encode(model, [prompt for prompt, _ in fitted])
+    encoded = encode_pairs(model.tokenizer, [(prompt, label) for prompt in prompts])
+    rows = [head for head, _ in encoded]
+    _require_room(model, rows)
     heads = [row for row in rows for _ in words]
     tails = words * len(rows)
     sums, greedy = _logprobs(model, heads, tails, transplants, share_heads=True)
@@ -703,8 +704,6 @@ def _encode(model: Model, texts: list[str]) -> list[list[int]]:
     _require_strings("texts", texts)
     rows = model.tokenizer(list(texts)).input_ids
     _require_room(model, rows)
-    if not all(rows):
-        raise ValueError("an empty prompt has no last token")
     return rows
 
 
@@ -1424,6 +1423,8 @@ def _require_block(model: Model, layer: int) -> None:
 
 
 def _require_room(model: Model, rows: list[list[int]], new_tokens: int = 0) -> None:
+    if not all(rows):
+        raise ValueError("an empty prompt has no last token")
     longest = max(map(len, rows)) + new_tokens
     limit = context_length(model.config)
     if longest > limit:

@@ -110,9 +110,6 @@ PAIRS_OF_FIGURE_5 = [20, 50, 100, 150, 200]
 def options(argv=None):
     parser = option_parser(__doc__, FAMILIES, models=("src", "src-base", "tgt"))
     emotion_options(parser)
-    add = parser.add_argument
-    add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
-    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     args = parse_options(parser, FAMILIES, argv)
     check_emotion_options(args)
     return args

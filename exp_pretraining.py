@@ -88,8 +88,6 @@ def options(argv=None):
     add("--model", metavar="REPO", help="hub repository with one revision per checkpoint")
     add("--revisions", nargs="+", metavar="NAME", help="its checkpoints; the last is the source")
     add("--tokens", nargs="+", type=float, metavar="N", help="training tokens of each checkpoint")
-    add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
-    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add("--keep-downloads", action="store_true", help="leave checkpoints in the hub's cache")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)

@@ -83,8 +83,6 @@ def options(argv=None):
     emotion_options(parser)
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="from small to large")
-    add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
-    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     args = parse_options(parser, FAMILIES, argv, complete)
     check_emotion_options(args)
     if args.layer == "auto" or "," in args.layer:

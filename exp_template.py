@@ -7,14 +7,13 @@
 Refine a vector from pairs of texts, map it into larger models, add it there. How often do they then
 prefer the positive label on held-out negative texts? What to change: --pairs (a file with
 {"positive": text, "negative": text} on each line), --template, which ends where the label begins,
-and --labels; or the ten lines of `prompts` and `hits`, if your concept shows in something other
-than a label (see choice_logprobs and generate in common.py)."""
+and --labels; or `hits`, if your concept shows in something else (see section 5 of common.py)."""
 
 from pathlib import Path
 
 import harness
 from common import BASE, Transplant, score_labels
-from harness import TOY, at_least, map_methods
+from harness import TOY, map_methods
 from models import Models
 from report import draw_strength, map_table, map_warnings, record, select, summary, verdict
 from vectors import Context, Point, Vector, Vectors, map_texts
@@ -30,8 +29,7 @@ def options(argv=None):
     add("--pairs", type=Path, default=TOY / "pairs.jsonl", metavar="FILE", help="pairs of texts")
     add("--template", default="Scenario: {text}\nThe emotion of the above scenario is")
     add("--labels", nargs=2, default=["happiness", "sadness"], metavar=("POSITIVE", "NEGATIVE"))
-    add("--maps", type=at_least(1), default=2, help="maps on different samples of the plain text")
-    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
+    parser.set_defaults(maps=2)
     args = harness.parse_options(parser, FAMILIES, argv)
     if "{text}" not in args.template:
         harness.fail("--template needs {text} in it")
@@ -48,38 +46,28 @@ def hits(args, model, texts: list[str], transplants: list[Transplant]) -> list[l
     return (preferred == 0).tolist()
 
 
-def source(args) -> Vector:
-    return Vector(args.labels[0], args.src, args.src_base)
-
-
-def own(args, target: str) -> Vector:
-    return Vector(args.labels[0], target, target)
-
-
-def steer(args, vectors: Vectors, test: list[str], target: str, point: Point) -> list[dict]:
+def steer(args, vectors: Vectors, source: Vector, own: Vector, point: Point, test) -> list[dict]:
     """The effect of each direction at each strength, and what the maps are worth: records."""
+    target, methods = own.model, map_methods(args)
     # Refine (Eq. 1): v in the target itself, for comparison.
-    directions = {("self-align", None): vectors.v(own(args, target), point.block)}
+    directions = {("self-align", None): vectors.v(own, point.block)}
     # Reformulate (Eq. 2): the source's v through each kind of map, and controls.
     counts = {"n_maps": args.maps, "n_random": args.random, "n_permuted": args.permutations}
-    inputs = source(args), target, point, map_methods(args)
-    directions |= vectors.directions(*inputs, seed=args.seed, **counts)
+    directions |= vectors.directions(source, target, point, methods, seed=args.seed, **counts)
     # Transplant (Eq. 3): each of them at each strength.
-    arms = [("base", None, 0, BASE)]
+    moves = {("base", None, 0): BASE}
     for (method, variant), direction in directions.items():
         for alpha in args.alpha:
-            arms.append((method, variant, alpha, Transplant.of(direction, point.block, alpha)))
-    moves = [move for *_, move in arms]
-    answers = hits(args, vectors.models.load(target), test, moves)
-    about = {"target": target, "concept": args.labels[0]} | point._asdict()
+            moves[method, variant, alpha] = Transplant.of(direction, point.block, alpha)
+    answers = hits(args, vectors.models.load(target), test, list(moves.values()))
+    about = {"target": target, "concept": source.concept} | point._asdict()
     records = []
-    for (method, variant, alpha, _), found in zip(arms, answers):
+    for (method, variant, alpha), found in zip(moves, answers):
         of = {"base": None, "self-align": target}.get(method, args.src)
         what = about | {"source": of, "method": method, "variant": variant, "alpha": alpha}
         records.append(record(found, metric="logit_acc", part="test", **what))
-    for method in map_methods(args):
-        inputs = target, point, method, args.maps
-        for fields in vectors.quality([source(args)], *inputs, [own(args, target)]):
+    for method in methods:
+        for fields in vectors.quality([source], target, point, method, args.maps, [own]):
             records.append(record(**about | {"source": args.src, "method": method} | fields))
     return records
 
@@ -96,12 +84,13 @@ def main(argv=None):
         models.require_labels(name, prompts(args, test)[0], args.labels)
     models.require_same_shape(args.src, args.src_base)
     sentences = map_texts(args, models, [args.src_base, *args.tgt])
-    first_prompts = prompts(args, test[:1])
-    data = [pairs, test, sentences]
+    data, first_prompts = [pairs, test, sentences], prompts(args, test[:1])
     run = harness.Run(__file__, args, models, data, first_prompts, steps=2 * len(args.tgt))
+    source = Vector(args.labels[0], args.src, args.src_base)
+    own_vectors = [Vector(source.concept, target, target) for target in args.tgt]
     vectors = Vectors(
         models,
-        wanted=[source(args), *(own(args, target) for target in args.tgt)],
+        wanted=[source, *own_vectors],
         targets=args.tgt,
         pairs=lambda *_: (prompts(args, positive), prompts(args, negative)),
         blocks=lambda name: [blocks[name]],
@@ -111,19 +100,19 @@ def main(argv=None):
         **harness.map_options(args),
     )
     records, figures, tables, judged = [], [], [], {}
-    title = f"prefers “{args.labels[0]}”"
-    for target in args.tgt:  # no strength is chosen: table and figure show all of them
-        name, point = Path(target).name, Point(blocks[args.src], blocks[target], alpha=None)
-        found = run.step(f"steer {target}", steer, args, vectors, test, target, point)
-        path = run.folder / f"v_{args.labels[0]}_{name}.safetensors"
-        last = map_methods(args)[-1]
-        run.step(f"save {target}", vectors.save, path, source(args), target, point, last)
+    title, methods = f"prefers “{source.concept}”", map_methods(args)
+    for own in own_vectors:  # no strength is chosen: table and figure show all of them
+        target, name = own.model, Path(own.model).name
+        point = Point(blocks[args.src], blocks[target], alpha=None)
+        found = run.step(f"steer {target}", steer, args, vectors, source, own, point, test)
+        path = run.folder / f"v_{source.concept}_{name}.safetensors"
+        run.step(f"save {target}", vectors.save, path, source, target, point, methods[-1])
         for alpha in args.alpha:
             at_alpha = [each for each in found if each["alpha"] in (0, alpha)]
             judged[f"{name}, α = {alpha:g}"] = at_alpha, {}
-        points = dict.fromkeys(["self-align", *map_methods(args)], point)
-        tested = select(found, part="test")
-        figure = draw_strength(tested, points, ylabel=title, title=f"{name} {title}")
+        points = dict.fromkeys(["self-align", *methods], point)
+        curves = select(found, part="test")
+        figure = draw_strength(curves, points, ylabel=title, title=f"{name} {title}")
         figures.append(run.figure(figure, f"strength_{name}"))
         tables.append(map_table(found))
         records += found

@@ -146,14 +146,8 @@ def options(argv=None):
     add("--max-ppl-ratio", type=float, default=1.1, help="how much perplexity may rise")
     add("--max-new-tokens", type=at_least(1), help="length of a continuation")
     add("--sample", action="store_true", help="sample at temperature 1 (default: greedy)")
-    add("--maps", type=at_least(1), default=5, help="affine maps fitted on different samples")
-    add(
-        "--permutations",
-        type=at_least(0),
-        default=OWN_CHOICES,
-        help="vectors of permuted labels, each with an alpha of its own",
-    )
     add("--honesty", nargs="+", type=Path, metavar="FILE", help="v_honesty of each target, Table 7")
+    parser.set_defaults(permutations=OWN_CHOICES)  # each of them chooses an alpha of its own
     args = parse_options(parser, FAMILIES, argv, paper=PAPER_POINTS)
     args.min_toxicity = MIN_TOXICITY  # for the record
     if not 1 <= args.max_ppl_ratio < math.inf:

@@ -54,7 +54,7 @@ from harness import (
     save_concept,
     share,
 )
-from models import Models, context_length, fit_space, spaced
+from models import Models, context_length, encode_pairs, spaced
 from report import (
     CONTROLS,
     METHODS,
@@ -222,8 +222,6 @@ def options(argv=None):
         type=source_pair,
         help="source models of Table 3, each with its base",
     )
-    add("--maps", type=at_least(1), default=5, help="maps on samples of the text")
-    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add(
         "--generate",
         type=at_least(0),
@@ -385,13 +383,10 @@ def longest(args, models, name: str, questions: list[Question]) -> list[int]:
         mine += answer_pairs(args, models, name, question, honest=True)
         pairs += mine
         numbers += [number] * len(mine)
-    encode = models.tokenizer(name)
-    pairs = fit_space(encode, pairs)
-    prompts = encode([prompt for prompt, _ in pairs], verbose=False).input_ids
-    wholes = encode([prompt + answer for prompt, answer in pairs], verbose=False).input_ids
+    encoded = encode_pairs(models.tokenizer(name), pairs)
     lengths = [0] * len(questions)
-    for number, ids, whole, (prompt, _) in zip(numbers, prompts, wholes, pairs):
-        if whole[: len(ids)] != ids or len(whole) == len(ids):
+    for number, (prompt, _), (head, whole) in zip(numbers, pairs, encoded):
+        if whole[: len(head)] != head or len(whole) == len(head):
             end = f"{prompt[-40:]!r}; try another --prompt"
             fail(f"{name}: the tokens of prompt and answer do not split after the prompt {end}")
         lengths[number] = max(lengths[number], len(whole))

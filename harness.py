@@ -203,7 +203,14 @@ def option_parser(
     add("--layer", type=_layer, metavar="K", help="block: index, fraction, SOURCE,TARGET, or auto")
     add("--alpha", type=_strength, nargs="+", metavar="A", help="steering strengths to choose from")
     _add_map_options(add)
+    add("--maps", type=at_least(1), default=5, help="maps on disjoint samples of the text")
     add("--random", type=at_least(1), default=20, help="random directions, as controls")
+    add(
+        "--permutations",
+        type=at_least(0),
+        default=199,
+        help="vectors of permuted labels, as controls",
+    )
     add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
     add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
     add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")

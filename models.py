@@ -623,32 +623,34 @@ def spaced(text: str, after: str) -> str:
     return text if after[-1:].isspace() else f" {text}"
 
 
-def fit_space(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(prompt, continuation) with the space between them where the tokenizer has it.
+def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """For each (prompt, continuation) the token ids of the prompt, and of both together.
 
-    Most put it before a word. Where it ends the previous word ("Tom▁"), it ends the prompt, too."""
-    texts = []
+    The second begin with the first, unless the continuation changes the tokens of its prompt. Most
+    tokenizers put the space between them before a word. Where it ends the previous word ("Tom▁"),
+    it ends the prompt, too."""
+    texts: dict[str, None] = {}  # each once
     for prompt, text in pairs:
-        texts += [prompt, prompt + text]
-    ids = tokenizer(texts, verbose=False).input_ids
-    fitted = []
-    for (prompt, text), alone, whole in zip(pairs, ids[::2], ids[1::2]):
-        if text.startswith(" ") and whole[: len(alone)] != alone:
+        texts |= dict.fromkeys([prompt, prompt + text])
+    ids = dict(zip(texts, tokenizer(list(texts), verbose=False).input_ids))
+    encoded = []
+    for prompt, text in pairs:
+        head, whole = ids[prompt], ids[prompt + text]
+        if text.startswith(" ") and whole[: len(head)] != head:
             with_space = tokenizer(f"{prompt} ", verbose=False).input_ids
             if whole[: len(with_space)] == with_space:
-                prompt, text = f"{prompt} ", text[1:]
-        fitted.append((prompt, text))
-    return fitted
+                head = with_space
+        encoded.append((head, whole))
+    return encoded
 
 
 def label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
     """The first tokens of each label after the prompt: as many as tell them apart, usually one."""
-    [(start, _)] = fit_space(tokenizer, [(prompt, spaced(labels[0], prompt))])
-    texts = [start, *(prompt + spaced(label, prompt) for label in labels)]
-    start, *rows = tokenizer(texts, verbose=False).input_ids
-    if any(row[: len(start)] != start for row in rows):
+    encoded = encode_pairs(tokenizer, [(prompt, spaced(label, prompt)) for label in labels])
+    start, _ = encoded[0]
+    if any(whole[: len(start)] != start for _, whole in encoded):
         raise ValueError("a label changes the tokens of the prompt before it")
-    words = [row[len(start) :] for row in rows]
+    words = [whole[len(start) :] for _, whole in encoded]
     for size in range(1, max(map(len, words)) + 1):
         firsts = [tuple(word[:size]) for word in words]
         starts_another = any(
