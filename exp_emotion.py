@@ -81,6 +81,7 @@ from report import (
     spread,
     strength,
     summary,
+    tsne,
     verdict,
 )
 from vectors import (
@@ -556,15 +557,11 @@ class Lab:
 
     def tsne(self) -> dict:
         """Figure 7: the source's states of each emotion's own scenarios, in two dimensions."""
-        from sklearn.manifold import TSNE
-
         labels, texts = own_scenarios(self.data, 60)
         asked = prompts(self.args, self.data, texts, shots=False)
         source = self.models.load(self.args.src)
         states = hidden_states(source, asked, [self.grid[0][0]])[:, 0]
-        neighbours = min(30, len(texts) // 4)
-        tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
-        return {"labels": labels, "points": tsne.fit_transform(states.numpy()).tolist()}
+        return {"labels": labels, "points": tsne(states.numpy(), self.args.seed)}
 
 
 def pair_counts(args, data: Data) -> list[int]:
@@ -815,10 +812,10 @@ def draw_pairs(args, records: list[dict]):
     return figure
 
 
-def draw_tsne(args, tsne: dict):
+def draw_tsne(args, states: dict):
     """Figure 7: t-SNE of the source's states."""
     figure, axis = new_figure(figsize=(COLUMN, 3.2))
-    scatter(axis, tsne["points"], tsne["labels"])
+    scatter(axis, states["points"], states["labels"])
     axis.set(xticks=[], yticks=[], title=f"t-SNE of {Path(args.src).name}")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -852,8 +849,8 @@ def main(argv=None):
         report += parts
         judged[name] = tested_means(lab, found, "token_acc"), lab.alphas()
         figures.append(run.figure(draw_accuracy(lab, found), f"accuracy_{name}"))
-    tsne = run.step("t-SNE", labs[0].tsne)
-    report.append(run.figure(draw_tsne(args, tsne), "tsne_source"))
+    states = run.step("t-SNE", labs[0].tsne)
+    report.append(run.figure(draw_tsne(args, states), "tsne_source"))
     report.append(run.figure(draw_pairs(args, records), "pairs"))
     title = f"Token Acc in %, mean of all emotions, v of {Path(args.src).name}"
     headline = [verdict(judged), *figures, summary(title, judged), *map_warnings(records)]

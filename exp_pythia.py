@@ -52,6 +52,7 @@ from report import (
     shades,
     spread,
     strength,
+    tsne,
     verdict,
 )
 from vectors import (
@@ -409,16 +410,12 @@ class Lab:
 
     def tsne(self, name: str) -> list:
         """t-SNE of a model's states of 20 scenarios of each emotion [120, 2]."""
-        from sklearn.manifold import TSNE
-
         texts = []
         for each in self.data.emotions.values():
             texts += each.positive[-20:]
         shown = prompts(self.args, self.data, texts, shots=False)
         states = hidden_states(self.models.load(name), shown, [self.block(name)])[:, 0]
-        neighbours = min(30, len(states) // 4)
-        tsne = TSNE(2, perplexity=neighbours, init="pca", random_state=self.args.seed)
-        return tsne.fit_transform(states.numpy()).tolist()
+        return tsne(states.numpy(), self.args.seed)
 
 
 def strongest_key(directions: dict[str, dict], alphas: dict[tuple, float]) -> tuple:

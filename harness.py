@@ -232,12 +232,6 @@ def _add_map_options(add) -> None:
         metavar="FILE",
         help="plain text for maps and perplexity: one text a line, or .jsonl with text",
     )
-    add(
-        "--norm",
-        choices=["as-is", "match"],
-        default="as-is",
-        help="match (paper's map): |v_hat| is to the target's stream as |v| to the source's",
-    )
     add("--refine", choices=["mean", "pca", "probe"], default="mean", help="paper: mean (Eq. 1)")
     add(
         "--sentences",
@@ -320,9 +314,8 @@ def parse_options(
             setattr(args, name, value)
     complete(args)
     _require_models(args)
-    of_paper = args.intercept or args.ridge or args.norm != "as-is"
-    if args.map == "local" and of_paper:
-        fail("--norm, --intercept and --ridge change the paper's map, not --map local")
+    if args.map == "local" and (args.intercept or args.ridge):
+        fail("--intercept and --ridge change the paper's map, not --map local")
     if is_mapped and args.src_base in args.tgt:
         fail(f"{args.src_base} is source and target; its own vector is the row Self-Align")
     args.alpha = list(dict.fromkeys(args.alpha))
@@ -394,7 +387,6 @@ def map_options(args) -> dict:
     """The options about maps, as arguments of vectors.Vectors."""
     return {
         "n_sentences": args.sentences,
-        "norm": args.norm,
         "where_read": args.map != "paper",
         "intercept": args.intercept,
         "ridge": args.ridge,
@@ -818,7 +810,7 @@ class Run:
             print(f"\n{self.title}\n\n{self.models.costs()}")
             DRY_RUN["folder"].cleanup()
             return
-        names = ["seed", "refine", "map", "norm", "protocol", "intercept", "ridge", "sentences"]
+        names = ["seed", "refine", "map", "protocol", "intercept", "ridge", "sentences"]
         about = {name: getattr(self.args, name, None) for name in names}
         columns = [*RECORD, "run", *names]
         records = [each | {"run": self.id} | about for each in records]

@@ -605,6 +605,15 @@ def new_figure(**size):
     return plt.subplots(layout="constrained", **size)
 
 
+def tsne(states: np.ndarray, seed: int) -> list:
+    """States [n, d] in two dimensions, [n, 2]."""
+    from sklearn.manifold import TSNE
+
+    neighbours = min(30, len(states) // 4)
+    points = TSNE(2, perplexity=neighbours, init="pca", random_state=seed).fit_transform(states)
+    return points.tolist()
+
+
 def shades(count: int) -> list:
     """Colours from dark to light for so many lines or bars, different in grey too."""
     import matplotlib

@@ -170,15 +170,11 @@ class AffineMaps(Maps):
 
     x, y: {block: states [n, d] of the same plain sentences} of source and target. Each map is
     fitted on its own random sample of `n_sentences` of them, to show how much depends on the
-    sample. norm "match": the norm of v_hat relative to the target's stream is that of v relative to
-    the source's."""
+    sample. fitting: intercept and ridge of fit_affine."""
 
-    def __init__(self, x: dict, y: dict, n_sentences: int, norm: str = "as-is", **fitting):
+    def __init__(self, x: dict, y: dict, n_sentences: int, **fitting):
         super().__init__()
-        if norm not in ("as-is", "match"):
-            raise ValueError(f"unknown norm {norm!r}: as-is or match")
-        self.x, self.y, self.n_sentences, self.norm = x, y, n_sentences, norm
-        self.fitting = fitting  # intercept, ridge
+        self.x, self.y, self.n_sentences, self.fitting = x, y, n_sentences, fitting
 
     def rows(self, sample: int = 0) -> list[int]:
         """Indices of the plain sentences that a map is fitted on, see sample_rows."""
@@ -192,15 +188,6 @@ class AffineMaps(Maps):
 
     def fit(self, x: torch.Tensor, y: torch.Tensor) -> AffineMap:
         return fit_affine(x, y, **self.fitting)
-
-    def vector(self, v: torch.Tensor, source_block: int, block: int, **which) -> torch.Tensor:
-        """As Maps.vector, with the norm that `norm` asks for."""
-        v_hat = super().vector(v, source_block, block, **which)
-        if self.norm == "match":
-            source_norm, norm = self.stream_norms(source_block, block)
-            wanted = v.norm(dim=-1, keepdim=True) / source_norm * norm
-            v_hat = v_hat / v_hat.norm(dim=-1, keepdim=True) * wanted
-        return v_hat
 
     def stream_norms(self, source_block: int, block: int) -> tuple[float, float]:
         """Mean norm of the residual stream after both blocks."""

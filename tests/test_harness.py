@@ -119,7 +119,6 @@ stray
 --alpha 1 inf
 --alpha 1 0
 --alpha
---norm no-such
 --refine median
 --sentences 0
 --sentences many
@@ -428,8 +427,8 @@ def test_saved_records_read_back(start, capsys):
     rows = json_rows(run.folder, "records.jsonl")
     for row, each in zip(rows, records, strict=True):
         assert row | each == row
-        assert (row["run"], row["seed"], row["norm"]) == (run.id, 3, "as-is")
-        assert {"refine", "map", "protocol"} <= set(row)
+        assert (row["run"], row["seed"], row["refine"]) == (run.id, 3, "mean")
+        assert {"map", "protocol"} <= set(row)
     with open(run.folder / "records.csv", newline="") as file:
         table = list(csv.DictReader(file))
     for cells, row in zip(table, rows, strict=True):
