@@ -26,6 +26,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
+AUTO = transformers.AutoModelForCausalLM
 
 
 def slow(value):
@@ -123,19 +124,20 @@ def make_tokenizer():
 
 
 def save_model(folder: Path, config_class, seed: int = 0, tokenizer=None, **settings) -> Path:
-    """A random model with its tokenizer in `folder`. Biases and norms are random too."""
+    """A random model with its tokenizer in `folder`."""
     tokenizer = tokenizer or make_tokenizer()
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = config_class(**{**SHAPE, **special, "vocab_size": len(tokenizer), **settings})
+    return save_random(folder, config, tokenizer, seed)
+
+
+def save_random(folder: Path, config, tokenizer, seed: int, auto=AUTO) -> Path:
+    """Biases and norms are random too."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto.from_config(config)
     for weights in model.parameters():
         if weights.dim() == 1:
-            torch.nn.init.normal_(
-                weights,
-                weights.mean().item(),
-                0.2,
-            )
+            torch.nn.init.normal_(weights, weights.mean().item(), 0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -146,9 +148,9 @@ class Reference:
 
     Its weights never change, so logits and greedy tokens are remembered from test to test."""
 
-    def __init__(self, folder: Path, blocks: str, norm: str, dtype=torch.float32):
+    def __init__(self, folder: Path, blocks: str, norm="", dtype=torch.float32, auto=AUTO):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = auto.from_pretrained(folder, dtype=dtype)
         self.model = model.eval().requires_grad_(False)
         self.blocks = model.get_submodule(blocks)
         self.norm = model.get_submodule(norm)
@@ -195,7 +197,7 @@ class Reference:
         for text in texts:
             _, seen = self.hooked(
                 steer,
-                lambda: self.model(self.ids(text)),
+                lambda: self.model(input_ids=self.ids(text)),
             )
             rows.append(torch.stack([passes[0][0, -1] for passes in seen]))
         return torch.stack(rows)
@@ -203,7 +205,7 @@ class Reference:
     def logits(self, text: str | list[int], steer: dict = {}) -> torch.Tensor:
         """[positions, vocabulary] of a text or of token ids."""
         ids = self.ids(text) if isinstance(text, str) else torch.tensor([text])
-        return self.remembered(ids, steer, None, lambda: self.model(ids).logits[0])
+        return self.remembered(ids, steer, None, lambda: self.model(input_ids=ids).logits[0])
 
     def next_logits(self, texts: list[str], steer: dict = {}) -> torch.Tensor:
         """[texts, vocabulary] after the last token of each."""

@@ -14,10 +14,11 @@ from models import Models, load_model
 import pytest
 import torch
 import transformers
-from conftest import close, make_tokenizer, vectors
+from conftest import Reference, close, make_tokenizer, save_random, vectors
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 SAMPLE = ["gemma3", "mistral3", "qwen3_vl", "lfm2", "mamba", "rwkv", "gpt_oss", "olmo2"]
+SAMPLE += ["gemma3n_text", "paligemma"]  # refused
 TEXTS = ["Tom felt very happy.", "Lily lost her old cat in the park.", "the dog"]
 
 # What makes a config small, by the names that configs use
@@ -109,47 +110,7 @@ def make_model(model_type: str, folder: Path, tokenizer=None, seed: int = 0, **s
     config = small_config(transformers.CONFIG_MAPPING[model_type])
     for name, value in settings.items():
         setattr(config.get_text_config(decoder=True), name, value)
-    torch.manual_seed(seed)
-    model = auto_class(config).from_config(config)
-    for weights in model.parameters():
-        if weights.dim() == 1:
-            torch.nn.init.normal_(weights, weights.mean().item(), 0.2)
-    model.save_pretrained(folder)
-    (tokenizer or make_tokenizer()).save_pretrained(folder)
-    return folder
-
-
-class Plain:
-    """The same model by plain transformers with forward hooks, one prompt at a time."""
-
-    def __init__(self, folder: Path, model):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        self.model = auto_class(config).from_pretrained(folder, dtype=torch.float32).eval()
-        ours = model.nn._module.named_modules()
-        [path] = [name for name, each in ours if each is model.nn.layers[0]._module]
-        self.blocks = self.model.get_submodule(path.removesuffix(".0"))
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-
-    def run(self, text: str, steer: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """States after every block at the last token, and logits of all tokens."""
-        seen = []
-
-        def hook(k):
-            def act(module, inputs, output):
-                stream = output[0] if isinstance(output, tuple) else output
-                stream = stream + steer[k] if k in steer else stream
-                seen.append(stream[0, -1])
-                return (stream, *output[1:]) if isinstance(output, tuple) else stream
-
-            return act
-
-        handles = [block.register_forward_hook(hook(k)) for k, block in enumerate(self.blocks)]
-        ids = self.tokenizer(text, return_tensors="pt").input_ids
-        with torch.no_grad():
-            logits = self.model(input_ids=ids).logits[0]
-        for handle in handles:
-            handle.remove()
-        return torch.stack(seen), logits
+    return save_random(folder, config, tokenizer or make_tokenizer(), seed, auto_class(config))
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -160,17 +121,25 @@ def rows(heading: str) -> list[list[str]]:
 
 
 EXACT, REFUSED = rows("What works"), rows("What is refused")
-CASES = []
-for name, how in EXACT:
-    marks = [] if name in SAMPLE else [pytest.mark.slow]
-    CASES.append(pytest.param(name, how, marks=marks, id=name))
 
 
-@pytest.mark.parametrize("name, how", CASES)
+def cases(listed: list[list[str]]) -> list:
+    """Parameters of a test; those outside SAMPLE are slow."""
+    found = []
+    for row in listed:
+        marks = [] if row[0] in SAMPLE else [pytest.mark.slow]
+        found.append(pytest.param(*row, marks=marks, id=row[0]))
+    return found
+
+
+@pytest.mark.parametrize("name, how", cases(EXACT))
 def test_a_listed_architecture_gives_what_plain_hooks_give(name, how, tmp_path):
     folder = make_model(name, tmp_path / name)
     model = load_model(str(folder), device="cpu")
-    plain = Plain(folder, model)
+    modules = model.nn._module.named_modules()
+    [path] = [path for path, each in modules if each is model.nn.layers[0]._module]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    plain = Reference(folder, path.removesuffix(".0"), auto=auto_class(config))
     assert Models().n_layers(str(folder)) == model.n_layers == len(plain.blocks)
     v = vectors(1)[0]
     moves = [BASE, Transplant.of(v, 2, 0), Transplant.of(v, 2, 3)]
@@ -181,17 +150,13 @@ def test_a_listed_architecture_gives_what_plain_hooks_give(name, how, tmp_path):
     pairs = [(TEXTS[0], " sad"), (TEXTS[0], " and happy")]
     scores, _ = choice_logprobs(model, pairs, [BASE, moves[2]])
     for move, steer, ours, row in ((BASE, {}, logits[0], 0), (moves[2], {2: 3 * v}, logits[2], 1)):
-        found = [plain.run(text, steer) for text in TEXTS]
-        states, last = [torch.stack(each) for each in zip(*[(s, lo[-1]) for s, lo in found])]
+        states, last = plain.states(TEXTS, steer), plain.next_logits(TEXTS, steer)
         own = hidden_states(model, TEXTS, transplant=None if move is BASE else move)
         close(own / states.std(), states / states.std(), 1e-4)
         close(ours / last.std(), last / last.std(), 1e-4)
         for (context, text), score in zip(pairs, scores[row]):
-            ids = plain.tokenizer(context + text).input_ids
-            start = len(plain.tokenizer(context).input_ids)
-            likely = plain.run(context + text, steer)[1].log_softmax(-1)
-            wanted = sum(likely[i - 1, ids[i]] for i in range(start, len(ids)))
-            close(score, wanted, 1e-3)
+            ids, start = plain.ids(context + text)[0].tolist(), plain.ids(context).shape[1]
+            close(score, plain.logprobs(ids, start, steer).sum(), 1e-3)
     [texts] = generate(model, TEXTS, [moves[2]], 3)
     assert len(texts) == 3
     shared = model.sharing or (False,) * 5
@@ -202,8 +167,7 @@ def test_a_listed_architecture_gives_what_plain_hooks_give(name, how, tmp_path):
     assert said == how
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, reason", REFUSED, ids=[each[0] for each in REFUSED])
+@pytest.mark.parametrize("name, reason", cases(REFUSED))
 def test_what_is_refused_says_why(name, reason, tmp_path, one_line):
     folder = make_model(name, tmp_path / name)
     one_line(lambda: Models(device="cpu").load(str(folder)), re.sub(r"\s*\(.*", "", reason))

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
 import harness
 from common import (
     BASE,
@@ -275,34 +274,12 @@ def load(folder: Path, **options):
 # ================================================================ 1  Model
 
 
-def test_every_family_has_the_same_paths_to_its_parts(any_pair):
-    model, reference = any_pair
-    blocks = [plain_module(block) for block in model.nn.layers]
-    assert list(map(type, blocks)) == list(map(type, reference.blocks))
-    assert torch.equal(model.nn.final_norm.weight, reference.norm.weight)
-    assert torch.equal(model.nn.unembed.weight, reference.head.weight)
-
-
-def test_an_unknown_architecture_names_its_module_lists(tmp_path, one_line):
-    folder = save_model(tmp_path / "gpt", transformers.OpenAIGPTConfig, n_positions=128)
-    models = Models(device="cpu")
-    one_line(
-        lambda: models.load(str(folder)),
-        "OpenAIGPTLMHeadModel",
-        "transformer.h",
-        "PATHS",
-    )
-
-
-def test_an_unknown_dtype_or_device_is_refused(model):
+def test_an_unknown_dtype_is_refused(model):
     with pytest.raises(ValueError, match="float8.*bfloat16"):
         load_model(model.name, dtype="float8")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="cuda:1.*no GPU"):
-            load_model(model.name, device="cuda:1")
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu", "cpu:x"])
+@pytest.mark.parametrize("device", ["cuda:1", "gpu"])
 def test_an_unknown_device_ends_in_one_line_before_anything_is_read(device, one_line):
     if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("a GPU is there")
@@ -322,26 +299,6 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path, one_line):
     tied = save_llama(tmp_path / "tied", tie_word_embeddings=True)  # lm_head is not in the file
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
     load(tied)
-
-
-def test_what_is_no_causal_lm_with_one_stream_is_refused(tmp_path, one_line):
-    settings = {"vocab_size": len(make_tokenizer()), "hidden_size": 32, "num_hidden_layers": 4}
-    small = settings | {"vocab_size_per_layer_input": 200, "intermediate_size": 64, "head_dim": 8}
-    small |= {"laurel_rank": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
-    gemma = save_model(tmp_path / "gemma3n", transformers.Gemma3nTextConfig, **small)
-    one_line(lambda: Models(device="cpu").load(str(gemma)), "not one residual stream")
-    text = transformers.GemmaConfig(
-        **settings, **GROUPED, head_dim=8, num_attention_heads=4, bos_token_id=0, pad_token_id=2
-    )
-    sight = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sight |= {"intermediate_size": 64, "image_size": 28}
-    config = transformers.PaliGemmaConfig(
-        text_config=text.to_dict(), vision_config=sight, projection_dim=32
-    )
-    torch.manual_seed(0)
-    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(tmp_path / "pali")
-    make_tokenizer().save_pretrained(tmp_path / "pali")
-    one_line(lambda: Models(device="cpu").load(str(tmp_path / "pali")), "no causal LM")
 
 
 CHAT = """{%- if not date_string is defined %}
@@ -364,10 +321,8 @@ def test_a_chat_prompt_has_one_bos_a_fixed_date_and_no_thinking(end, tmp_path, o
     assert prompt == start + "<think>\n\n</think>\n\n"
     assert Models().tokenizer(folder)(prompt).input_ids.count(0) == 1
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
-    tokenizer.save_pretrained(tmp_path / "other")
-    shutil.copy(Path(folder) / "config.json", tmp_path / "other")
-    shutil.copy(Path(folder) / "model.safetensors", tmp_path / "other")
-    one_line(lambda: Models().chat_prompt(str(tmp_path / "other"), "Who?"), "no users here")
+    other = str(save_llama(tmp_path / "other", tokenizer=tokenizer))
+    one_line(lambda: Models().chat_prompt(other, "Who?"), "no users here")
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_another(tmp_path):
@@ -400,6 +355,7 @@ def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
             reference.next_logits(texts, shifts).float(),
             0.05,
         )
+        assert not torch.equal(logits, logits.bfloat16().float())  # near 16 they would tie
         assert generate(model, texts, [transplant], 4)
         assert model.precision == "torch.bfloat16"
 
@@ -567,30 +523,11 @@ def test_a_second_load_is_free_while_the_weights_take_less_than_half_of_the_memo
     assert list(models.loaded) == [names[2], names[0]]  # the one used longest ago has gone
 
 
-@pytest.mark.parametrize(
-    "layer, blocks, n_layers",
-    [
-        ("2", "2 2", 4),
-        ("1,3", "1 3", 4),
-        ("0.0", "0 0", 4),
-        ("0.75", "3 3", 4),
-        ("0.5,0.99", "2 3", 4),
-        ("0.29,.7", "29 70", 100),  # 0.29 * 100 is 28.999999999999996
-    ],
-)
-def test_a_layer_is_an_index_or_a_fraction_of_the_depth(layer, blocks, n_layers, tmp_path):
-    folder = save_llama(tmp_path / "model", num_hidden_layers=n_layers, hidden_size=4)
-    found = [Models().block(str(folder), layer, side) for side in (0, 1)]
-    assert found == [int(block) for block in blocks.split()]
-
-
-def test_a_block_that_does_not_exist_ends_in_one_line(model, one_line):
-    for layer in ("4", "1.0", "4,2"):
-        one_line(
-            lambda: Models().block(model.name, layer),
-            "--layer",
-            "does not exist",
-        )
+def test_a_layer_is_an_index_or_a_fraction_of_the_depth(monkeypatch):
+    monkeypatch.setattr(Models, "n_layers", lambda *_: 100)
+    # 0.29 * 100 is 28.999999999999996
+    for layer, blocks in {"2": [2, 2], "1,3": [1, 3], "0.0": [0, 0], "0.29,.7": [29, 70]}.items():
+        assert [Models().block("any", layer, side) for side in (0, 1)] == blocks
 
 
 def test_prompts_are_measured_before_weights_are_loaded(model, one_line):
@@ -631,7 +568,6 @@ def test_vocabularies_and_shapes_are_compared(model, tmp_path):
 REFUSED = {
     "do not fit the context .*128": lambda model: next_token_logits(model, ["Tom " * 200]),
     "fit the context": lambda model: generate(model, ["Tom"], max_new_tokens=127),
-    "list of strings": lambda model: hidden_states(model, "Tom felt"),
     "block 4 does not exist": lambda model: hidden_states(model, TEXTS, [4]),
     "block -1 does not exist": lambda model: generate(model, TEXTS, [Transplant.of(A, -1, 1.0)]),
     "block 7 does not exist": lambda model: logit_lens(model, TEXTS, 7),
@@ -646,6 +582,19 @@ REFUSED = {
     "window": lambda model: perplexity(model, TEXTS, window=1),
     "3 positives": lambda model: concept_vector(model, TEXTS[:3], TEXTS, [1]),
     "0 positives": lambda model: concept_vector(model, [], [], [1]),
+    "list of strings": lambda model: hidden_states(model, "Tom felt"),
+    "texts must be a list": lambda model: perplexity(model, "Tom felt"),
+    "texts is empty": lambda model: choice_logprobs(model, []),
+    "prompts must be": lambda model: score_labels(model, "Tom felt", ["happy", "sad"]),
+    "labels must be": lambda model: score_labels(model, TEXTS, "happy"),
+    "pairs must be": lambda model: choice_logprobs(model, TEXTS),
+    r"no positions \[4\]": lambda model: hidden_states(model, ["Tom"], positions=[[4]]),
+    r"no positions \[-9\]": lambda model: hidden_states(model, ["Tom"], positions=[[-9]]),
+    "layers is empty": lambda model: hidden_states(model, TEXTS, []),
+    "layers must be": lambda model: hidden_states(model, TEXTS, 1),
+    "transplants must be a list": lambda model: next_token_logits(model, TEXTS, TRANSPLANTS[1]),
+    "transplant must be": lambda model: hidden_states(model, TEXTS, [1], [TRANSPLANTS[1]]),
+    "v must be": lambda _: fit_affine(vectors(9, 4), vectors(9, 5)).vector(A),
 }
 
 
@@ -675,14 +624,9 @@ def test_states_equal_plain_hooks(any_pair):
         assert torch.equal(alone[0], wanted[0])  # without padding, bit for bit
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [[2], [3, 1, 2], [0, 3, 0]],
-    ids=str,
-)
-def test_blocks_may_be_asked_for_in_any_order(model, layers):
-    wanted = hidden_states(model, TEXTS)[:, layers]
-    assert torch.equal(hidden_states(model, TEXTS, layers), wanted)
+def test_blocks_may_be_asked_for_in_any_order(model):
+    wanted = hidden_states(model, TEXTS)[:, [3, 0, 3]]
+    assert torch.equal(hidden_states(model, TEXTS, [3, 0, 3]), wanted)
 
 
 @pytest.fixture
@@ -715,13 +659,12 @@ def test_states_are_computed_as_far_as_needed_and_once(asked, model):
     assert not any(asked())
 
 
-@pytest.mark.parametrize("kept", [0, 1000])
-def test_a_damaged_cache_file_is_computed_again(asked, model, tmp_path, capsys, kept):
+def test_a_damaged_cache_file_is_computed_again(asked, model, tmp_path, capsys):
     asked()
     [path] = (tmp_path / "cache").iterdir()
     content = path.read_bytes()
     path.unlink()
-    path.write_bytes(content[:kept])
+    path.write_bytes(content[:1000])
     assert any(asked())
     assert path.name in capsys.readouterr().err
     assert not any(asked())
@@ -740,8 +683,6 @@ def test_no_cache_neither_reads_nor_writes(asked, tmp_path):
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory):
     """A folder of a model whose third block is too large for float16."""
-    from safetensors.torch import load_file, save_file
-
     folder = save_llama(tmp_path_factory.mktemp("overflow") / "model")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"] *= 1e6
@@ -820,17 +761,16 @@ def test_refine_refuses_what_are_no_pairs():
         refine(x, x, "median")
 
 
-@pytest.mark.parametrize("method", ["mean", "pca"])
-def test_a_concept_vector_is_refined_from_the_states_of_the_texts(llama, method):
+def test_a_concept_vector_is_refined_from_the_states_of_the_texts(llama):
     model, reference = llama
     others = ["Lily sat", "Tom ran", "The house", "A cat"]
     wanted = refine(
         reference.states(TEXTS),
         reference.states(others),
-        method,
+        "pca",
     )
     close(
-        concept_vector(model, TEXTS, others, [2, 0], method),
+        concept_vector(model, TEXTS, others, [2, 0], "pca"),
         wanted[[2, 0]],
         1e-4,
     )
@@ -851,23 +791,6 @@ def test_permuted_labels_leave_nothing_of_the_concept():
 
 
 # ================================================================ 4  Affine map
-
-
-def test_the_map_is_the_formula_of_the_paper():
-    x, y = vectors(50, 12) + 1, vectors(50, 7, seed=1)
-    u, s, vt = torch.linalg.svd(
-        x.double(),
-        full_matrices=False,
-    )
-    wanted = vt.T @ torch.diag(1 / s) @ u.T @ y.double()
-    fitted = fit_affine(x, y, held_out=0)
-    close(
-        fitted.vector(torch.eye(12)),
-        wanted.float(),
-        1e-6,
-    )
-    assert fitted.n == 50
-    assert math.isnan(fitted.r2)
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -918,11 +841,8 @@ def test_samples_of_the_sentences_are_disjoint_while_they_last():
     assert sorted(make_maps(100).rows(1)) == list(range(60))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"intercept": True}, {"ridge": 0.2}],
-)
-def test_a_vector_goes_through_the_map_of_its_blocks_and_sample(options):
+def test_a_vector_goes_through_the_map_of_its_blocks_and_sample():
+    options = {"intercept": True, "ridge": 0.2}
     maps, found = make_maps(**options), []
     for source_block, block, sample in [(3, 4, 0), (3, 4, 3), (5, 6, 0)]:
         rows = maps.rows(sample)
@@ -1035,10 +955,10 @@ def test_no_sample_of_text_is_counted_twice(capsys):
 
 
 def test_labels_of_one_pair_cannot_be_permuted():
-    one, other = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    one = torch.randn(1, 2, 4)
     with pytest.raises(ValueError, match="two pairs or more"):
-        permuted_vectors(one, other, 3, seed=0)
-    assert permuted_vectors(one, other, 0, seed=0).shape == (0, 2, 4)
+        permuted_vectors(one, -one, 3, seed=0)
+    assert permuted_vectors(one, -one, 0, seed=0).shape == (0, 2, 4)
 
 
 # ---------------------------------------------------------------- fitted where v is read
@@ -1051,8 +971,6 @@ def test_states_at_any_positions_are_those_of_plain_transformers(any_pair):
     positions = [[0, counts[0] - 1], [1, -1, 3]]
     states = hidden_states(model, texts, [1, 2], positions=positions)
     assert states.shape == (5, 2, 32)
-    starts = [reference.model.get_input_embeddings(), None]
-    assert starts[0] is not None
     close(states[1], reference.states(texts[:1])[0, [1, 2]])
     close(states[3], reference.states(texts[1:])[0, [1, 2]])
     whole = hidden_states(model, [reference.tokenizer.decode(reference.ids(texts[1])[0][1:4])])
@@ -1337,17 +1255,6 @@ def test_perplexity_is_exp_of_the_mean_loss(any_pair):
         )
 
 
-def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(llama):
-    """Near 16, bfloat16 knows every eighth only: many tokens would tie."""
-    model = load(Path(llama[0].name), dtype="bfloat16")
-    reference = Reference(Path(model.name), *LLAMA_PATHS, dtype=torch.bfloat16)
-    [text, *_] = LONG_TEXTS
-    [[got]] = next_token_logits(model, [text])
-    assert not torch.equal(got, got.bfloat16().float())
-    rounded = reference.logits(text)[-1].float()
-    close(got.bfloat16().float(), rounded, 0.1)
-
-
 def test_no_more_logits_than_a_piece_are_in_memory_at_once(llama, monkeypatch):
     model, _ = llama
     texts = [text * 4 for text in LONG_TEXTS] * 4
@@ -1449,26 +1356,7 @@ def changed_copy(model, folder: Path, **settings):
     return load(folder)
 
 
-@pytest.mark.parametrize(
-    "steered",
-    STEERED[:2],
-    ids=["base", "steered"],
-)
-def test_rows_that_end_early_keep_their_text_and_leave_the_others(pair, tmp_path, steered):
-    model, reference = pair
-    transplant, shifts = steered
-    eos = reference.new_tokens(TEXTS[1], shifts)[2]  # ends with its third token at the latest
-    model = changed_copy(model, tmp_path / "copy", eos_token_id=eos)
-    lengths = [len(reference.new_tokens(text, shifts, eos)) for text in TEXTS]
-    assert lengths[1] <= 3
-    assert max(lengths) == 8
-    wanted = reference.generate(TEXTS, shifts, eos)
-    assert generate(model, TEXTS, [transplant], 8) == [wanted]
-    assert generate(model, TEXTS[1:2], [transplant], 8) == [wanted[1:2]]
-
-
-@pytest.mark.parametrize("pair", ["llama", *map(slow, MAIN[1:])], indirect=True)
-@pytest.mark.parametrize("batch_tokens", [slow(1), slow(40), slow(300), 2048])
+@pytest.mark.parametrize("batch_tokens", [slow(1), slow(40), 300, 2048])
 def test_many_transplants_write_what_each_writes_alone(pair, tmp_path, batch_tokens):
     """Whatever is computed together; texts end at different steps, by token 0 or another."""
     model, reference = pair
@@ -1521,25 +1409,14 @@ def test_the_settings_of_a_model_folder_do_not_change_how_text_is_made(model, tm
 
 
 def test_samples_repeat_and_leave_the_global_generator_alone(model):
-    def sample(**options):
-        return generate(
-            model,
-            TEXTS,
-            TRANSPLANTS[1:2],
-            8,
-            sample=True,
-            **options,
-        )
-
+    sample = partial(generate, model, TEXTS, TRANSPLANTS[1:2], 8, True)
     state = torch.get_rng_state()
-    first = sample(seed=3)
+    first = sample(3)
     assert torch.equal(state, torch.get_rng_state())
-    assert sample(seed=3) == first
-    assert sample(seed=4) != first
-    greedy = generate(model, TEXTS, TRANSPLANTS[1:2], 8)
-    assert greedy != first
-    alone = [generate(model, [text], TRANSPLANTS[1:2], 8, True, seed=3) for text in TEXTS[:1]]
-    assert alone[0][0] == first[0][:1]  # the first text draws the same numbers in every batch
+    assert sample(3) == first
+    assert sample(4) != first
+    [alone] = generate(model, TEXTS[:1], TRANSPLANTS[1:2], 8, True, seed=3)
+    assert alone == first[0][:1]  # the first text draws the same numbers in every batch
     small = replace(model, batch_tokens=1)
     assert generate(small, TEXTS, TRANSPLANTS[:2], 8, True, seed=3)[1:] == first
 
@@ -1686,13 +1563,10 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
     assert got == [eft_texts(references, {}, eos)]
 
 
-@pytest.mark.parametrize(
-    "padding",
-    [slow((13, 0, 0)), slow((0, 13, 13)), (13, 5, 0)],
-    ids=str,
-)
-def test_eft_leaves_out_rows_of_padding_in_an_unembedding(tmp_path, padding):
-    models, references = make_trio(tmp_path, "llama", padding)
+def test_eft_leaves_out_rows_of_padding_in_an_unembedding(tmp_path):
+    models, references = make_trio(
+        tmp_path, "llama", (5, 13, 0)
+    )  # the second is cut, the first too
     check_eft(models, references, pairs_of(TEXTS[:2]), WIDE[1:2])
 
 
@@ -1700,26 +1574,16 @@ def test_eft_refuses_another_vocabulary_a_full_context_and_nan(model, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["zebra"])
     other = load(save_llama(tmp_path / "other", tokenizer=tokenizer))
-    for eft in ((other, model), (model, other)):
+    for call in (partial(choice_logprobs, pairs=pairs_of(TEXTS)), partial(generate, texts=TEXTS)):
         with pytest.raises(ValueError, match="vocabular.*other"):
-            choice_logprobs(model, pairs_of(TEXTS), eft=eft)
-        with pytest.raises(ValueError, match="vocabular.*other"):
-            generate(model, TEXTS, eft=eft)
+            call(model, eft=(model, other))
     short = load(save_llama(tmp_path / "short", max_position_embeddings=30))
     with pytest.raises(ValueError, match="context of .*short"):
         generate(model, TEXTS, max_new_tokens=29, eft=(model, short))
     broken = load(Path(model.name))
     plain_module(broken.nn.final_norm).weight[0] = torch.nan
-    for sample in (False, True):
-        with pytest.raises(FloatingPointError, match="NaN"):
-            generate(
-                model,
-                TEXTS,
-                [BASE],
-                2,
-                sample,
-                eft=(broken, model),
-            )
+    with pytest.raises(FloatingPointError, match="NaN"):
+        generate(model, TEXTS, [BASE], 2, eft=(broken, model))
 
 
 # ================================================================ 7  Engine
@@ -1816,9 +1680,7 @@ def test_each_thing_is_computed_once(any_pair):
         assert seen[0] == [(1, prefix), (len(LONG_TEXTS), rest)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_neo"])
-def test_where_one_logit_is_read_the_last_block_has_one_token_a_row(zoo, family):
-    model, _ = zoo(family)
+def test_where_one_logit_is_read_the_last_block_has_one_token_a_row(model):
     sweep = [BASE, *(Transplant.of(A, 2, alpha) for alpha in (1.0, 2.0))]
     next_token_logits(model, TEXTS)  # tries what the model can share
     seen = []
@@ -1868,16 +1730,6 @@ def test_more_choices_than_fit_one_row_are_several(llama):
         check_choices(model, reference, pairs, STEERED[:1])
     assert 2 < sum(rows for rows, _ in seen[0]) < 20
     assert max(tokens for _, tokens in seen[0]) <= BRANCH_TOKENS + 30
-
-
-@pytest.mark.parametrize("batch_tokens", [slow(1), 60, slow(150)])
-def test_small_batches_give_the_same_values(pair, batch_tokens):
-    model, _ = pair
-    small = replace(model, batch_tokens=batch_tokens)
-    for ask in ASK:
-        for texts in (TEXTS, LONG_TEXTS):
-            wanted = ask(model, TRANSPLANTS[1], texts)
-            assert same(ask(small, TRANSPLANTS[1], texts), wanted, 5e-5)
 
 
 def test_a_forward_pass_holds_no_more_tokens_than_it_may(model):
@@ -1980,49 +1832,3 @@ def test_a_model_that_wants_one_number_of_rows_does_not_share_blocks(llama):
     with watched(model, act) as seen:
         check_sharing(model, llama[1])
     assert model.sharing == (False, True, True, True, True)
-
-
-MISUSE = {  # each names the argument
-    "texts must be a list": [
-        lambda model, move: common.hidden_states(model, "Tom felt", [1]),
-        lambda model, move: common.generate(model, "Tom felt"),
-        lambda model, move: common.perplexity(model, "Tom felt"),
-    ],
-    "prompts must be": [
-        lambda model, move: common.score_labels(model, "Tom felt", ["happy", "sad"]),
-    ],
-    "no positions [[]4]": [
-        lambda model, move: common.hidden_states(model, ["Tom"], [1], positions=[[4]]),
-    ],
-    "no positions [[]-9]": [
-        lambda model, move: common.hidden_states(model, ["Tom"], [1], positions=[[-9]]),
-    ],
-    "layers is empty": [lambda model, move: common.hidden_states(model, ["Tom felt"], [])],
-    "texts is empty": [
-        lambda model, move: common.hidden_states(model, [], [1]),
-        lambda model, move: common.perplexity(model, []),
-        lambda model, move: common.choice_logprobs(model, []),
-    ],
-    "layers must be": [lambda model, move: common.hidden_states(model, ["Tom felt"], 1)],
-    "labels must be": [lambda model, move: common.score_labels(model, ["Tom felt"], "happy")],
-    "pairs must be": [lambda model, move: common.choice_logprobs(model, ["Tom felt"])],
-    "transplants must be a list": [
-        lambda model, move: common.next_token_logits(model, ["Tom felt"], move),
-        lambda model, move: common.perplexity(model, ["Tom felt"], move),
-        lambda model, move: common.logit_lens(model, ["Tom felt"], 1, move),
-        lambda model, move: common.generate(model, ["Tom felt"], move),
-    ],
-    "transplant must be": [
-        lambda model, move: common.hidden_states(model, ["Tom felt"], [1], [move]),
-        lambda model, move: common.generate(model, ["Tom felt"], ["strong"]),
-    ],
-    "v must be": [lambda *_: common.fit_affine(vectors(9, 4), vectors(9, 5)).vector(vectors(1)[0])],
-}
-
-
-@pytest.mark.parametrize("words", MISUSE)
-def test_a_wrong_argument_is_named(words, model):
-    move = common.Transplant.of(vectors(1)[0], 1, 2.0)
-    for call in MISUSE[words]:
-        with pytest.raises((TypeError, ValueError), match=words):
-            call(model, move)

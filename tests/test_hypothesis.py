@@ -165,10 +165,10 @@ def test_a_map_is_the_shortest_least_squares_solution_of_numpy(both, intercept):
     number = condition(centred)
     assume(number is not None)
     assume(np.abs(centred).max() > 1e-12 * np.abs(x).max())  # the rest is rounding
-    got, fitted = inverse(x, y, intercept=intercept)
-    probe = vectors(3, x.shape[1]).double().numpy() * max(np.abs(x).max(), 1e-30)
-    wanted = np.linalg.pinv(centred, rcond=1e-9) @ (y - y_mean)
-    assert error(probe @ got @ fitted.y.numpy(), probe @ wanted) < 1e-12 * number**2 + 1e-7
+    _, fitted = inverse(x, y, intercept=intercept)
+    probe = vectors(3, x.shape[1]).double() * max(np.abs(x).max(), 1e-30)
+    wanted = probe.numpy() @ np.linalg.pinv(centred, rcond=1e-9) @ (y - y_mean)
+    assert error(fitted.vector(probe).numpy(), wanted) < 1e-12 * number**2 + 2e-7
     predicted = fitted.predict(torch.from_numpy(x)).numpy()
     solved = np.linalg.lstsq(centred, y - y_mean, rcond=1e-9)[0]
     assert error(predicted, centred @ solved + y_mean) < 1e-5
