@@ -8,7 +8,6 @@ import os
 import resource
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +198,11 @@ def test_options_at_their_bounds_are_taken(line, tmp_path):
     assert getattr(parse(tmp_path, line), option.replace("-", "_")) == float(value)
 
 
+def test_without_bitsandbytes_one_line_says_so(monkeypatch, one_line, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    one_line(lambda: parse(tmp_path, "--dtype nf4"), "pip install bitsandbytes")
+
+
 def test_no_cache_is_an_option(tmp_path, cache_folder):
     parse(tmp_path)
     assert harness.CACHE["folder"] == str(cache_folder)
@@ -209,10 +213,8 @@ def test_no_cache_is_an_option(tmp_path, cache_folder):
 
 
 def test_few_sentences_for_a_map_are_remarked(tmp_path, capsys):
-    parse(tmp_path, "--sentences 5")
-    assert "note: 4 sentences fit each affine map" in capsys.readouterr().out
     parse(tmp_path, "--sentences 99")
-    assert "note: 80 sentences" in capsys.readouterr().out
+    assert "note: 80 sentences fit each affine map" in capsys.readouterr().out
     parse(tmp_path, "--sentences 100")
     assert "note: " not in capsys.readouterr().out
 
@@ -343,18 +345,7 @@ def test_a_step_is_computed_once_and_read_back_by_the_same_command(start):
 
 
 def test_steps_of_like_or_long_names_are_kept_apart(start):
-    names = [
-        "a b",
-        "a-b",
-        "a/b",
-        "a +1",
-        "a -1",
-        "α",
-        "β",
-        "a b ",
-        "x" * 499 + "a",
-        "x" * 499 + "b",
-    ]
+    names = ["a b", "a-b", "α", "β", "x" * 499 + "a", "x" * 499 + "b"]
     for run in (start(), start()):
         assert [run.step(name, str, name) for name in names] == names
     assert len(list(run.steps.iterdir())) == len(names)
@@ -443,10 +434,10 @@ def test_what_a_model_has_written_is_text_in_both_reports(start):
     said = "a|b <script>*c*\nd ![e](http://f.g/h.png) __i__ _j_ k_l 5 [6, 7]"
     prompt = "~~~\n# In 1955 [INST] <b>"
     run = start(first_prompts=[prompt])
-    run.save([], [], [markdown(["said", ""], [[said, "last"]])])
+    run.save([], [], [markdown(["|v|", ""], [[said, "last"]])])
     page = (run.folder / "report.html").read_text()
     shown = "a|b &lt;script&gt;*c* d ![e](http://f.g/h.png) __i__ _j_ k_l 5&nbsp;[6,&nbsp;7]"
-    assert f"<td>{shown}</td>\n<td>last</td>" in page
+    assert "<th>|v|</th>" in page and f"<td>{shown}</td>\n<td>last</td>" in page
     assert "<pre><code>~~~\n# In 1955 [INST] &lt;b&gt;\n</code></pre>" in page
 
 
@@ -494,9 +485,9 @@ def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, one_lin
     one_line(lambda: Run(__file__, args, MODELS, []), "cannot write")
 
 
-def test_figures_show_every_strength_and_block(start):
+def test_figures_show_every_strength_and_block():
     """Eight strengths, some of them without a rate, in the curves and in the grid."""
-    run, hits = start(), [1, 0, 0, 1]
+    hits = [1, 0, 0, 1]
     about = {"metric": "mc1", "source_block": 1, "block": 2}
     records, others = [record(hits, method="base", alpha=0, metric="mc1")], []
     alphas = [3, 1, 2, -1, 4, 5, 6, 7]
@@ -516,9 +507,6 @@ def test_figures_show_every_strength_and_block(start):
     grid = draw_grid("MC1 [%]", tried, others, (1, 2, 3))
     texts = [text.get_text() for text in grid.axes[0].texts]
     assert texts.count("50 (×1234)") == 6 and texts.count("(×1.50)") == 8
-    for name, figure in (("curves", curves), ("grid", grid)):
-        run.figure(figure, name)
-        assert (run.folder / f"{name}.png").exists() and (run.folder / f"{name}.pdf").exists()
 
 
 # ================================================================ 5  Records
@@ -539,11 +527,6 @@ def effects(**rates) -> tuple[list[dict], dict]:
 VERDICTS = [
     ({"contrans": 0.92, "random_1": 0.48, "shuffled_map": 0.94}, "not above the controls", "94.3"),
     (
-        {"contrans": 0.92, "random_1": 0.93, "shuffled_map": 0.48},
-        "not above the controls",
-        "random",
-    ),
-    (
         {"contrans": 0.92, "random_1": 0.9, "shuffled_map": 0.48},
         "not above the controls",
         "and 0.5",
@@ -557,19 +540,21 @@ VERDICTS = [
 
 @pytest.mark.parametrize("rates, outcome, word", VERDICTS)
 def test_the_verdict_is_about_the_strongest_control(rates, outcome, word):
-    line, _ = verdict({"tok361": effects(base=0.5, **rates)}).split("\n\n")
+    line, rule = verdict({"tok361": effects(base=0.5, **rates)}).split("\n\n")
+    assert "permuted labels" not in rule
     assert line.startswith("- **tok361**, 50.0 % without a vector")
     assert f"**{outcome}**" in line or f"**is {outcome}**" in line
     assert word in line
     assert line.count("**") == 4
 
 
-@pytest.mark.parametrize("count, above, holds", [(9, 0, 1), (9, 1, 0), (19, 0, 1), (99, 1, 1)])
+@pytest.mark.parametrize("count, above, holds", [(9, 1, 0), (19, 0, 1), (99, 1, 1)])
 def test_among_few_vectors_of_permuted_labels_a_vector_must_be_above_all(count, above, holds):
     """Since no rank among 19 or fewer has p < 0.05."""
     nulls = {f"permuted_{k}": 0.93 if k < above else 0.5 for k in range(count)}
-    line, _ = verdict({"t": effects(base=0.5, contrans=0.92, random_1=0.5, **nulls)}).split("\n\n")
-    assert ("**holds**" in line) == bool(holds)
+    found = effects(base=0.5, contrans=0.92, random_1=0.5, **nulls)
+    line, rule = verdict({"t": found}).split("\n\n")
+    assert ("**holds**" in line) == bool(holds) and "permuted labels" in rule
 
 
 def test_over_other_items_a_rate_is_compared_by_fishers_test():
@@ -615,23 +600,11 @@ def test_the_summary_carries_the_controls_of_the_verdict():
     assert row.count("72.1 [50, 94]") == 2
 
 
-WILSON = [
-    (0, 10, 0.0, 0.2775),
-    (10, 20, 0.2993, 0.7007),
-    (10, 10, 0.7225, 1.0),
-    (0, 90, 0.0, 0.0409),
-    (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I, method 3
-    (15, 148, 0.0624, 0.1605),
-    (1, 29, 0.0061, 0.1718),
-]
-
-
-@pytest.mark.parametrize("successes, n, low, high", WILSON)
-def test_a_rate_has_a_wilson_interval(successes, n, low, high):
-    hits = [1] * successes + [0] * (n - successes)
-    found = record(hits=np.array(hits), metric="mc1")
-    assert (found["value"], found["n"], found["metric"]) == (successes / n, n, "mc1")
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=6e-5)
+def test_a_rate_has_a_wilson_interval():
+    found = record(hits=np.arange(263) < 81, metric="mc1")
+    assert (found["value"], found["n"], found["metric"]) == (81 / 263, 263, "mc1")
+    newcombe = (0.2553, 0.3662)  # 1998, Table I, method 3
+    assert (found["low"], found["high"]) == pytest.approx(newcombe, abs=6e-5)
 
 
 def test_a_mean_has_a_bootstrap_interval():
@@ -744,15 +717,6 @@ def test_the_rank_of_an_effect_counts_what_is_as_good(lower, p):
     assert notes["ConTrans"] == f"p = {mcnemar(records[0]['hits'], records[1]['hits']):.1g}"
 
 
-def test_a_vector_must_also_beat_permuted_labels():
-    records, alphas = effects(base=0.0, contrans=0.9, random_1=0.1)
-    for count, word in [(0, "**holds**"), (3, "**is not above the controls**")]:
-        null = [records[1] | {"variant": f"permuted {k}", "value": 0.9} for k in range(count)]
-        said = verdict({"t": (records + null, alphas)})
-        assert word in said
-        assert ("permuted labels" in said) == bool(count)
-
-
 def test_each_source_is_judged_by_its_own_permuted_labels():
     """And by random directions that all sources share."""
     records, _ = effects(base=0.0, contrans=0.9, random_1=0.1)
@@ -803,15 +767,10 @@ def test_a_record_has_all_fields_and_no_others():
 
 
 def test_mcnemar_counts_the_outcomes_that_are_no_likelier():
-    def enumerated(gained, lost):
-        n = gained + lost
-        ways = [math.comb(n, k) for k in range(n + 1)]
-        return sum(count for count in ways if count <= ways[gained]) / 2**n
-
-    for gained, lost, both in product(range(5), range(7), (0, 3)):
-        before = [False] * gained + [True] * lost + [True, False] * both
-        after = [True] * gained + [False] * lost + [True, False] * both
-        assert mcnemar(before, after) == pytest.approx(enumerated(gained, lost))
+    before, after = [0, 1, 1, 1, 1, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0, 0, 0, 1]  # one gained, six lost
+    for pair in ((before, after), (after, before)):
+        assert mcnemar(*pair) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert mcnemar(before, before) == 1
 
 
 def make_records() -> list[dict]:
@@ -857,14 +816,10 @@ def test_a_table_shows_every_record_once_and_why_rows_are_missing():
     assert table[2][2] == "54.5 [28, 79] (41.2)"
     assert [row[-1] for row in table[2:]] == ["", "a note", "", ""]
     assert [row[:2] for row in table[4:]] == [[name, reason] for name, reason in missing.items()]
-    only = pivot(records[:1], lambda each: each["method"], lambda each: each["metric"])
-    assert only.count("50.0 [") == 1
-    assert "too few" in pivot([], "concept", "alpha", missing)
+    assert "too few" in pivot([], "concept", "alpha", missing, {"joy": "a note"})
     other = pivot([record(metric="perplexity", value=12.345)], "metric", "item")
     assert "12.35" in other or "12.34" in other
     assert "too few" in pivot([], "concept", "alpha", {"joy": "too few"}, {"joy": "a note"})
-    [head, _, row] = markdown(["|v|"], [["a|b"]]).splitlines()
-    assert r"\|v\|" in head and r"a\|b" in row
 
 
 def test_the_numbers_of_the_paper_are_joined_by_the_papers_names():
@@ -929,44 +884,32 @@ def test_gguf_s_own_reader_and_a_plain_hook_give_our_steered_logits(any_pair, tm
     """llama.cpp adds direction.N to the output of block N, times --control-vector-scaled."""
     model, reference = any_pair
     path = tmp_path / "new" / "v.gguf"
-    export_concept(path, model, A.double(), 2, -1.5)
+    export_concept(path, model, A.double(), 1, -1.5)
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.architecture"].contents() == "controlvector"
     assert reader.fields["controlvector.model_hint"].contents() == model.config.model_type
     [tensor] = reader.tensors
-    assert tensor.name == "direction.2"
+    assert tensor.name == "direction.1"
     shift = torch.tensor(tensor.data)
     assert torch.equal(shift, -1.5 * A)
     assert [file.name for file in path.parent.iterdir()] == ["v.gguf"]
     for scale in (1.0, 0.5):
-        wanted = next_token_logits(model, ["Tom felt"], [Transplant.of(A, 2, -1.5 * scale)])
-        close(reference.next_logits(["Tom felt"], {2: scale * shift}), wanted[0], 1e-4)
+        wanted = next_token_logits(model, ["Tom felt"], [Transplant.of(A, 1, -1.5 * scale)])
+        close(reference.next_logits(["Tom felt"], {1: scale * shift}), wanted[0], 1e-4)
 
 
 @pytest.mark.parametrize(
-    "name, layer, word",
+    "name, vector, layer, word",
     [
-        ("v.gguf", 0, "block 0"),
-        ("v.gguf", 4, "block 4 does not exist"),
-        ("v.pt", 4, "block 4 does not exist"),
-        ("v.pt", -1, "block -1 does not exist"),
-        ("v.bin", 1, ".pt or .gguf"),
+        ("v.gguf", A, 0, "after block 0"),
+        ("v.pt", A, 4, "block 4 does not exist"),
+        ("v.pt", A, -1, "block -1 does not exist"),
+        ("v.pt", A, 2.0, "layer: block 2.0"),  # alpha and layer swapped
+        ("v.pt", A[:-1], 1, r"vector must be \[32\]"),
+        ("v.bin", A, 1, ".pt or .gguf"),
     ],
 )
-def test_what_cannot_be_exported_is_refused(name, layer, word, llama, tmp_path):
+def test_what_cannot_be_exported_is_refused(name, vector, layer, word, llama, tmp_path):
     with pytest.raises(ValueError, match=word):
-        export_concept(tmp_path / name, llama[0], A, layer, 1.0)
+        export_concept(tmp_path / name, llama[0], vector, layer, 1.0)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["v.gguf", "v.pt"])
-def test_a_vector_of_another_model_or_a_swapped_block_is_not_exported(name, llama, tmp_path):
-    path = str(tmp_path / name)
-    with pytest.raises(ValueError, match=r"vector must be \[32\]"):
-        export_concept(path, llama[0], A[:-1], 1, 2.0)
-    with pytest.raises(ValueError, match="layer: block 2.0"):
-        export_concept(path, llama[0], A, 2.0, 1)
-    assert not list(tmp_path.iterdir())
-    lowest = {"v.gguf": 1, "v.pt": 0}[name]
-    export_concept(path, llama[0], A, lowest, 2.0)
-    assert (tmp_path / name).exists()

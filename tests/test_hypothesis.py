@@ -3,10 +3,9 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from common import Transplant, choice_logprobs, fit_affine, next_token_logits, perplexity
-from harness import option_parser, parse_options, read_table, read_text, read_texts
+from harness import read_table, read_text, read_texts
 from models import Models
 
 import numpy as np
@@ -16,6 +15,7 @@ from conftest import close, vectors
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_harness import parse
 
 settings.register_profile(
     "ours",
@@ -267,18 +267,8 @@ def test_any_bytes_are_read_or_end_in_one_line(content, lines, tmp_path, capsys)
     assert value_or_line(capsys, lambda: read_text(path), f"line {lines + 1}: not UTF-8") is None
 
 
-FAMILIES = {"toy": {"src": "a", "tgt": ["b"], "layer": "0.75", "alpha": [1.0], "limit": 5}}
 LAYERS = st.from_regex(r"\d{0,12}\.?\d{0,12}(,\d*\.?\d*)?", fullmatch=True)
 LAYERS |= st.text("0123456789.,-+e autox٣", max_size=8)
-
-
-def options(folder: Path, *argv: str):
-    parser = option_parser("", FAMILIES)
-    return parse_options(
-        parser,
-        FAMILIES,
-        ["--data", str(folder), *argv],
-    )
 
 
 @given(
@@ -286,7 +276,7 @@ def options(folder: Path, *argv: str):
     side=st.integers(0, 1),
 )
 def test_any_layer_is_a_block_or_one_line(layer, side, llama, tmp_path, capsys):
-    args = value_or_line(capsys, lambda: options(tmp_path, f"--layer={layer}"), "--layer")
+    args = value_or_line(capsys, lambda: parse(tmp_path, "", f"--layer={layer}"), "--layer")
     if args is None or layer in ("auto", "--"):  # argparse lets "--" pass unchecked
         return
     name = llama[0].name

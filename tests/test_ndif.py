@@ -42,6 +42,7 @@ import transformers
 from conftest import CONFIGS, MAIN, close, same_records, save_model, slow, vectors
 from hub import Hub
 from ndif_server import serve
+from test_harness import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = os.environ.get("NDIF_TEST_HOST")
@@ -402,15 +403,12 @@ def test_one_text_too_large_for_the_server_is_an_error(fault, error, there, own)
 
 # ================================================================ before any work
 
-FAMILIES = {"custom": {"layer": "0.75", "alpha": [1.0], "sentences": 100, "limit": 4}}
 MODELS = ["--src", "toy/llama-s", "--tgt", "toy/llama-m"]
 
 
 def check(*argv):
     """What a script calls before it reads a model."""
-    parser = harness.option_parser("", FAMILIES)
-    args = harness.parse_options(parser, FAMILIES, [*MODELS, "--remote", *argv])
-    return harness.model_options(args)
+    return harness.model_options(parse(TOY, "", *MODELS, "--remote", *argv))
 
 
 def test_a_model_that_runs_is_accepted(own):

@@ -1,10 +1,6 @@
 """Weights of 4 and 8 bits (bitsandbytes): near the model, and steered like it."""
 
-import sys
-from pathlib import Path
-
 from common import BASE, Transplant, hidden_states, next_token_logits
-from harness import option_parser, parse_options
 from models import load_model
 
 import pytest
@@ -47,17 +43,3 @@ def test_a_quantised_model_is_near_its_own_and_its_states_are_kept_apart(
     for wanted, got in pairs:
         assert torch.cosine_similarity(wanted, got, dim=-1).min() > near
         assert not torch.equal(wanted, got)
-
-
-def test_without_bitsandbytes_one_line_says_so(monkeypatch, one_line, tmp_path):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    settings = {
-        "src": "a",
-        "tgt": ["b"],
-        "alpha": [1.0],
-        "limit": 1,
-    }
-    argv = ["--data", str(Path(tmp_path)), "--dtype", "nf4"]
-    families = {"toy": settings}
-    parser = option_parser("", families)
-    one_line(lambda: parse_options(parser, families, argv), "pip install bitsandbytes")

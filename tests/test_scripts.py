@@ -4,7 +4,6 @@ First what all of them must do, once; then a few numbers of each, computed again
 """
 
 import contextlib
-import csv
 import functools
 import gc
 import importlib.util
@@ -255,16 +254,6 @@ def test_the_folder_says_with_what_it_was_made(name, run):
     assert set(about["code"]) == {f"{name}.py", *modules}
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
-
-
-def test_the_records_are_the_same_in_both_files(run):
-    with open(run.folder / "records.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(run.records) > 0
-    for row, each in zip(rows, run.records):
-        assert list(row) == list(each)
-        for key, cell in each.items():
-            assert row[key] == ("" if cell is None else str(cell))
 
 
 def test_every_record_is_one_number_of_this_run(name, run):
