@@ -237,6 +237,16 @@ class Reference:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
+def edit_json(path: Path, **changes):
+    """Change entries of a JSON file; None removes one."""
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        content[name] = value
+        if value is None:
+            del content[name]
+    path.write_text(json.dumps(content))
+
+
 def close(got, wanted, tolerance: float = 1e-5):
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 

@@ -73,6 +73,7 @@ from conftest import (
     SENTENCES,
     Reference,
     close,
+    edit_json,
     make_tokenizer,
     plain_module,
     save_model,
@@ -251,16 +252,6 @@ def watched(model, act=lambda rows, tokens: None):
 def rows_through(seen: dict) -> list[int]:
     """How many rows went through each block."""
     return [sum(rows for rows, _ in passes) for passes in seen.values()]
-
-
-def edit_json(path: Path, **changes):
-    """Change entries of a JSON file; None removes one."""
-    content = json.loads(path.read_text())
-    for name, value in changes.items():
-        content[name] = value
-        if value is None:
-            del content[name]
-    path.write_text(json.dumps(content))
 
 
 def save_llama(folder: Path, **settings) -> Path:

@@ -38,8 +38,8 @@ import transformers
 from conftest import (
     CONFIGS,
     Reference,
+    edit_json,
     json_rows,
-    real_models,
     slow,
     surroundings,
 )
@@ -59,45 +59,26 @@ SCRIPTS = {
     "exp_truthfulqa": exp_truthfulqa,
 }
 EMOTION_SCRIPTS = ["exp_emotion", "exp_pretraining", "exp_pythia"]
-SMALL = ["--sentences", "120", "--alpha", "2", "--random", "2", "--limit", "3"]
+SMALL = "--sentences 120 --alpha 2 --random 2 --limit 3 --maps 2 --permutations 9"
+ONE_TARGET = f"--family toy --tgt {ZOO}/llama-m"
+ALIGNED = f"{ONE_TARGET} --tgt-chat {ZOO}/llama-m-chat --layer 0.75"
 OPTIONS = {
-    "exp_emotion": "--maps 2 --shots 0 --pairs 10 --permutations 9",
-    "exp_pretraining": "--maps 2 --shots 0 --pairs 10 --permutations 9",
-    "exp_pythia": "--maps 2 --shots 1 --pairs 10 --permutations 9",
-    "exp_template": "--maps 2 --permutations 9",
-    "exp_toxigen": "--maps 2 --pairs 5 --validation 1 --limit 1 --alpha 1 4"
-    " --max-new-tokens 8 --layer 0.75 --permutations 3",
-    "exp_truthfulqa": "--maps 2 --table all --generate 1 --layer 0.75 --permutations 9",
+    "exp_emotion": f"{ONE_TARGET} --shots 0 --pairs 10",
+    "exp_pretraining": f"--tgt {EARLY} {LATE} --tokens 1e6 2e6 --shots 0 --pairs 10",
+    "exp_pythia": f"--models {ZOO}/pythia-1 {ZOO}/pythia-2 --shots 1 --pairs 10",
+    "exp_template": ONE_TARGET,
+    "exp_toxigen": f"{ALIGNED} --pairs 5 --validation 1 --limit 1 --alpha 1 4 --max-new-tokens 8"
+    " --permutations 3",
+    "exp_truthfulqa": f"{ALIGNED} --table all --generate 1",
 }
 VECTORS = {"exp_emotion": 6, "exp_toxigen": 1, "exp_truthfulqa": 1}  # that a run writes
 HONESTY = ["--honesty", f"{harness.TOY}/concepts/v_honesty_llama-m.safetensors"]
 ONE = ["exp_template", *(slow(name) for name in SCRIPTS if name != "exp_template")]
-TARGETS = {"exp_pretraining": EARLY, "exp_pythia": ZOO / "pythia-2"}
 
 
-def model_options(name: str, target: Path | None = None) -> list:
-    """The models of a small run; `target` takes the place of its target."""
-    target = target or TARGETS.get(name, ZOO / "llama-m")
-    if name == "exp_pretraining":
-        return ["--tgt", target, LATE, "--tokens", "1e6", "2e6"]
-    if name == "exp_pythia":
-        return ["--models", ZOO / "pythia-1", target]
-    models = ["--family", "toy", "--tgt", target]
-    if name in ("exp_toxigen", "exp_truthfulqa"):
-        models += ["--tgt-chat", ZOO / "llama-m-chat"]
-    return models
-
-
-def command(
-    name: str,
-    *more,
-    target: Path | None = None,
-) -> list[str]:
+def command(name: str, *more) -> list[str]:
     """The arguments of a small run."""
-    argv = model_options(name, target) + SMALL
-    argv += OPTIONS[name].split()
-    argv += more
-    return [str(each) for each in argv]
+    return [*f"{SMALL} {OPTIONS[name]}".split(), *map(str, more)]
 
 
 def load_copy(path: Path):
@@ -108,30 +89,27 @@ def load_copy(path: Path):
     return module
 
 
-def changed_model(
-    folder: Path,
-    source: Path,
-    change,
-    **config,
-) -> Path:
+def changed_model(folder: Path, source: Path, change) -> Path:
     """A copy of a model; change(tensors) is told its weights."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    settings = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
-def without_numbers(folder: Path, name: str) -> Path:
-    """A copy of a script's target with NaN in its first block."""
+@pytest.fixture
+def without_numbers(name, data, tmp_path):
+    """The arguments of a small run on a copy of its target with NaN in its first block."""
 
     def change(tensors):
         first = next(key for key in tensors if "layers.0." in key)
         tensors[first].fill_(math.nan)
 
-    return changed_model(folder, TARGETS.get(name, ZOO / "llama-m"), change)
+    source = {"exp_pretraining": EARLY, "exp_pythia": ZOO / "pythia-2"}.get(name, ZOO / "llama-m")
+    folder = changed_model(tmp_path / "model", source, change)
+    argv = command(name, "--data", data, "--out", tmp_path / "out")
+    return [str(folder) if each == str(source) else each for each in argv]
 
 
 class Finished:
@@ -248,12 +226,8 @@ def test_the_folder_says_with_what_it_was_made(name, run):
     if name in TEXTS:
         text = json.dumps(run.examples[0][TEXTS[name]])
         assert text[1:-1] in json.dumps(first)
-    assert about["args"]["seed"] == 0
-    assert about["command"][1:-2] == run.argv
     modules = {path.name for path in ROOT.glob("*.py") if not path.name.startswith("exp_")}
     assert set(about["code"]) == {f"{name}.py", *modules}
-    environment = json.loads((run.folder / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__
 
 
 def test_every_record_is_one_number_of_this_run(name, run):
@@ -358,14 +332,12 @@ def test_a_fresh_run_computes_everything_again(name, run):
 
 
 @pytest.mark.slow
-def test_what_changes_results_starts_a_folder_of_its_own(name, data, tmp_path):
+def test_what_changes_results_starts_a_folder_of_its_own(name, without_numbers, tmp_path):
     """Seen on a model that ends every run at its first states."""
-    target = without_numbers(tmp_path / "model", name)
-    argv = command(name, "--data", data, "--out", tmp_path / "out", target=target)
 
     def folders(main, *more) -> set[str]:
         with pytest.raises(FloatingPointError), contextlib.redirect_stdout(io.StringIO()):
-            main([*argv, *more])
+            main([*without_numbers, *more])
         return {path.name for path in (tmp_path / "out" / name).iterdir()}
 
     main = SCRIPTS[name].main
@@ -385,19 +357,10 @@ def test_what_changes_results_starts_a_folder_of_its_own(name, data, tmp_path):
 # ================================================================ bad input
 
 
-def test_help_says_what_the_script_does(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        SCRIPTS[name].main(["--help"])
-    said = capsys.readouterr().out
-    assert not stopped.value.code and "--seed" in said and f"python {name}.py" in said
-
-
 @pytest.mark.parametrize("name", ONE)
-def test_nan_ends_in_one_line(name, data, tmp_path, capsys):
-    target = without_numbers(tmp_path / "model", name)
-    argv = command(name, "--data", data, "--out", tmp_path / "out", target=target)
+def test_nan_ends_in_one_line(name, without_numbers, capsys):
     with pytest.raises(SystemExit) as stopped:
-        harness.run_script(functools.partial(SCRIPTS[name].main, argv))
+        harness.run_script(functools.partial(SCRIPTS[name].main, without_numbers))
     last = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith("error: NaN") and "model" in last
 
@@ -406,13 +369,7 @@ EVERY_SCRIPT = {
     "--data nowhere": "data folder",
     "--layer 99": "99",
     "--layer 1.0": "block",
-    "--alpha 0": "baseline",
-    "--limit 0": "--limit",
-    "--seed 4294967296": "--seed",
-    "--random 0": "--random",
-    "--sentences none": "--sentences",
     "--layers 3": "--layers",
-    "--family nobody": "nobody",
 }
 EMOTION_TASK = {
     "--template feel": "{scenario}",
@@ -429,12 +386,8 @@ OF_ONE_SCRIPT = {
     "exp_emotion": {
         "--src no/such/model": "no/such/model",
         "--tgt data": "config.json",
-        "--tgt data/toy/models/llama-m ./data/toy/models/llama-m": "one name",
-        "--family custom": "--src",
         "--layer 7,8": "block 8",
         f"--src-base {ZOO}/qwen-s": "differ",
-        "--maps 0": "--maps",
-        f"--src-base {ZOO}/llama-m": "source and target",
     },
     "exp_pretraining": {
         "--model some/model": "--revisions",
@@ -462,14 +415,11 @@ OF_ONE_SCRIPT = {
         "--layer 7,8": "block 8",
         f"--src-base {ZOO}/qwen-s": "differ",
         "--template feel": "{text}",
-        "--labels happy": "--labels",
         "--labels ab abc": "told apart",
-        "--pairs no.jsonl": "no.jsonl",
         "--pairs README.md": "README.md, line 1",
     },
     "exp_toxigen": {
         "--tgt no/such/model": "no/such/model",
-        "--tgt-chat a b": "--tgt-chat",
         "--classifier no/such/model": "no/such/model",
         f"--classifier {ZOO}/llama-s": "classifier",
         "--toxic-label rude": "--toxic-label",
@@ -487,7 +437,6 @@ OF_ONE_SCRIPT = {
     },
     "exp_truthfulqa": {
         "--src no/such/model": "no/such/model",
-        "--tgt-chat a b": "--tgt-chat",
         "--table 2": "--table",
         "--prompt rude": "--prompt",
         f"--src {ZOO}/llama-s --prompt chat": "chat template",
@@ -524,40 +473,33 @@ def test_wrong_options_end_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def damaged(name: str, path: str, *damages: str) -> list[tuple]:
-    return [(name, path, damage) for damage in damages]
-
-
 DAMAGES = {
-    "missing": None,
     "not UTF-8": b"one line\n\xff\xfe\n",
-    "not JSON": b"[1, 2",
     "an empty list": b"[]",
     "a list of numbers": b"[1, 2]",
     "too short": b"a b c d e f g\n",
     "other columns": b"a,b\n1,2\n",
 }
 DAMAGED = [
-    *damaged("exp_emotion", "emotions/fear.json", *list(DAMAGES)[:5]),
-    *damaged("exp_truthfulqa", "truthfulqa/mc_task.json", *list(DAMAGES)[:5]),
-    *damaged("exp_truthfulqa", "emotions/sadness.json", "not JSON"),
-    *damaged("exp_truthfulqa", "world_facts/facts_true_false.csv", "missing", "other columns"),
-    *damaged("exp_truthfulqa", "truthfulqa/TruthfulQA.csv", "not UTF-8", "other columns"),
-    *damaged("exp_toxigen", "toxigen/hate_drells_1k.txt", "not UTF-8"),
-    *damaged("exp_toxigen", "text/owt_sentences_lowtox.txt", "missing", "not UTF-8"),
-    *damaged("exp_toxigen", "truthfulqa/mc_task.json", "not JSON", "a list of numbers"),
+    ("exp_emotion", "emotions/fear.json", "a list of numbers"),
+    ("exp_truthfulqa", "truthfulqa/mc_task.json", "an empty list"),
+    ("exp_truthfulqa", "truthfulqa/mc_task.json", "a list of numbers"),
+    ("exp_truthfulqa", "emotions/sadness.json", "not UTF-8"),
+    ("exp_truthfulqa", "world_facts/facts_true_false.csv", "other columns"),
+    ("exp_truthfulqa", "truthfulqa/TruthfulQA.csv", "other columns"),
+    ("exp_toxigen", "toxigen/hate_drells_1k.txt", "not UTF-8"),
+    ("exp_toxigen", "text/owt_sentences_lowtox.txt", "too short"),
+    ("exp_toxigen", "truthfulqa/mc_task.json", "a list of numbers"),
+    *((script, "wikisplit/validation.tsv", "too short") for script in SCRIPTS),
 ]
-for script in SCRIPTS:
-    DAMAGED += damaged(script, "wikisplit/validation.tsv", "missing", "not UTF-8", "too short")
 
 
 @pytest.mark.parametrize("name, path, damage", DAMAGED)
 def test_a_damaged_file_is_named(name, path, damage, data, tmp_path, one_line):
     folder = tmp_path / "data"
     shutil.copytree(data, folder, copy_function=os.link)
-    (folder / path).unlink(missing_ok=True)
-    if DAMAGES[damage] is not None:
-        (folder / path).write_bytes(DAMAGES[damage])
+    (folder / path).unlink()
+    (folder / path).write_bytes(DAMAGES[damage])
     argv = command(name, "--data", folder, "--out", tmp_path / "out")
     if "mc_task" in path:
         argv += HONESTY if name == "exp_toxigen" else []
@@ -569,8 +511,8 @@ def test_a_damaged_file_is_named(name, path, damage, data, tmp_path, one_line):
 @pytest.mark.slow
 def test_without_a_network_the_cache_of_the_hub_is_enough(data, tmp_path):
     repos = {f"some/{name}": {"main": ZOO / name} for name in ("llama-s", "llama-m")}
-    argv = [sys.executable, ROOT / "exp_emotion.py", "--src", "some/llama-s", *SMALL]
-    argv += [*OPTIONS["exp_emotion"].split(), "--data", data, "--out", tmp_path]
+    argv = command("exp_emotion", "--src", "some/llama-s", "--data", data, "--out", tmp_path)
+    argv = [sys.executable, ROOT / "exp_emotion.py", *argv]
     known = [*argv, "--tgt", "some/llama-m"]
     with Hub(repos) as hub:
         environment = hub.surroundings(tmp_path)
@@ -723,9 +665,8 @@ def test_checkpoints_have_the_false_positives_of_plain_transformers(finished):
 @pytest.mark.slow
 def test_checkpoints_of_a_hub_are_removed_after_use(finished, data, tmp_path):
     folders = {"early": EARLY, "late": LATE}
-    options = ["--model", "toy/amber", "--revisions", "early", "late", "--tokens", "1", "2"]
-    options += SMALL + OPTIONS["exp_pretraining"].split()
-    options += ["--data", str(data)]
+    words = "--model toy/amber --revisions early late --tokens 1 2 --shots 0 --pairs 10"
+    options = [*f"{SMALL} {words}".split(), "--data", str(data)]
     wanted = [each["value"] for each in finished("exp_pretraining").records]
     for keep in ([], ["--keep-downloads"]):
         home = tmp_path / str(len(keep))
@@ -1030,17 +971,13 @@ def test_a_number_in_several_tables_is_one_number(finished):
 @pytest.fixture(scope="module")
 def flat(data, tmp_path_factory):
     """A run on eight questions of a model whose logits are all equal, from another tokenizer."""
+    folder = tmp_path_factory.mktemp("flat")
 
     def unembed_nothing(tensors):
         tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
 
-    folder = tmp_path_factory.mktemp("flat")
-    target = changed_model(
-        folder / "model",
-        ZOO / "llama-m",
-        unembed_nothing,
-        tie_word_embeddings=False,
-    )
+    target = changed_model(folder / "model", ZOO / "llama-m", unembed_nothing)
+    edit_json(target / "config.json", tie_word_embeddings=False)
     shutil.copytree(data, folder / "data")
     answers = {"fish": 0, "bread": 1, "wool": 0}  # a token each
     items = []
@@ -1049,11 +986,9 @@ def flat(data, tmp_path_factory):
         items.append(question | {"mc1_targets": answers, "mc2_targets": answers})
     path = folder / "data" / "truthfulqa" / "mc_task.json"
     path.write_text(json.dumps(items))
-    models = ["--src", f"{ZOO}/qwen-s-chat", "--src-base", f"{ZOO}/qwen-s", "--tgt", str(target)]
-    options = ["--maps", "2", "--layer", "0.75", "--prompt", "paper", "--limit", "-1"]
-    options += ["--permutations", "9"]
-    argv = models + SMALL + options
-    argv += ["--data", str(folder / "data")]
+    words = f"--src {ZOO}/qwen-s-chat --src-base {ZOO}/qwen-s --tgt {target} --layer 0.75"
+    words += f" --prompt paper --limit -1 --data {folder}/data"
+    argv = f"{SMALL} {words}".split()
     return Finished(exp_truthfulqa.main, argv, folder / "out")
 
 
@@ -1210,24 +1145,6 @@ def test_table_7_knows_the_rates_of_table_2(finished):
         assert one["n"] == other["n"]
     rows = run.find(item="Table 7", metric="mc1")
     assert len({each["concept"] for each in rows}) == 4
-
-
-@pytest.mark.slow
-def test_a_local_map_moves_emotions_between_real_models(tmp_path):
-    models, data = real_models()
-    argv = ["--src", models / "stories3M", "--tgt", models / "neo3M-chat", "--data", data]
-    argv += ["--shots", "0", "--maps", "1"]
-    argv += ["--template", "{scenario} I felt very", "--limit", "20", "--random", "5"]
-    argv += ["--labels", "happy", "sad", "angry", "scared", "disgusted", "surprised"]
-    argv += ["--sentences", "1000", "--alpha", "2", "5"]
-    run = Finished(exp_emotion.main, list(map(str, argv)), tmp_path)
-    mean = {"concept": "mean", "metric": "token_acc", "part": "test"}
-    [base] = run.find(method="base", **mean)
-    local = run.find(method="contrans-local", **mean)
-    ours = max(each["value"] for each in local if each["variant"] is None)
-    others = [each["value"] for each in local if "random" in (each["variant"] or "")]
-    assert ours > base["value"] + 0.1
-    assert ours > max(others)
 
 
 # ================================================================ the template
