@@ -183,12 +183,8 @@ def run(name, finished):
 
 
 def test_the_folder_holds_everything(name, run):
-    files = {path.name for path in run.folder.iterdir()}
-    assert {"args.json", "environment.json", "report.md", "steps"} <= files
-    assert {"records.csv", "records.jsonl", "examples.jsonl"} <= files
     figures = {path.stem for path in run.folder.glob("*.png")}
     assert figures
-    assert figures == {path.stem for path in run.folder.glob("*.pdf")}
     report = (run.folder / "report.md").read_text()
     [verdict] = re.findall(r"^- \*\*.*without a vector:.*$", report, re.M)[:1]
     assert verdict in run.said
@@ -601,10 +597,8 @@ def test_both_ways_to_fit_the_map_of_the_paper_are_steered_with(finished):
         assert descent[name] == closed_form[name]
 
 
-@pytest.mark.parametrize("seed", ["0", "5"])
-def test_clean_parts_are_disjoint(seed):
-    argv = ["--seed", seed, "--shots", "8", "--limit", "-1", "--pairs", "240"]
-    args = exp_emotion.options(argv)
+def test_clean_parts_are_disjoint():
+    args = exp_emotion.options(["--seed", "5", "--shots", "8", "--limit", "-1", "--pairs", "240"])
     data = exp_emotion.load_data(args)
     shots, emotions = data
     folder = args.data / "emotions"
@@ -625,11 +619,10 @@ def test_clean_parts_are_disjoint(seed):
     assert len(context.texts) == 240 and not tested & set(context.texts)
 
 
-@pytest.mark.parametrize("name", EMOTION_SCRIPTS)
-def test_the_protocol_of_the_paper_tests_on_the_negatives(name):
-    args = SCRIPTS[name].options(["--protocol", "paper", "--limit", "30"])
+def test_the_protocol_of_the_paper_tests_on_the_negatives():
+    args = exp_emotion.options(["--protocol", "paper", "--limit", "30"])
     assert harness.map_methods(args) == ["contrans"]
-    shots, emotions = SCRIPTS[name].load_data(args)
+    shots, emotions = exp_emotion.load_data(args)
     assert sorted(label for label, _ in shots) == sorted(emotions)
     for label, text in shots:
         assert text not in emotions[label].positive  # all six labels are wrong
@@ -682,13 +675,6 @@ def test_checkpoints_of_a_hub_are_removed_after_use(finished, data, tmp_path):
         [folder] = home.glob("out/*/*")
         records = json_rows(folder, "records.jsonl")
         assert [each["value"] for each in records] == wanted
-
-
-@pytest.mark.slow
-def test_one_random_direction_is_enough(tmp_path):
-    run = Finished(exp_pretraining.main, command("exp_pretraining", "--random", "1"), tmp_path)
-    assert run.find(variant="random 0", concept="mean")
-    assert (run.folder / "figure_3.png").exists()
 
 
 @pytest.mark.slow
@@ -882,8 +868,10 @@ def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_permuted_labels_may_be_left_out(name, tmp_path):
-    run = Finished(SCRIPTS[name].main, command(name, "--permutations", "0"), tmp_path)
+def test_permuted_labels_may_be_left_out_and_one_random_direction_is_enough(name, tmp_path):
+    run = Finished(
+        SCRIPTS[name].main, command(name, "--permutations", "0", "--random", "1"), tmp_path
+    )
     assert not any("permuted" in (each["variant"] or "") for each in run.records)
     assert "permuted labels" not in run.said
 
@@ -948,17 +936,7 @@ def test_the_report_counts_the_instruct_models_that_a_vector_raises(finished):
 def test_a_number_in_several_tables_is_one_number(finished):
     records = finished("exp_truthfulqa").find(part="test", group=None)
     values, items = defaultdict(set), defaultdict(set)
-    names = [
-        "source",
-        "target",
-        "concept",
-        "method",
-        "variant",
-        "source_block",
-        "block",
-        "alpha",
-        "metric",
-    ]
+    names = set(report.RECORD) - {"item", *report.NUMBERS}
     for each in records:
         key = tuple(each[name] for name in names)
         numbers = [each[name] for name in ("value", "low", "high", "n")]
@@ -1088,7 +1066,7 @@ def test_validation_and_test_prompts_are_toxic(data, tmp_path):
 
 def test_the_filter_of_toxigen_is_on_record(finished):
     run = finished("exp_toxigen")
-    about = json.loads((run.folder / "args.json").read_text())
+    about = harness.read_json(run.folder / "args.json")
     assert about["args"]["min_toxicity"] == 0.5
     assert "left out" in (run.folder / "report.md").read_text()
 
@@ -1165,7 +1143,8 @@ def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
     def start(negatives: list[str]):
         pairs = [{"positive": "You won.", "negative": each} for each in negatives]
         path.write_text("\n".join(map(json.dumps, pairs)))
-        argv = command("exp_template", "--data", data, "--pairs", path, "--limit", "-1")
+        words = "--limit -1 --labels happiness anger"
+        argv = command("exp_template", "--data", data, "--pairs", path, *words.split())
         return Finished(exp_template.main, argv, tmp_path / "out")
 
     scenarios = json.loads((data / "emotions" / "sadness.json").read_text())
@@ -1179,64 +1158,28 @@ def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
 # ================================================================ copies
 
 
-def own_classes(folder: Path) -> Path:
-    """Data with three classes of one's own, and with no other."""
-    (folder / "emotions").mkdir(parents=True)
-    for name, old in {"joy": "happiness", "rage": "anger", "awe": "surprise"}.items():
-        shutil.copy(ROOT / "data" / "toy" / "emotions" / f"{old}.json", folder / "emotions")
-        (folder / "emotions" / f"{old}.json").rename(folder / "emotions" / f"{name}.json")
-    return folder
-
-
-def run_copy(path: Path, source: str, argv: list, *changes: tuple[str, str]) -> Path:
-    """Run an edited copy of a script as a student does; returns its run folder."""
-    text = (ROOT / source).read_text()
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path.write_text(text)
-    environment = surroundings(path.parent / "cache") | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(path), *map(str, argv), "--out", str(path.parent / "out")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    [report] = (path.parent / "out").rglob("report.md")
-    assert report.parent.parent.name == path.stem
-    return report.parent
-
-
-OWN_MODELS = ["--src", ZOO / "llama-s", "--tgt", ZOO / "llama-m"]
-PLAIN = ["--texts", harness.TOY / "wikisplit" / "validation.tsv", "--sentences", "150"]
-TINY = [*OWN_MODELS, *PLAIN, "--random", "2", "--permutations", "5", "--maps", "2", "--limit", "6"]
-
-
 @pytest.mark.slow
 def test_a_copy_of_the_emotions_with_three_other_classes_runs(tmp_path):
-    data = own_classes(tmp_path / "data")
-    classes = 'EMOTIONS = ["joy", "rage", "awe"]'
-    old = next(
-        line
-        for line in (ROOT / "exp_emotion.py").read_text().splitlines()
-        if "EMOTIONS = [" in line
-    )
-    argv = [*TINY, "--data", data, "--pairs", "30", "--labels", "happiness", "anger", "surprise"]
-    argv += ["--alpha", *range(1, 9), "--layer", "auto"]
-    folder = run_copy(tmp_path / "exp_mood.py", "exp_emotion.py", argv, (old, classes))
+    """Run as a student does, on data with three classes of one's own and with no other."""
+    emotions = tmp_path / "data" / "emotions"
+    emotions.mkdir(parents=True)
+    for name, old in {"joy": "happiness", "rage": "anger", "awe": "surprise"}.items():
+        shutil.copy(harness.TOY / "emotions" / f"{old}.json", emotions / f"{name}.json")
+    text = Path(exp_emotion.__file__).read_text()
+    text, changed = re.subn("EMOTIONS = .*", 'EMOTIONS = ["joy", "rage", "awe"]', text)
+    assert changed == 1
+    script = tmp_path / "exp_mood.py"
+    script.write_text(text)
+    words = f"--texts {harness.TOY}/wikisplit/validation.tsv --sentences 150 --pairs 30 --limit 6"
+    words += " --labels happiness anger surprise --alpha 1 2 3 4 5 6 7 8 --layer auto"
+    argv = command("exp_emotion", "--data", emotions.parent, "--shots", "6", *words.split())
+    environment = surroundings(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
+    ran = [sys.executable, script, *argv, "--out", tmp_path / "out"]
+    subprocess.run(ran, env=environment, check=True)
+    [folder] = (tmp_path / "out" / "exp_mood").iterdir()
     records = json_rows(folder, "records.jsonl")
     concepts = {each["concept"] for each in records} - {None}
     assert concepts == {"joy", "rage", "awe", "mean", "map"}
     first = json.loads((folder / "args.json").read_text())["inputs"]["first prompts"][-1]
     assert first.count("of the above scenario is") == 7  # six few-shot examples and the question
     assert list(folder.glob("grid_*.png"))
-
-
-@pytest.mark.slow
-def test_a_copy_of_the_template_with_two_classes_of_ones_own_runs(tmp_path):
-    scenarios = own_classes(tmp_path / "data") / "emotions"
-    joy, rage = [json.loads((scenarios / f"{name}.json").read_text()) for name in ("joy", "rage")]
-    lines = [json.dumps({"positive": one, "negative": other}) for one, other in zip(joy, rage)]
-    pairs = tmp_path / "my.jsonl"
-    pairs.write_text("\n".join(lines[:40]))
-    argv = [*TINY, "--pairs", pairs, "--labels", "happiness", "anger"]
-    folder = run_copy(tmp_path / "my_concept.py", "exp_template.py", argv)
-    assert "prefers" not in (folder / "report.md").read_text().splitlines()[0]
-    assert len(report.select(json_rows(folder, "records.jsonl"), method="base")) == 1
