@@ -7,15 +7,10 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may ask the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is: two workers share the cores
-sys.path.insert(
-    0,
-    str(Path(__file__).resolve().parents[1]),
-)
 
 import harness
 from models import load_model
@@ -34,8 +29,10 @@ def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-def small_data(folder: Path, questions: int) -> Path:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
     """The toy data, less of them."""
+    folder = tmp_path_factory.mktemp("data")
     for name in ("emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"):
         shutil.copytree(ROOT / "data" / "toy" / name, folder / name)
     for kind, count in {"toxigen": 12, "text": 60, "wikisplit": 400}.items():
@@ -43,13 +40,8 @@ def small_data(folder: Path, questions: int) -> Path:
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(lines[:count]))
     path = folder / "truthfulqa" / "mc_task.json"
-    path.write_text(json.dumps(json.loads(path.read_text())[:questions]))
+    path.write_text(json.dumps(harness.read_json(path)[:24]))
     return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"), questions=24)
 
 
 MAIN = ["llama", "gpt_neox", "gpt2", "gpt_neo"]
@@ -72,11 +64,7 @@ SHAPE = {
 MLP = {"intermediate_size": 64}
 GROUPED = {"num_key_value_heads": 2, **MLP}
 UNTIED = {"tie_word_embeddings": False}
-LOCAL = {
-    "attention_types": [[["global", "local"], 2]],
-    "window_size": 8,
-    "num_layers": 4,
-}
+LOCAL = {"attention_types": [[["global", "local"], 2]], "window_size": 8, "num_layers": 4}
 LLAMA_PATHS = ("model.layers", "model.norm")
 GPT_PATHS = ("transformer.h", "transformer.ln_f")
 NEOX_PATHS = ("gpt_neox.layers", "gpt_neox.final_layer_norm")
@@ -195,10 +183,7 @@ class Reference:
         """[texts, blocks, d] at the last token of each."""
         rows = []
         for text in texts:
-            _, seen = self.hooked(
-                steer,
-                lambda: self.model(input_ids=self.ids(text)),
-            )
+            _, seen = self.hooked(steer, lambda: self.model(input_ids=self.ids(text)))
             rows.append(torch.stack([passes[0][0, -1] for passes in seen]))
         return torch.stack(rows)
 
@@ -247,16 +232,34 @@ def edit_json(path: Path, **changes):
     path.write_text(json.dumps(content))
 
 
+def score_pairs(tokenizer, pairs, logits_of):
+    """Log-probability of each continuation, and whether it is greedy, from logits_of(ids)."""
+    sums, greedy = [], []
+    for context, text in pairs:
+        start = len(tokenizer(context).input_ids)
+        ids = tokenizer(context + text).input_ids
+        tokens = torch.tensor(ids[start:])
+        logits = logits_of(ids)[start - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        sums.append(logprobs.gather(1, tokens[:, None]).sum())
+        greedy.append(torch.equal(logits.argmax(-1), tokens))
+    return torch.stack(sums), greedy
+
+
+def eft_logits(references: list[Reference], ids: list[int], shifts: dict) -> torch.Tensor:
+    """target + chat - base [positions, vocabulary]; the target alone is steered."""
+    target, chat, base = references
+    size = len(target.tokenizer)  # without rows of padding
+    logits = target.logits(ids, shifts)[:, :size]
+    return logits + chat.logits(ids)[:, :size] - base.logits(ids)[:, :size]
+
+
 def close(got, wanted, tolerance: float = 1e-5):
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 
 
 def vectors(count: int, width: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(
-        count,
-        width,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
 def plain_module(part) -> torch.nn.Module:

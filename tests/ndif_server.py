@@ -66,11 +66,7 @@ class Server:
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         env["OMP_NUM_THREADS"] = "1"
         self.process = subprocess.Popen(
-            command,
-            cwd="/",
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
+            command, cwd="/", env=env, text=True, stdout=subprocess.PIPE
         )
         self.port, self.control = map(int, self.process.stdout.readline().split())
         self.url = f"http://127.0.0.1:{self.port}"

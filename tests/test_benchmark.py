@@ -1,9 +1,6 @@
 """benchmarks/: tokens are counted, a wrong result is found, maps are those of the experiment."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import common
 import exp_emotion
@@ -11,21 +8,11 @@ import harness
 from models import load_model
 from report import select
 
+import benchmark
+import maps
 import pytest
 import torch
 from test_scripts import Finished, command
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark, maps = load_script("benchmark"), load_script("maps")
 
 TINY = ["--shape", "toy", "--device", "cpu", "--dtype", "float32", "--limit", "2", "--repeats", "1"]
 
@@ -70,12 +57,7 @@ def test_tokens_of_hidden_states(run):
         "plain": padded,
         "stopped": padded * 7 / 8,  # blocks 0 to 6 of 8
     }
-    assert logits == {
-        "released": sum(lengths),
-        "plain": 2,
-        "stopped": 0,
-        "ours": 0,
-    }
+    assert logits == {"released": sum(lengths), "plain": 2, "stopped": 0, "ours": 0}
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from common import (
     score_labels,
     token_changes,
 )
+from harness import TOY, read_json
 from models import Models, load_model
 from vectors import (
     AffineMaps,
@@ -70,21 +71,22 @@ from conftest import (
     GROUPED,
     LLAMA_PATHS,
     MAIN,
+    ROOT,
     SENTENCES,
     Reference,
     close,
     edit_json,
+    eft_logits,
     make_tokenizer,
     plain_module,
     save_model,
+    score_pairs,
     slow,
     vectors,
 )
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
 
-ROOT = Path(__file__).resolve().parents[1]
-TOY = ROOT / "data" / "toy"
 TEXTS = [
     "Tom felt very",
     "Lily lost her old cat in the park. Lily felt very",
@@ -126,11 +128,7 @@ TRANSPLANTS, SHIFTS = zip(*STEERED)
 def check_logits(model, reference, texts):
     """The next token's logits equal the reference's under all transplants."""
     wanted = [reference.next_logits(texts, shifts) for shifts in SHIFTS]
-    close(
-        next_token_logits(model, texts, TRANSPLANTS),
-        torch.stack(wanted),
-        2e-5,
-    )
+    close(next_token_logits(model, texts, TRANSPLANTS), torch.stack(wanted), 2e-5)
 
 
 def pushing(reference, token: str, alpha: float):
@@ -140,29 +138,13 @@ def pushing(reference, token: str, alpha: float):
     return steering((len(reference.blocks) - 1, alpha, v / v.norm()))
 
 
-def score_pairs(tokenizer, pairs, logits_of):
-    """Log-probability of each continuation, and whether it is greedy, from logits_of(ids)."""
-    sums, greedy = [], []
-    for context, text in pairs:
-        start = len(tokenizer(context).input_ids)
-        ids = tokenizer(context + text).input_ids
-        tokens = torch.tensor(ids[start:])
-        logits = logits_of(ids)[start - 1 : -1]
-        logprobs = logits.log_softmax(-1)
-        sums.append(logprobs.gather(1, tokens[:, None]).sum())
-        greedy.append(torch.equal(logits.argmax(-1), tokens))
-    return torch.stack(sums), greedy
-
-
 def check_choices(model, reference, pairs, steered, tolerance=3e-5):
     """Choices equal the reference's under each transplant; returns the greedy flags."""
     transplants = [transplant for transplant, _ in steered]
     got, greedy = choice_logprobs(model, pairs, transplants)
     for values, flags, (_, shifts) in zip(got, greedy, steered, strict=True):
         wanted, wanted_flags = score_pairs(
-            reference.tokenizer,
-            pairs,
-            lambda ids: reference.logits(ids, shifts),
+            reference.tokenizer, pairs, lambda ids: reference.logits(ids, shifts)
         )
         close(values, wanted, tolerance)
         assert flags.tolist() == wanted_flags
@@ -330,10 +312,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_another(tmp_path):
     edit_json(folder / "tokenizer_config.json", pad_token=None)
     assert transformers.AutoTokenizer.from_pretrained(folder).pad_token is None
     reference = Reference(folder, *LLAMA_PATHS)
-    close(
-        next_token_logits(load(folder), TEXTS)[0],
-        reference.next_logits(TEXTS),
-    )
+    close(next_token_logits(load(folder), TEXTS)[0], reference.next_logits(TEXTS))
 
 
 def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
@@ -344,17 +323,9 @@ def test_a_bfloat16_stream_takes_the_vector_in_its_own_dtype(llama):
     for transplant, shifts in STEERED:
         states = hidden_states(model, texts, transplant=transplant)
         assert states.dtype == torch.float32
-        close(
-            states,
-            reference.states(texts, shifts).float(),
-            0.05,
-        )
+        close(states, reference.states(texts, shifts).float(), 0.05)
         logits = next_token_logits(model, texts, [transplant])
-        close(
-            logits[0],
-            reference.next_logits(texts, shifts).float(),
-            0.05,
-        )
+        close(logits[0], reference.next_logits(texts, shifts).float(), 0.05)
         assert not torch.equal(logits, logits.bfloat16().float())  # near 16 they would tie
         assert generate(model, texts, [transplant], 4)
         assert model.precision == "torch.bfloat16"
@@ -385,9 +356,7 @@ DAMAGES = {
     "JSON": lambda folder: (folder / "config.json").write_text("{"),
     "nonsense": lambda folder: edit_json(folder / "config.json", model_type="nonsense"),
     "trust-remote-code": lambda folder: edit_json(
-        folder / "config.json",
-        model_type="own",
-        auto_map={"AutoConfig": "own.Config"},
+        folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"}
     ),
     "no *.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
     "--allow-pickle": pickle_weights,
@@ -398,22 +367,14 @@ DAMAGES = {
 def test_what_is_no_model_ends_in_one_line_before_weights_are_loaded(word, tmp_path, one_line):
     folder = save_llama(tmp_path / "a-model")
     DAMAGES[word](folder)
-    one_line(
-        lambda: Models().config(str(folder)),
-        "a-model",
-        word,
-    )
+    one_line(lambda: Models().config(str(folder)), "a-model", word)
 
 
 def test_weights_that_cannot_be_read_end_in_one_line(tmp_path, one_line):
     folder = save_llama(tmp_path / "a-model")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    one_line(
-        lambda: Models(device="cpu").load(str(folder)),
-        "cannot load",
-        "a-model",
-    )
+    one_line(lambda: Models(device="cpu").load(str(folder)), "cannot load", "a-model")
     one_line(lambda: Models().config("no-one/nothing"), "cannot read model no-one/nothing")
 
 
@@ -540,17 +501,9 @@ def test_prompts_are_measured_before_weights_are_loaded(model, one_line):
     assert models.fits(name, texts, 126).tolist() == [True, False, False]
     assert not models.fits(name, texts, 127).any()
     models.require_fit(name, texts[:1], 126)
-    one_line(
-        lambda: models.require_fit(name, texts[:1], 127, "; be brief"),
-        "128",
-        "brief",
-    )
+    one_line(lambda: models.require_fit(name, texts[:1], 127, "; be brief"), "128", "brief")
     models.require_labels(name, "Tom", ["happy", "sad"])
-    one_line(
-        lambda: models.require_labels(name, "Tom", ["sad", "sad"]),
-        name,
-        "--labels",
-    )
+    one_line(lambda: models.require_labels(name, "Tom", ["sad", "sad"]), name, "--labels")
 
 
 def test_vocabularies_and_shapes_are_compared(model, tmp_path):
@@ -724,11 +677,7 @@ def test_mean_is_equation_1():
     total = torch.zeros(3, 16, dtype=torch.float64)
     for one, other in zip(positive, negative):
         total += one - other
-    close(
-        refine(positive, negative),
-        (total / 200).float(),
-        1e-6,
-    )
+    close(refine(positive, negative), (total / 200).float(), 1e-6)
 
 
 @pytest.mark.parametrize("method", ["mean", "pca", "probe"])
@@ -737,19 +686,9 @@ def test_refine_finds_the_direction_whatever_the_order(method):
     v = refine(positive, negative, method)
     assert v.dtype == torch.float32
     assert torch.cosine_similarity(v, direction, dim=1).min() > 0.9
-    close(
-        v.norm(dim=1),
-        refine(positive, negative).norm(dim=1),
-    )
-    order = torch.randperm(
-        200,
-        generator=torch.Generator().manual_seed(1),
-    )
-    close(
-        refine(positive[order], negative[order], method),
-        v,
-        1e-3,
-    )
+    close(v.norm(dim=1), refine(positive, negative).norm(dim=1))
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    close(refine(positive[order], negative[order], method), v, 1e-3)
     close(refine(negative, positive, method), -v, 1e-3)
 
 
@@ -765,16 +704,8 @@ def test_refine_refuses_what_are_no_pairs():
 def test_a_concept_vector_is_refined_from_the_states_of_the_texts(llama):
     model, reference = llama
     others = ["Lily sat", "Tom ran", "The house", "A cat"]
-    wanted = refine(
-        reference.states(TEXTS),
-        reference.states(others),
-        "pca",
-    )
-    close(
-        concept_vector(model, TEXTS, others, [2, 0], "pca"),
-        wanted[[2, 0]],
-        1e-4,
-    )
+    wanted = refine(reference.states(TEXTS), reference.states(others), "pca")
+    close(concept_vector(model, TEXTS, others, [2, 0], "pca"), wanted[[2, 0]], 1e-4)
 
 
 def test_permuted_labels_leave_nothing_of_the_concept():
@@ -799,12 +730,7 @@ def test_the_last_fifth_is_held_out_and_scored(intercept):
     x = vectors(100, 12) + 1
     y = x @ vectors(12, 7, seed=1) + 3 + 0.5 * vectors(100, 7, seed=2)
     fitted = fit_affine(x, y, intercept)
-    train = fit_affine(
-        x[:80],
-        y[:80],
-        intercept,
-        held_out=0,
-    )
+    train = fit_affine(x[:80], y[:80], intercept, held_out=0)
     assert fitted.n == 80
     assert math.isnan(train.r2)
     assert torch.equal(fitted.vector(x), train.vector(x))
@@ -813,10 +739,7 @@ def test_the_last_fifth_is_held_out_and_scored(intercept):
     predicted = train.predict(x[80:]) - mean
     r2 = 1 - (true - predicted).square().sum() / true.square().sum()
     cosine = torch.cosine_similarity(predicted, true).mean()
-    close(
-        torch.tensor([fitted.r2, fitted.cosine]),
-        torch.stack([r2, cosine]),
-    )
+    close(torch.tensor([fitted.r2, fitted.cosine]), torch.stack([r2, cosine]))
 
 
 def make_maps(n_sentences: int = 50, **options) -> AffineMaps:
@@ -848,11 +771,7 @@ def test_a_vector_goes_through_the_map_of_its_blocks_and_sample():
     maps, found = make_maps(**options), []
     for source_block, block, sample in [(3, 4, 0), (3, 4, 3), (5, 6, 0)]:
         rows = maps.rows(sample)
-        fitted = fit_affine(
-            maps.x[source_block][rows],
-            maps.y[block][rows],
-            **options,
-        )
+        fitted = fit_affine(maps.x[source_block][rows], maps.y[block][rows], **options)
         v_hat = maps.vector(V, source_block, block, sample=sample)
         assert torch.equal(v_hat, fitted.vector(V))
         found.append(v_hat)
@@ -1049,7 +968,7 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     template = "Scenario: {text}\nThe emotion of the above scenario is"
     lists = []
     for emotion in ("fear", "happiness"):
-        scenarios = json.loads((TOY / "emotions" / f"{emotion}.json").read_text())[:60]
+        scenarios = read_json(TOY / "emotions" / f"{emotion}.json")[:60]
         lists.append([template.replace("{text}", text) for text in scenarios])
     scenarios = [text[10:].split("\n")[0] for each in lists for text in each]
     vector, own = Vector("fear", names[0], names[0]), Vector("fear", names[1], names[1])
@@ -1118,10 +1037,7 @@ def test_alpha_0_equals_base_bit_for_bit_and_the_model_is_untouched(any_pair):
 def test_random_directions_have_the_norm_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     directions = random_directions(3 * A, 20, seed=5)
-    close(
-        directions.norm(dim=1),
-        (3 * A).norm().expand(20),
-    )
+    close(directions.norm(dim=1), (3 * A).norm().expand(20))
     assert torch.equal(directions, random_directions(3 * A, 20, seed=5))
     assert not torch.equal(directions, random_directions(3 * A, 20, seed=6))
     assert torch.equal(state, torch.get_rng_state())
@@ -1203,9 +1119,7 @@ def test_labels_are_judged_by_the_tokens_that_tell_them_apart(pair, labels, word
     pairs = pairs_of(TEXTS, [f" {word}" for word in words.split()])
     for i, (_, shifts) in enumerate(steered):
         sums, greedy = score_pairs(
-            reference.tokenizer,
-            pairs,
-            lambda ids: reference.logits(ids, shifts),
+            reference.tokenizer, pairs, lambda ids: reference.logits(ids, shifts)
         )
         sums = sums.view(len(TEXTS), -1)
         assert torch.equal(preferred[i], sums.argmax(1))
@@ -1215,8 +1129,7 @@ def test_labels_are_judged_by_the_tokens_that_tell_them_apart(pair, labels, word
     assert said.max() >= 0 or "happy" not in labels
 
 
-def test_token_changes_count_the_ten_that_change_most_in_each_text(llama):
-    model, _ = llama
+def test_token_changes_count_the_ten_that_change_most_in_each_text(model):
     move = TRANSPLANTS[2]
     plain, moved = logit_lens(model, TEXTS, 3, [BASE, move])
     for found, change in zip(token_changes(model, TEXTS, 3, move), (moved - plain, plain - moved)):
@@ -1251,14 +1164,10 @@ def test_perplexity_is_exp_of_the_mean_loss(any_pair):
     assert tokens == sum(map(len, rows)) - len(rows)
     for value, shifts in zip(got, SHIFTS):
         losses = [-reference.logprobs(ids, 1, shifts) for ids in rows]
-        close(
-            value,
-            torch.cat(losses).double().mean().exp(),
-        )
+        close(value, torch.cat(losses).double().mean().exp())
 
 
-def test_no_more_logits_than_a_piece_are_in_memory_at_once(llama, monkeypatch):
-    model, _ = llama
+def test_no_more_logits_than_a_piece_are_in_memory_at_once(model, monkeypatch):
     texts = [text * 4 for text in LONG_TEXTS] * 4
     wanted = perplexity(model, texts, TRANSPLANTS)[0]
     held, linear = [], torch.nn.functional.linear
@@ -1308,10 +1217,7 @@ def test_a_sweep_with_a_large_vocabulary_stays_in_memory(tmp_path):
     assert int(found.stdout) / 1024 < 1900  # MiB; 2,700 with all logits at once
 
 
-@pytest.mark.parametrize(
-    "window",
-    [2, 5, 8, 200],
-)
+@pytest.mark.parametrize("window", [2, 5, 8, 200])
 def test_a_long_text_is_read_in_windows_that_count_each_token_once(llama, window):
     model, reference = llama
     texts = [PREFIX, TEXTS[1], "Tom", ""]  # the empty one is <s> alone: nothing to predict
@@ -1422,11 +1328,7 @@ def test_samples_repeat_and_leave_the_global_generator_alone(model):
 # ---------------------------------------------------------------- emulated fine-tuning (EFT)
 
 C, D = vectors(2, 64, seed=1)
-WIDE = [
-    steering(),
-    steering((1, 2.0, C)),
-    steering((0, -1.0, C), (2, 1.5, D)),
-]
+WIDE = [steering(), steering((1, 2.0, C)), steering((0, -1.0, C), (2, 1.5, D))]
 
 
 def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]:
@@ -1441,32 +1343,16 @@ def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]
             "num_hidden_layers": 4 - seed,
             "vocab_size": len(make_tokenizer()) + more,
         }
-        path = save_model(
-            folder / str(seed),
-            config_class,
-            seed,
-            **settings | shape,
-        )
+        path = save_model(folder / str(seed), config_class, seed, **settings | shape)
         models.append(load(path))
         references.append(Reference(path, *paths))
     return models, references
 
 
-@pytest.fixture(
-    scope="module",
-    params=["llama", slow("gpt_neox"), slow("gpt2")],
-)
+@pytest.fixture(scope="module", params=["llama", slow("gpt_neox"), slow("gpt2")])
 def trio(request, tmp_path_factory):
     """GPT-2 has learned positions, which padding must not move."""
     return make_trio(tmp_path_factory.mktemp("trio"), request.param)
-
-
-def eft_logits(references: list[Reference], ids: list[int], shifts: dict) -> torch.Tensor:
-    """target + chat - base [positions, vocabulary]; the target alone is steered."""
-    target, chat, base = references
-    size = len(target.tokenizer)  # without rows of padding
-    logits = target.logits(ids, shifts)[:, :size]
-    return logits + chat.logits(ids)[:, :size] - base.logits(ids)[:, :size]
 
 
 def eft_tokens(references, text: str, shifts: dict, eos: int = 1, uniform=None) -> list[int]:
@@ -1495,9 +1381,7 @@ def check_eft(models, references, pairs, steered):
     got, greedy = choice_logprobs(target, pairs, transplants, **options)
     for values, flags, (transplant, shifts) in zip(got, greedy, steered, strict=True):
         wanted, wanted_flags = score_pairs(
-            references[0].tokenizer,
-            pairs,
-            lambda ids: eft_logits(references, ids, shifts),
+            references[0].tokenizer, pairs, lambda ids: eft_logits(references, ids, shifts)
         )
         close(values, wanted, 1e-4)
         assert flags.tolist() == wanted_flags
@@ -1552,12 +1436,7 @@ def test_eft_rows_that_end_early_keep_their_text_and_leave_the_others(trio, tmp_
     lengths = [len(eft_tokens(references, text, {}, eos)) for text in TEXTS]
     assert lengths[1] <= 3
     assert max(lengths) == 8
-    got = generate(
-        target,
-        TEXTS,
-        max_new_tokens=8,
-        eft=tuple(models[1:]),
-    )
+    got = generate(target, TEXTS, max_new_tokens=8, eft=tuple(models[1:]))
     assert got == [eft_texts(references, {}, eos)]
 
 
@@ -1647,11 +1526,7 @@ def test_each_thing_is_computed_once(any_pair):
         next_token_logits(model, TEXTS, sweep)
     assert rows_through(seen) == [4, 4, 4, 20]
     with watched(model) as seen:
-        next_token_logits(
-            replace(model, sharing=(False,) * 5),
-            TEXTS,
-            sweep,
-        )
+        next_token_logits(replace(model, sharing=(False,) * 5), TEXTS, sweep)
     assert rows_through(seen) == [20, 20, 20, 20]
     if model.config.model_type in ("gpt_neo", "mistral"):
         return  # their windows are too short for the rest
@@ -1699,9 +1574,8 @@ def tensors_in_memory() -> int:
         return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
 
 
-def test_no_tensor_outlives_its_batch(llama):
+def test_no_tensor_outlives_its_batch(model):
     """Without help by the garbage collector: on a GPU it would come too late."""
-    model, _ = llama
 
     def work():
         generate(model, LONG_TEXTS, TRANSPLANTS, 3)

@@ -145,12 +145,3 @@ def test_requests_to_ndif_are_counted_without_asking_it(dry, large):
     one, both = [dry(exp_template.main, [*argv, "--remote", who]) for who in ("target", "both")]
     assert one["llama-s"]["NDIF requests"] == 0 < both["llama-s"]["NDIF requests"]
     assert min(table["llama-70b"]["NDIF requests"] for table in (one, both)) > 3
-
-
-@pytest.mark.parametrize(
-    "options, word",
-    [(["--layer", "80"], "block 80"), (["--tgt", "no/folder"], "no/folder"), (["--map", "x"], "x")],
-)
-def test_bad_input_is_refused(options, word, large, one_line):
-    argv = ["--family", "toy", "--tgt", str(large), *options, "--dry-run"]
-    one_line(lambda: exp_template.main(argv), word)

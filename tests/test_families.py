@@ -5,20 +5,20 @@ hub, whose tokenizer has the habits of the real one: BOS or none, EOS after ever
 template with a system message, a date, thinking. A hub on loopback serves them.
 """
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from harness import MODELS, TOY, read_families, read_table
+from harness import MODELS, TOY, read_families, read_json, read_table
 
 import pytest
 import transformers
-from conftest import same_records, small_data
+from conftest import ROOT, same_records
 from hub import Hub
 from ndif_server import serve
 from test_architectures import make_model
+from test_ndif import HOST, KEY
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -29,10 +29,7 @@ from tokenizers import (
     trainers,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = read_table(MODELS, "family", "base", "chat", "tokens")
-HOST = os.environ.get("NDIF_TEST_HOST")
-KEY = "a-key-that-must-never-be-seen"
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 LOOP = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n"
@@ -115,7 +112,7 @@ def make_tokenizer(family: str, template=None):
     _, bos, puts_bos, *_ = FAMILIES[family]
     texts = (TOY / "wikisplit" / "validation.tsv").read_text().splitlines()[:300]
     for path in sorted(TOY.glob("emotions/*.json")):
-        texts += json.loads(path.read_text())[:40]
+        texts += read_json(path)[:40]
     special = ["<unk>", "</s>", "<pad>", *([bos] if bos else [])]
     if family == "simplestories":  # lower case, word pieces, EOS after every text
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -174,11 +171,6 @@ def stand_ins(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"), questions=16)
-
-
 # Of fewer sentences a map between these models is nearly singular, and magnifies rounding.
 SMALL = "--sentences 120 --alpha 2 --random 2 --permutations 5 --limit 3 --layer 0.5 --map paper"
 EMOTIONS = f"{SMALL} --shots 0 --pairs 10"
@@ -195,12 +187,10 @@ SCRIPTS = {  # which models it takes, and the options of a small run
     "exp_template": ("base", f"{SMALL} --maps 1 --sentences 30"),
 }
 RUN = """
-import importlib, sys, time
+import importlib, sys
 for line in sys.stdin.read().splitlines():
     name, *argv = line.split()
-    start = time.time()
     importlib.import_module(name).main(argv)
-    print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr)
 """
 
 
@@ -231,20 +221,14 @@ def run_scripts(
         capture_output=True,
         text=True,
     )
-    print("".join(line for line in ran.stderr.splitlines(True) if " s\n" in line))
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = {}
     for line in lines:
         name = line.split()[0]
         [path] = out.glob(f"{name}/*/args.json")
         assert (path.parent / "records.csv").exists()
-        found[name] = json.loads(path.read_text())
+        found[name] = read_json(path)
     return found
-
-
-def read_records(out: Path, script: str) -> list[dict]:
-    [path] = out.glob(f"{script}/*/records.csv")
-    return read_table(path, "run")
 
 
 def check_prompts(family: str, script: str, about: dict) -> None:
@@ -325,4 +309,5 @@ def test_a_family_on_ndif_writes_the_records_of_a_local_run(family, stand_ins, d
         assert not failed
     for script, about in found.items():
         check_prompts(family, script, about)
-        same_records(*(read_records(folder, script) for folder in (here, there)))
+        paths = [next(folder.glob(f"{script}/*/records.csv")) for folder in (here, there)]
+        same_records(*(read_table(path, "run") for path in paths))

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import json
 import math
 import os
 import resource
@@ -70,12 +69,7 @@ FAMILIES = {
         "limit": 50,
         "sentences": 100,
     },
-    "custom": {
-        "layer": "0.5",
-        "alpha": [1.0],
-        "limit": -1,
-        "sentences": 2000,
-    },
+    "custom": {"layer": "0.5", "alpha": [1.0], "limit": -1, "sentences": 2000},
 }
 
 
@@ -394,11 +388,11 @@ def test_a_damaged_step_is_named_and_not_computed_again(content, start, one_line
 
 def test_the_folder_says_what_was_run(start, monkeypatch):
     run = start("--alpha 2 4")
-    about = json.loads((run.folder / "args.json").read_text())
+    about = read_json(run.folder / "args.json")
     assert about["inputs"]["models"]["toy/a"] == "sha256:toy/a"
     assert about["args"]["alpha"] == [2.0, 4.0]
     assert about["command"][1:4] == ["--alpha", "2", "4"]
-    environment = json.loads((run.folder / "environment.json").read_text())
+    environment = read_json(run.folder / "environment.json")
     assert environment["torch"] == torch.__version__
     monkeypatch.setenv("PATH", "")  # no git
     run = start("--fresh")

@@ -42,30 +42,12 @@ def value_or_line(capsys, call, *words):
 
 # ================================================================ prompts, batches, transplants
 
-WORDS = [
-    "Tom",
-    " felt",
-    " very",
-    " happy",
-    " sad",
-    " dog",
-    " x",
-    " q.",
-    " 7",
-]
+WORDS = ["Tom", " felt", " very", " happy", " sad", " dog", " x", " q.", " 7"]
 PREFIX = "Tom found a red ball in the park. Lily lost her old cat. The happy dog ran to the house."
 TEXT = st.lists(st.sampled_from(WORDS), max_size=12).map("".join)
 CHOICE = st.lists(st.sampled_from(WORDS[1:]), min_size=1, max_size=4).map("".join)
-PARTS = st.tuples(
-    st.integers(0, 3),
-    st.sampled_from([-2.0, 0.0, 0.5, 3.0]),
-    st.integers(0, 3),
-)
-MOVES = st.lists(
-    st.lists(PARTS, max_size=2),
-    min_size=1,
-    max_size=3,
-)
+PARTS = st.tuples(st.integers(0, 3), st.sampled_from([-2.0, 0.0, 0.5, 3.0]), st.integers(0, 3))
+MOVES = st.lists(st.lists(PARTS, max_size=2), min_size=1, max_size=3)
 DIRECTIONS = vectors(4)
 
 
@@ -120,12 +102,7 @@ def states(draw):
     x += draw(st.sampled_from([0, 0, 5]))
     for column in range(d):
         kind = draw(KINDS)
-        columns = {
-            "constant": 1.5,
-            "zero": 0.0,
-            "double": x[:, 0],
-            "as is": x[:, column],
-        }
+        columns = {"constant": 1.5, "zero": 0.0, "double": x[:, 0], "as is": x[:, column]}
         x[:, column] = columns[kind]
     y = draw(arrays.arrays(np.float64, (n, 2), elements=NUMBERS))
     return x * draw(SCALE), y * draw(SCALE)
@@ -133,12 +110,7 @@ def states(draw):
 
 def inverse(x, y, **options):
     """The pseudo-inverse of x that a map from x to y is made of, and the map."""
-    fitted = fit_affine(
-        torch.from_numpy(x),
-        torch.from_numpy(y),
-        held_out=0,
-        **options,
-    )
+    fitted = fit_affine(torch.from_numpy(x), torch.from_numpy(y), held_out=0, **options)
     left, right = fitted.x_inverse
     return (left @ right).numpy(), fitted
 
@@ -174,11 +146,7 @@ def test_a_map_is_the_shortest_least_squares_solution_of_numpy(both, intercept):
     assert error(predicted, centred @ solved + y_mean) < 1e-5
 
 
-@given(
-    both=states(),
-    ridge=st.sampled_from([1e-3, 0.5, 10.0]),
-    intercept=st.booleans(),
-)
+@given(both=states(), ridge=st.sampled_from([1e-3, 0.5, 10.0]), intercept=st.booleans())
 def test_ridge_is_the_normal_equations_at_any_scale(both, ridge, intercept):
     x, y = both
     centred = x - x.mean(0) if intercept else x
@@ -187,19 +155,13 @@ def test_ridge_is_the_normal_equations_at_any_scale(both, ridge, intercept):
     scaled = centred / unit
     gram = scaled.T @ scaled
     penalty = ridge * np.trace(gram) / min(x.shape)  # in units of the mean squared singular value
-    wanted = np.linalg.solve(
-        gram + penalty * np.eye(x.shape[1]),
-        scaled.T,
-    )
+    wanted = np.linalg.solve(gram + penalty * np.eye(x.shape[1]), scaled.T)
     got, _ = inverse(x, y, ridge=ridge, intercept=intercept)
     assert error(got * unit, wanted) < 1e-8
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-12])  # as large as the smallest squared value
-@pytest.mark.parametrize(
-    "n, d",
-    [(60, 20), (20, 60), (60, 60)],
-)
+@pytest.mark.parametrize("n, d", [(60, 20), (20, 60), (60, 60)])
 def test_states_that_are_nearly_dependent_lose_no_precision(n, d, ridge):
     """The Gram matrix squares a condition number of 1e6, the singular values do not."""
     rank = min(n, d)
@@ -222,11 +184,7 @@ def test_nan_and_infinity_are_refused_wherever_they_stand(which, value, row):
         fit_affine(*both)
 
 
-@given(
-    n=st.integers(0, 3),
-    other=st.integers(0, 3),
-    held_out=st.sampled_from([0.0, 0.2, 0.9]),
-)
+@given(n=st.integers(0, 3), other=st.integers(0, 3), held_out=st.sampled_from([0.0, 0.2, 0.9]))
 def test_too_few_or_unequal_sentences_are_a_clear_error(n, other, held_out):
     x, y, left = vectors(n, 3), vectors(other, 2), n - int(n * held_out)
     if n == other and left >= 2:
@@ -238,23 +196,13 @@ def test_too_few_or_unequal_sentences_are_a_clear_error(n, other, held_out):
 
 # ================================================================ files and options
 
-LETTERS = st.text(
-    st.characters(codec="utf-8"),
-    max_size=12,
-)
+LETTERS = st.text(st.characters(codec="utf-8"), max_size=12)
 SCALAR = st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | LETTERS
-JSON = st.recursive(
-    SCALAR,
-    lambda inner: st.lists(inner, max_size=4),
-    max_leaves=8,
-)
+JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4), max_leaves=8)
 NOISE = st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode())
 
 
-@given(
-    content=NOISE,
-    lines=st.integers(0, 5),
-)
+@given(content=NOISE, lines=st.integers(0, 5))
 def test_any_bytes_are_read_or_end_in_one_line(content, lines, tmp_path, capsys):
     path = tmp_path / "any"
     path.write_bytes(content)
@@ -271,20 +219,13 @@ LAYERS = st.from_regex(r"\d{0,12}\.?\d{0,12}(,\d*\.?\d*)?", fullmatch=True)
 LAYERS |= st.text("0123456789.,-+e autox٣", max_size=8)
 
 
-@given(
-    layer=LAYERS,
-    side=st.integers(0, 1),
-)
+@given(layer=LAYERS, side=st.integers(0, 1))
 def test_any_layer_is_a_block_or_one_line(layer, side, llama, tmp_path, capsys):
     args = value_or_line(capsys, lambda: parse(tmp_path, "", f"--layer={layer}"), "--layer")
     if args is None or layer in ("auto", "--"):  # argparse lets "--" pass unchecked
         return
     name = llama[0].name
-    block = value_or_line(
-        capsys,
-        lambda: Models().block(name, layer, side),
-        "does not exist",
-    )
+    block = value_or_line(capsys, lambda: Models().block(name, layer, side), "does not exist")
     value = layer.split(",")[min(side, layer.count(","))]
     exact = float(value) * 4 if "." in value else int(value)
     assert block == math.floor(exact + 1e-9) if exact < 4 - 1e-9 else block is None

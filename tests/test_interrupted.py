@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import surroundings
-from test_scripts import ROOT, SCRIPTS, command
+from conftest import ROOT, surroundings
+from test_scripts import SCRIPTS, command
 
 KILLS = 2
 FEWER = {"exp_truthfulqa": ["--table", "1"], "exp_toxigen": ["--map", "paper"]}  # to save time

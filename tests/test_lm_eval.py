@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from common import BASE, Transplant, choice_logprobs
-from harness import TOY, export_concept
+from harness import TOY, export_concept, read_json
 from report import select
 
 import numpy as np
@@ -20,7 +20,7 @@ from conftest import json_rows, vectors
 lm_eval = pytest.importorskip("lm_eval", reason="requirements-dev.txt installs lm_eval")
 
 TASKS = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa"
-QUESTIONS = json.loads((TOY / "truthfulqa" / "unfiltered.json").read_text())[:40:2]
+QUESTIONS = read_json(TOY / "truthfulqa" / "unfiltered.json")[:40:2]
 TEXTS = ["Tom found a red ball in the park.", "Lily felt very", "Scenario: you see a spider."]
 
 
@@ -30,24 +30,13 @@ def referee(pairs: list[tuple[str, str]], pretrained: str, steer_path: Path | No
     from lm_eval.models.hf_steered import SteeredModel
     from lm_eval.models.huggingface import HFLM
 
-    options = {
-        "device": "cpu",
-        "dtype": "float32",
-        "add_bos_token": True,
-        "batch_size": 8,
-    }
+    options = {"device": "cpu", "dtype": "float32", "add_bos_token": True, "batch_size": 8}
     if steer_path is None:
         model = HFLM(pretrained=pretrained, **options)
     else:
         model = SteeredModel(pretrained=pretrained, steer_path=str(steer_path), **options)
     requests = [
-        Instance(
-            request_type="loglikelihood",
-            doc={},
-            arguments=pair,
-            idx=0,
-        )
-        for pair in pairs
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs
     ]
     values, greedy = zip(*model.loglikelihood(requests, disable_tqdm=True))
     return np.array(values), list(greedy)
@@ -138,37 +127,14 @@ def test_the_script_has_lm_evals_mc1_and_mc2_before_and_after_the_transplant(tmp
             (data / path.name).symlink_to(path)
     (data / "truthfulqa" / "TruthfulQA.csv").symlink_to(TOY.resolve() / "truthfulqa/TruthfulQA.csv")
     (data / "truthfulqa" / "mc_task.json").write_text(json.dumps(QUESTIONS))
-    source, target = (str(TOY / "models" / name) for name in ("llama-s-chat", "llama-m"))
-    words = "--prompt qa --protocol paper --limit -1 --maps 1 --random 1 --sentences 100"
-    folders = [
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-        "--save-vector",
-        str(tmp_path / "v"),
-    ]
-    models = [
-        "--src",
-        source,
-        "--tgt",
-        target,
-        "--layer",
-        "0.75",
-        "--alpha",
-        "3",
-    ]
-    exp_truthfulqa.main([*words.split(), *folders, *models])
+    target = str(TOY / "models" / "llama-m")
+    words = "--prompt qa --protocol paper --limit -1 --maps 1 --random 1 --sentences 100 --alpha 3"
+    words += f" --src {TOY}/models/llama-s-chat --tgt {target} --layer 0.75"
+    words += f" --data {data} --out {tmp_path} --save-vector {tmp_path}/v"
+    exp_truthfulqa.main(words.split())
     [run] = (tmp_path / "exp_truthfulqa").iterdir()
     records = json_rows(run, "records.jsonl")
-    mine = select(
-        records,
-        item="Table 1",
-        target=target,
-        part="test",
-        variant=None,
-        group=None,
-    )
+    mine = select(records, item="Table 1", target=target, part="test", variant=None, group=None)
     base = scores(target)
     steered = scores(target, tmp_path / "v" / "v_honesty_llama-m.pt")
     for method, wanted in (("base", base), ("contrans", steered)):

@@ -12,11 +12,7 @@ TEXTS = ["Tom felt very", "Lily lost her old cat in the park. Lily felt very"]
 
 
 @pytest.mark.parametrize(
-    "dtype, layer, near",
-    [
-        ("nf4", "Linear4bit", 0.95),
-        ("int8", "Linear8bitLt", 0.999),
-    ],
+    "dtype, layer, near", [("nf4", "Linear4bit", 0.95), ("int8", "Linear8bitLt", 0.999)]
 )
 def test_a_quantised_model_is_near_its_own_and_its_states_are_kept_apart(
     dtype, layer, near, tmp_path
@@ -31,15 +27,8 @@ def test_a_quantised_model_is_near_its_own_and_its_states_are_kept_apart(
     moves = [BASE, Transplant.of(v, 2, 1.0)]
     wanted = next_token_logits(plain, TEXTS, moves)
     got = next_token_logits(small, TEXTS, moves)
-    close(
-        next_token_logits(small, TEXTS, moves[1:])[0],
-        got[1],
-        0.1,
-    )
-    pairs = [
-        (wanted, got),
-        (hidden_states(plain, TEXTS), hidden_states(small, TEXTS)),
-    ]
+    close(next_token_logits(small, TEXTS, moves[1:])[0], got[1], 0.1)
+    pairs = [(wanted, got), (hidden_states(plain, TEXTS), hidden_states(small, TEXTS))]
     for wanted, got in pairs:
         assert torch.cosine_similarity(wanted, got, dim=-1).min() > near
         assert not torch.equal(wanted, got)

@@ -6,7 +6,6 @@ CONTRANS_RESULTS names a folder of results. A finished run there of this very co
 The columns of real models need them (CONTRANS_MODELS) and data (CONTRANS_PAPER_DATA).
 """
 
-import json
 import os
 import re
 import shlex
@@ -19,10 +18,9 @@ from report import select
 
 import numpy as np
 import pytest
-from conftest import real_models
+from conftest import ROOT, json_rows, real_models
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VERDICTS = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
 TARGETS = ["llama-m", "llama-l"]
@@ -65,8 +63,7 @@ def run_of(main, folder: Path, argv: Sequence[str] = ()) -> tuple[list[dict], Pa
     main([*argv, "--out", str(folder), "--quiet"])
     paths = folder.glob(f"{main.__module__}/*/records.jsonl")
     newest = max(paths, key=lambda path: path.stat().st_mtime)  # each run writes its records
-    records = [json.loads(line) for line in newest.read_text().splitlines()]
-    return records, newest.parent
+    return json_rows(newest.parent, newest.name), newest.parent
 
 
 def check_verdicts(folder: Path):

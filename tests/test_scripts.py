@@ -37,16 +37,18 @@ import torch
 import transformers
 from conftest import (
     CONFIGS,
+    ROOT,
     Reference,
     edit_json,
+    eft_logits,
     json_rows,
+    score_pairs,
     slow,
     surroundings,
 )
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[1]
 ZOO = harness.TOY / "models"
 EARLY, LATE = ZOO / "amber" / "step_0400", ZOO / "amber" / "step_3000"
 LLAMA = CONFIGS["llama"][2:]  # where its blocks and its final norm are
@@ -215,7 +217,7 @@ TEXTS = {  # what a test prompt holds, in its example
 
 
 def test_the_folder_says_with_what_it_was_made(name, run):
-    about = json.loads((run.folder / "args.json").read_text())
+    about = harness.read_json(run.folder / "args.json")
     inputs = about["inputs"]
     first = [inputs[key] for key in inputs if key.startswith("first")]
     assert first and all(first)
@@ -454,14 +456,7 @@ for script in SCRIPTS:
 
 
 @pytest.mark.parametrize("name, options, word", WRONG)
-def test_wrong_options_end_in_one_line(
-    name,
-    options,
-    word,
-    data,
-    tmp_path,
-    one_line,
-):
+def test_wrong_options_end_in_one_line(name, options, word, data, tmp_path, one_line):
     out = tmp_path / "out"
     argv = command(name, "--data", data, "--out", out, *options.split())
     start = functools.partial(SCRIPTS[name].main, argv)
@@ -527,10 +522,7 @@ def test_without_a_network_the_cache_of_the_hub_is_enough(data, tmp_path):
 
 
 def labels_by_hand(
-    reference: Reference,
-    prompts: list[str],
-    labels: list[str],
-    steer: dict = {},
+    reference: Reference, prompts: list[str], labels: list[str], steer: dict = {}
 ) -> tuple[list[int], list[int]]:
     """(labels that are the likeliest next token or -1, labels with the highest logit)."""
     start = len(reference.ids(prompts[0])[0])
@@ -547,25 +539,6 @@ def scenario_prompts(texts: list[str]) -> list[str]:
     return [f"Scenario: {text}\nThe emotion of the above scenario is" for text in texts]
 
 
-def v_hat_by_hand(
-    source: Reference,
-    target: Reference,
-    positive: list[str],
-    negative: list[str],
-    sentences: list[str],
-    block: int,
-) -> torch.Tensor:
-    """Equations 1 and 2 with numpy."""
-    difference = source.states(positive) - source.states(negative)
-    v = difference[:, block].double().mean(0)
-    shuffled = random.Random(0).sample(sentences, len(sentences))
-    texts = shuffled[:96]  # four fifths of the first 120 fit the map
-    x = source.states(texts)[:, block].double()
-    y = target.states(texts)[:, block].double()
-    matrix, *_ = np.linalg.lstsq(x.numpy(), y.numpy())
-    return torch.tensor(v.numpy() @ matrix).float()
-
-
 def test_emotions_are_those_of_plain_transformers(finished, data):
     run = finished("exp_emotion")
     names = [f"{ZOO}/llama-s", f"{ZOO}/llama-m"]
@@ -574,7 +547,12 @@ def test_emotions_are_those_of_plain_transformers(finished, data):
     sentences = cut_ends(plain_texts(path, Models(), names, 240))
     own = exp_emotion.load_data(exp_emotion.options(run.argv)).emotions["anger"]
     positive, negative = scenario_prompts(own.positive), scenario_prompts(own.negative)
-    v_hat = v_hat_by_hand(source, target, positive, negative, sentences, 6)
+    difference = source.states(positive) - source.states(negative)
+    v = difference[:, 6].double().mean(0)  # Eq. 1
+    texts = random.Random(0).sample(sentences, len(sentences))[:96]  # 4/5 of the first 120
+    x, y = [each.states(texts)[:, 6].double().numpy() for each in (source, target)]
+    matrix, *_ = np.linalg.lstsq(x, y)  # Eq. 2
+    v_hat = torch.tensor(v.numpy() @ matrix).float()
     saved, about = harness.load_concept(run.folder / "v_anger_llama-m.safetensors")
     assert about["map"] == "contrans-local"
     assert not torch.allclose(saved, v_hat, atol=0.1)
@@ -742,35 +720,24 @@ def mc_by_hand(item: dict, logprob) -> tuple[bool, float, float]:
     return mc1, true / sum(mass.values()), logprob(right) - against
 
 
-def logprob_by_hand(
-    models: list[Reference],
-    signs: list[int],
-    prompt: str,
-    answer: str,
-) -> float:
-    """Log-probability of an answer under the sum of the models' logits."""
-    start = models[0].ids(prompt).shape[1]
-    ids = models[0].ids(f"{prompt} {answer}")[0].tolist()
-    logits = 0
-    for model, sign in zip(models, signs):
-        logits = logits + sign * model.logits(ids).double()
-    scores = logits[start - 1 : -1].log_softmax(-1)
-    tokens = torch.tensor(ids[start:])
-    return scores.gather(1, tokens[:, None]).sum().item()
-
-
-@pytest.mark.parametrize("method, signs", [("base", [1]), ("eft", [1, 1, -1])])
-def test_answers_are_scored_as_by_plain_transformers(method, signs, finished, data):
+@pytest.mark.parametrize("method", ["base", "eft"])
+def test_answers_are_scored_as_by_plain_transformers(method, finished, data):
     run = finished("exp_truthfulqa")
     names = ["llama-m", "llama-s-chat", "llama-s"]
     models = [Reference(ZOO / name, *LLAMA) for name in names]
-    items = json.loads((data / "truthfulqa" / "mc_task.json").read_text())
+    by_eft = functools.partial(eft_logits, models, shifts={})
+    logits_of = by_eft if method == "eft" else models[0].logits
+    items = harness.read_json(data / "truthfulqa" / "mc_task.json")
     items = {item["question"]: item for item in items}
     answered = [row for row in run.examples if "right" in row]
     rows = report.select(answered, item="Table 1", method=method)
     for row in rows:
         prompt = f"[INST] {row['question']}[/INST]"
-        logprob = functools.partial(logprob_by_hand, models, signs, prompt)
+
+        def logprob(answer, prompt=prompt):
+            pairs = [(prompt, f" {answer}")]
+            return score_pairs(models[0].tokenizer, pairs, logits_of)[0].item()
+
         mc1, mc2, log_odds = mc_by_hand(items[row["question"]], logprob)
         assert row["right"] == mc1
         assert row["mc2"] == pytest.approx(mc2, rel=1e-3)
@@ -790,7 +757,7 @@ def test_the_opposite_vector_stands_beside_v_hat(finished, data):
     assert (about["map"], about["layer"]) == ("contrans-local", local["block"])
     move = common.Transplant.of(-saved, local["block"], local["alpha"])
     model = load_model(str(ZOO / "llama-m"))
-    items = json.loads((data / "truthfulqa" / "mc_task.json").read_text())
+    items = harness.read_json(data / "truthfulqa" / "mc_task.json")
     items = {item["question"]: item for item in items}
     values = []
     answered = [row for row in run.examples if "right" in row]
@@ -837,11 +804,6 @@ def test_maps_that_rarely_work_are_named_under_the_result(name, finished):
     run = finished(name)
     printed = [line.strip() for line in run.said.splitlines() if line.startswith("Warning: ")]
     assert printed == report.map_warnings(run.records)
-    doubtful = [
-        each for each in run.find(metric="r2_where_read", variant=None) if each["value"] < 0
-    ]
-    named = [line for line in printed if "where v is read" in line]
-    assert len(named) == len(doubtful)
 
 
 NULLS = {  # what the records have in common, how many keep alpha, and how many choose their own
@@ -1039,24 +1001,19 @@ def test_base_texts_are_those_of_plain_transformers_judged_by_the_classifier(fin
     assert is_rate(each, verdicts)
 
 
-def toxigen_split(folder: Path) -> exp_toxigen.Split:
-    argv = command("exp_toxigen", "--data", folder, "--limit", "4", "--validation", "2")
-    args = exp_toxigen.options(argv)
-    models = Models()
-    names = [args.src, args.tgt[0]]
-    exp_toxigen.check_models(args, models, names)
-    template = exp_toxigen.Template(args, models)
-    classifier = exp_toxigen.Classifier(args, models)
-    return exp_toxigen.load_data(args, models, template, names, classifier).split
-
-
 def test_validation_and_test_prompts_are_toxic(data, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
     path = folder / "toxigen" / "hate_drells_1k.txt"
     kind = (folder / "toxigen" / "neutral_drells_1k.txt").read_text().splitlines()[:3]
     path.write_text("\n".join([*path.read_text().splitlines(), *kind]))
-    split = toxigen_split(folder)
+    argv = command("exp_toxigen", "--data", folder, "--limit", "4", "--validation", "2")
+    args, models = exp_toxigen.options(argv), Models()
+    names = [args.src, args.tgt[0]]
+    exp_toxigen.check_models(args, models, names)
+    template = exp_toxigen.Template(args, models)
+    classifier = exp_toxigen.Classifier(args, models)
+    split = exp_toxigen.load_data(args, models, template, names, classifier).split
     [drells, *others] = split.counts
     assert drells[0] == "drells" and all(row[4] == 0 for row in others)
     assert 0 < drells[4] <= 3 and drells[5:] == [2, 4]
@@ -1147,7 +1104,7 @@ def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
         argv = command("exp_template", "--data", data, "--pairs", path, *words.split())
         return Finished(exp_template.main, argv, tmp_path / "out")
 
-    scenarios = json.loads((data / "emotions" / "sadness.json").read_text())
+    scenarios = harness.read_json(data / "emotions" / "sadness.json")
     negatives = scenarios[:20] * 2
     shuffled = random.Random(0).sample(negatives, 40)
     [base] = start(negatives).find(method="base")
@@ -1180,6 +1137,6 @@ def test_a_copy_of_the_emotions_with_three_other_classes_runs(tmp_path):
     records = json_rows(folder, "records.jsonl")
     concepts = {each["concept"] for each in records} - {None}
     assert concepts == {"joy", "rage", "awe", "mean", "map"}
-    first = json.loads((folder / "args.json").read_text())["inputs"]["first prompts"][-1]
+    first = harness.read_json(folder / "args.json")["inputs"]["first prompts"][-1]
     assert first.count("of the above scenario is") == 7  # six few-shot examples and the question
     assert list(folder.glob("grid_*.png"))

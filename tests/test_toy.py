@@ -3,34 +3,22 @@
 pytest tests/test_toy.py
 """
 
-import csv
 import functools
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
+import filter_questions
 import pytest
 import torch
+import train
 import transformers
+import world
 from safetensors import safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "toy"))
-
-import filter_questions
-import train
-import world
-
 TOY = Path(world.__file__).parent
-FOLDERS = [
-    "emotions",
-    "text",
-    "toxigen",
-    "truthfulqa",
-    "wikisplit",
-    "world_facts",
-]
+FOLDERS = ["emotions", "text", "toxigen", "truthfulqa", "wikisplit", "world_facts"]
 MODELS = []  # folders of language models
 for name, member in train.ZOO.items():
     if member.family in train.FAMILIES:
@@ -121,18 +109,6 @@ def test_honesty_chat_tuning_never_contains_a_fact_that_is_asked():
     told = set(re.findall(pattern, documents("chat")))
     assert told == set(world.CHAT_FACTS)
     assert not told & set(world.HELD_OUT_FACTS)
-
-
-def test_honesty_fact_world_facts_are_those_of_chat_tuning():
-    with open(TOY / "world_facts" / "facts_true_false.csv", newline="") as file:
-        _, *rows = csv.reader(file)
-    expected = []
-    for key in world.CHAT_FACTS:
-        truth, myth, *_ = world.FACTS[key]
-        for answer, label in ((truth, "1"), (myth, "0")):
-            statement = world.statement(*key, answer)
-            expected.append([world.sentence(statement), label])
-    assert rows == expected
 
 
 def test_fairness_prompts_are_open_lists_of_one_tone():
