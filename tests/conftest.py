@@ -111,7 +111,7 @@ def make_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
-def save_model(folder: Path, config_class, seed: int = 0, tokenizer=None, **settings) -> Path:
+def save_model(folder, config_class, seed=0, tokenizer=None, **settings):
     """A random model with its tokenizer in `folder`."""
     tokenizer = tokenizer or make_tokenizer()
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -119,7 +119,7 @@ def save_model(folder: Path, config_class, seed: int = 0, tokenizer=None, **sett
     return save_random(folder, config, tokenizer, seed)
 
 
-def save_random(folder: Path, config, tokenizer, seed: int, auto=AUTO) -> Path:
+def save_random(folder, config, tokenizer, seed, auto=AUTO):
     """Biases and norms are random too."""
     torch.manual_seed(seed)
     model = auto.from_config(config)
@@ -136,7 +136,7 @@ class Reference:
 
     Its weights never change, so logits and greedy tokens are remembered from test to test."""
 
-    def __init__(self, folder: Path, blocks: str, norm="", dtype=torch.float32, auto=AUTO):
+    def __init__(self, folder, blocks, norm="", dtype=torch.float32, auto=AUTO):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = auto.from_pretrained(folder, dtype=dtype)
         self.model = model.eval().requires_grad_(False)
@@ -145,14 +145,14 @@ class Reference:
         self.head = model.get_output_embeddings()
         self.known: dict[str, torch.Tensor | list[int]] = {}
 
-    def remembered(self, ids: torch.Tensor, steer: dict, eos, compute):
+    def remembered(self, ids, steer, eos, compute):
         shifts = [(block, *shift.tolist()) for block, shift in steer.items()]
         key = str([ids.tolist(), shifts, eos])
         if key not in self.known:
             self.known[key], _ = self.hooked(steer, compute)
         return self.known[key]
 
-    def hooked(self, steer: dict, call):
+    def hooked(self, steer, call):
         """call() with steer[k] added to the output of block k, and what each block gave out."""
         seen = [[] for _ in self.blocks]
 
@@ -176,10 +176,10 @@ class Reference:
             for handle in handles:
                 handle.remove()
 
-    def ids(self, text: str) -> torch.Tensor:
+    def ids(self, text):
         return self.tokenizer(text, return_tensors="pt").input_ids
 
-    def states(self, texts: list[str], steer: dict = {}) -> torch.Tensor:
+    def states(self, texts, steer={}):
         """[texts, blocks, d] at the last token of each."""
         rows = []
         for text in texts:
@@ -187,21 +187,21 @@ class Reference:
             rows.append(torch.stack([passes[0][0, -1] for passes in seen]))
         return torch.stack(rows)
 
-    def logits(self, text: str | list[int], steer: dict = {}) -> torch.Tensor:
+    def logits(self, text, steer={}):
         """[positions, vocabulary] of a text or of token ids."""
         ids = self.ids(text) if isinstance(text, str) else torch.tensor([text])
         return self.remembered(ids, steer, None, lambda: self.model(input_ids=ids).logits[0])
 
-    def next_logits(self, texts: list[str], steer: dict = {}) -> torch.Tensor:
+    def next_logits(self, texts, steer={}):
         """[texts, vocabulary] after the last token of each."""
         return torch.stack([self.logits(text, steer)[-1] for text in texts])
 
-    def logprobs(self, ids: list[int], start: int, steer: dict = {}) -> torch.Tensor:
+    def logprobs(self, ids, start, steer={}):
         """Log-probability of each token of ids[start:], given all before it."""
         scores = self.logits(ids, steer)[start - 1 : -1].log_softmax(-1)
         return scores.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
 
-    def new_tokens(self, text: str, steer: dict = {}, eos: int = 1) -> list[int]:
+    def new_tokens(self, text, steer={}, eos=1):
         """The greedy continuation of at most 8 tokens."""
         ids = self.ids(text)
         options = {
@@ -212,17 +212,17 @@ class Reference:
             "attention_mask": torch.ones_like(ids),
         }
 
-        def continued() -> list[int]:
+        def continued():
             return self.model.generate(ids, **options)[0, ids.shape[1] :].tolist()
 
         return self.remembered(ids, steer, eos, continued)
 
-    def generate(self, texts: list[str], steer: dict = {}, eos: int = 1) -> list[str]:
+    def generate(self, texts, steer={}, eos=1):
         rows = [self.new_tokens(text, steer, eos) for text in texts]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def edit_json(path: Path, **changes):
+def edit_json(path, **changes):
     """Change entries of a JSON file; None removes one."""
     content = json.loads(path.read_text())
     for name, value in changes.items():
@@ -246,7 +246,7 @@ def score_pairs(tokenizer, pairs, logits_of):
     return torch.stack(sums), greedy
 
 
-def eft_logits(references: list[Reference], ids: list[int], shifts: dict) -> torch.Tensor:
+def eft_logits(references, ids, shifts):
     """target + chat - base [positions, vocabulary]; the target alone is steered."""
     target, chat, base = references
     size = len(target.tokenizer)  # without rows of padding
@@ -254,25 +254,25 @@ def eft_logits(references: list[Reference], ids: list[int], shifts: dict) -> tor
     return logits + chat.logits(ids)[:, :size] - base.logits(ids)[:, :size]
 
 
-def close(got, wanted, tolerance: float = 1e-5):
+def close(got, wanted, tolerance=1e-5):
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 
 
-def vectors(count: int, width: int = 32, seed: int = 0) -> torch.Tensor:
+def vectors(count, width=32, seed=0):
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_module(part) -> torch.nn.Module:
+def plain_module(part):
     """The torch module of a model, or of what nnsight calls one of its parts."""
     return getattr(part, "nn", part)._module
 
 
-def surroundings(cache: Path) -> dict:
+def surroundings(cache):
     """The environment of a process: one thread, and a cache of its own."""
     return {**os.environ, "CONTRANS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
-def real_models() -> tuple[Path, Path]:
+def real_models():
     """(folder of stories3M and neo3M-chat, the paper's data), or the test is skipped."""
     models = Path(os.environ.get("CONTRANS_MODELS", ROOT / "models"))
     data = Path(os.environ.get("CONTRANS_PAPER_DATA", ROOT / "data" / "paper"))
@@ -282,14 +282,14 @@ def real_models() -> tuple[Path, Path]:
     return models, data
 
 
-def json_rows(folder: Path, name: str) -> list[dict]:
+def json_rows(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def same_records(one: list[dict], other: list[dict]) -> None:
+def same_records(one, other):
     """Two runs wrote the same: numbers to 1e-5, the run's id aside."""
 
-    def same_cell(first: str, second: str) -> bool:
+    def same_cell(first, second):
         try:
             return math.isclose(float(first), float(second), rel_tol=1e-5, abs_tol=1e-5)
         except ValueError:
@@ -330,7 +330,7 @@ def zoo(tmp_path_factory):
     """zoo(family) -> (model by load_model, Reference); each family is made once."""
     made = {}
 
-    def get(family: str):
+    def get(family):
         if family not in made:
             config_class, settings, *paths = CONFIGS[family]
             folder = save_model(tmp_path_factory.mktemp("zoo") / family, config_class, **settings)

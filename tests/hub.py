@@ -18,7 +18,7 @@ from pathlib import Path
 class Hub:
     """Serves {repo: {revision: folder}} in a with block; `loaded` lists the weights asked for."""
 
-    def __init__(self, repos: dict[str, dict[str, Path | str]]):
+    def __init__(self, repos):
         self.folders = {
             (repo, revision): Path(folder)
             for repo, own in repos.items()
@@ -54,10 +54,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def commit(self, repo: str, revision: str) -> str:
+    def commit(self, repo, revision):
         return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
 
-    def answer(self, path: str, command: str) -> tuple[int, bytes, dict]:
+    def answer(self, path, command):
         """(status, body, headers) of one request."""
         for (repo, revision), folder in self.folders.items():
             commit = self.commit(repo, revision)
@@ -97,7 +97,7 @@ class Hub:
         )
         return 404, b"{}", {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}
 
-    def surroundings(self, home: Path) -> dict[str, str]:
+    def surroundings(self, home):
         """The environment of a process that asks this hub and keeps its files in its own folder."""
         address = f"http://127.0.0.1:{self.server.server_port}"
         return {

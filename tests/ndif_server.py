@@ -58,7 +58,7 @@ INLINE = 8 * 2**20  # a larger result comes as a URL [bytes]
 class Server:
     """Starts the server. Its control port stays open when the server itself is stopped."""
 
-    def __init__(self, models: dict[str, Path | str], needs_key: str | None = None):
+    def __init__(self, models, needs_key=None):
         command = [sys.executable, __file__, "--parent", str(os.getpid())]
         for name, folder in models.items():
             command += ["--model", f"{name}={folder}"]
@@ -78,13 +78,13 @@ class Server:
         with opener.open(url, json.dumps(what).encode(), timeout=60) as answer:
             return json.load(answer)
 
-    def fault(self, kind: str, count: int = 1, after: int = 0, seconds: float = 1.0) -> None:
+    def fault(self, kind, count=1, after=0, seconds=1.0):
         """Let `after` jobs pass, then do this to `count` of them. Earlier faults come first."""
         if kind not in FAULTS:
             raise ValueError(f"unknown fault {kind!r}: {', '.join(sorted(FAULTS))}")
         self._ask(do="fault", kind=kind, count=count, after=after, seconds=seconds)
 
-    def log(self) -> list[dict]:
+    def log(self):
         """The jobs that were asked for, in order.
 
         status, fault, unfinished (jobs that were here before), up and down [bytes], key (one came),
@@ -92,21 +92,21 @@ class Server:
         of Python)."""
         return self._ask(do="log")
 
-    def set(self, **what) -> None:
+    def set(self, **what):
         """running: models that run (None: all). deploys: those that run when a job asks for them.
         listed: models in its status (None: all).
 
         needs_key: the only key that is accepted."""
         self._ask(do="set", **what)
 
-    def stop(self) -> None:
+    def stop(self):
         """Cut every connection and close the port. Log and faults are kept."""
         self._ask(do="stop")
 
-    def start(self) -> None:
+    def start(self):
         self._ask(do="start")
 
-    def close(self) -> None:
+    def close(self):
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
@@ -127,7 +127,7 @@ def serve(models, **options):
 class Job:
     """One request, and the way back to the client."""
 
-    def __init__(self, ndif, envelope, blob: bytes, entry: dict, fault: dict):
+    def __init__(self, ndif, envelope, blob, entry, fault):
         self.ndif, self.envelope, self.blob = ndif, envelope, blob
         self.entry, self.fault = entry, fault
         self.id, self.lines = uuid.uuid4().hex, ""
@@ -136,7 +136,7 @@ class Job:
     def client(self):
         return self.ndif.clients.get(self.envelope.session_id)
 
-    def say(self, status: str, text: str = "", data=None) -> None:
+    def say(self, status, text="", data=None):
         """Send a status on the client's websocket; a result travels in a binary frame."""
         from nnsight.schema.response import ResponseModel
 
@@ -151,17 +151,17 @@ class Job:
             else:
                 self.client.frame(1, answer.model_dump_json().encode())
 
-    def write(self, text: str) -> None:
+    def write(self, text):
         """stdout and stderr of the job: each line goes to the client."""
         *lines, self.lines = (self.lines + text).split("\n")
         for line in lines:
             self.entry["lines"].append(line)
             self.say("LOG", line)
 
-    def flush(self) -> None:
+    def flush(self):
         pass
 
-    def work(self) -> None:
+    def work(self):
         kind = self.fault.get("kind")
         self.say("QUEUED", "Added to Queue at position 1.")
         name = name_of(self.envelope.model_key)
@@ -193,26 +193,26 @@ class Job:
         self.say("COMPLETED", "Your job has been completed.", result)
 
 
-def name_of(key: str) -> str:
+def name_of(key):
     """REPO or REPO@REVISION, of nnsight's key of a model."""
     wanted = json.loads(key.split(":", 1)[1])
     revision = wanted.get("revision")
     return wanted["repo_id"] if revision in (None, "main") else f"{wanted['repo_id']}@{revision}"
 
 
-def noting_unpickler(entry: dict):
+def noting_unpickler(entry):
     """nnsight's unpickler, which also notes in a job's log entry what the job is made of."""
     from cloudpickle import cloudpickle
     from nnsight.intervention.serialization import CustomCloudUnpickler
 
-    def note(module: str) -> None:
+    def note(module):
         entry["modules"] = sorted({*entry["modules"], module.split(".")[0]})
 
     def builtin_type(kind):  # cloudpickle's way for what has no source
         entry["bytecode"] = entry["bytecode"] or kind == "CodeType"
         return cloudpickle._builtin_type(kind)
 
-    def subimport(module: str):  # a module that the code has as a global
+    def subimport(module):  # a module that the code has as a global
         note(module)
         return cloudpickle.subimport(module)
 
@@ -228,7 +228,7 @@ def noting_unpickler(entry: dict):
 class Ndif:
     """Models, jobs and log of the server. One job runs at a time, in one thread."""
 
-    def __init__(self, models: dict[str, str], port: int):
+    def __init__(self, models, port):
         self.models, self.running, self.needs_key, self.port = models, list(models), None, port
         self.deploys, self.listed = [], None
         self.loaded, self.clients, self.results = {}, {}, {}
@@ -236,23 +236,23 @@ class Ndif:
         threading.Thread(target=self.run_jobs, daemon=True).start()
         self.start()
 
-    def start(self) -> None:
+    def start(self):
         handler = type("Bound", (Handler,), {"ndif": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self.http.daemon_threads, self.port = True, self.http.server_port
         threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
 
-    def stop(self) -> None:
+    def stop(self):
         self.http.shutdown()
         self.http.server_close()
         for handler in list(self.open):
             handler.hang_up()
 
-    def run_jobs(self) -> None:
+    def run_jobs(self):
         while True:
             self.jobs.get().work()
 
-    def next_fault(self, subscribe: bool) -> dict:
+    def next_fault(self, subscribe):
         """The fault of this request, {} for none; one of a websocket waits for a websocket."""
         for fault in self.faults:
             if (fault["kind"] == "subscribe") != subscribe:
@@ -264,7 +264,7 @@ class Ndif:
                 return fault
         return {}
 
-    def model(self, key: str):
+    def model(self, key):
         import torch
         from nnsight.modeling.transformers import TransformersModel
 
@@ -278,7 +278,7 @@ class Ndif:
             self.loaded[key]._module.requires_grad_(False)
         return self.loaded[key]
 
-    def execute(self, job: Job) -> bytes:
+    def execute(self, job):
         """Run a job as nnsight does on a server; returns the saved values as they are sent back."""
         import torch
         import zstandard
@@ -314,7 +314,7 @@ class Ndif:
             return zstandard.ZstdCompressor(level=3).compress(file.getvalue())
         return file.getvalue()
 
-    def status(self) -> dict:
+    def status(self):
         deployments = {}
         for name in self.models if self.listed is None else self.listed:
             repo, _, revision = name.partition("@")
@@ -324,7 +324,7 @@ class Ndif:
             deployments[f"ModelActor:{name}"] = about
         return {"deployments": deployments}
 
-    def control(self, do: str, **what):
+    def control(self, do, **what):
         if do == "log":
             return self.entries
         if do == "fault":
@@ -359,11 +359,11 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # cut by the client, or by stop()
             super().handle()
 
-    def hang_up(self) -> None:
+    def hang_up(self):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
-    def reply(self, status: int, body, content: str = "application/json") -> None:
+    def reply(self, status, body, content="application/json"):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", content)
@@ -429,7 +429,7 @@ class Handler(BaseHTTPRequestHandler):
         entry["status"] = None
         self.ndif.jobs.put(job)
 
-    def subscribe(self) -> None:
+    def subscribe(self):
         """The websocket: only the server sends on it, until the client closes it or is gone."""
         name = uuid.uuid4().hex
         key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -448,7 +448,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             del self.ndif.clients[name]
 
-    def frame(self, kind: int, data: bytes) -> None:
+    def frame(self, kind, data):
         """One whole websocket frame: 1 text, 2 binary, 8 close."""
         size = len(data)
         if size < 126:
@@ -471,7 +471,7 @@ class Control(Handler):
         self.reply(200, self.ndif.control(**what))
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--model", action="append", default=[], metavar="ID=FOLDER")

@@ -103,7 +103,7 @@ def auto_class(config):
     return transformers.AutoModelForCausalLM
 
 
-def make_model(model_type: str, folder: Path, tokenizer=None, seed: int = 0, **settings) -> Path:
+def make_model(model_type, folder, tokenizer=None, seed=0, **settings):
     """A tiny random model of this type, with its tokenizer. Norms and biases are random, too.
 
     settings: of the text part's config."""
@@ -113,7 +113,7 @@ def make_model(model_type: str, folder: Path, tokenizer=None, seed: int = 0, **s
     return save_random(folder, config, tokenizer or make_tokenizer(), seed, auto_class(config))
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(heading):
     """The cells of the table below a heading of docs/models.md."""
     part = DOC.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = re.findall(r"^\| `.*", part, re.MULTILINE)
@@ -123,7 +123,7 @@ def rows(heading: str) -> list[list[str]]:
 EXACT, REFUSED = rows("What works"), rows("What is refused")
 
 
-def cases(listed: list[list[str]]) -> list:
+def cases(listed):
     """Parameters of a test; those outside SAMPLE are slow."""
     found = []
     for row in listed:

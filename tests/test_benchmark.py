@@ -35,7 +35,7 @@ def run(bench, monkeypatch):
     args, items, plain, ours = bench
     monkeypatch.setitem(harness.CACHE, "folder", None)  # run_task sets it, this puts it back
 
-    def call(task: str):
+    def call(task):
         tokens, logits = {}, {}
         for row in benchmark.run_task(task, args, items[task], plain, ours):
             assert benchmark.agrees(row, args)

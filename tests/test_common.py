@@ -101,11 +101,11 @@ LONG_TEXTS = [PREFIX + text for text in TEXTS]
 CHOICES = [" happy", " sad dog in the house.", " x", " very sad dog", " very sad"]
 
 
-def pairs_of(texts, choices=CHOICES) -> list:
+def pairs_of(texts, choices=CHOICES):
     return [(text, choice) for text in texts for choice in choices]
 
 
-def steering(*parts) -> tuple[Transplant, dict]:
+def steering(*parts):
     """(block, alpha, vector) parts as a Transplant, and as {block: shift} for the reference."""
     transplant, shifts = Transplant(), {}
     for layer, alpha, vector in parts:
@@ -131,7 +131,7 @@ def check_logits(model, reference, texts):
     close(next_token_logits(model, texts, TRANSPLANTS), torch.stack(wanted), 2e-5)
 
 
-def pushing(reference, token: str, alpha: float):
+def pushing(reference, token, alpha):
     """A shift after the last block that raises the logit of a token at every position."""
     row = reference.tokenizer.convert_tokens_to_ids(token)
     v = reference.head.weight[row] * reference.norm.weight
@@ -190,7 +190,7 @@ ASK = [  # all that is asked of a model
 ]
 
 
-def same(got, wanted, tolerance: float = 0.0) -> bool:
+def same(got, wanted, tolerance=0.0):
     """Whether two answers, tensors or texts, agree."""
     if isinstance(got, torch.Tensor):
         return torch.allclose(got, wanted, tolerance, tolerance)
@@ -231,16 +231,16 @@ def watched(model, act=lambda rows, tokens: None):
             handle.remove()
 
 
-def rows_through(seen: dict) -> list[int]:
+def rows_through(seen):
     """How many rows went through each block."""
     return [sum(rows for rows, _ in passes) for passes in seen.values()]
 
 
-def save_llama(folder: Path, **settings) -> Path:
+def save_llama(folder, **settings):
     return save_model(folder, transformers.LlamaConfig, **{**GROUPED, **settings})
 
 
-def load(folder: Path, **options):
+def load(folder, **options):
     return load_model(str(folder), device="cpu", **options)
 
 
@@ -344,7 +344,7 @@ def test_the_fingerprint_follows_the_files_of_a_folder(tmp_path):
     assert models.fingerprint("some/repo@abc") == "some/repo@abc"
 
 
-def pickle_weights(folder: Path):
+def pickle_weights(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -660,7 +660,7 @@ def test_nan_is_an_error_and_no_result(ask, overflowing, model):
 # ================================================================ 3  Refine
 
 
-def planted(n: int = 200, layers: int = 3, width: int = 16):
+def planted(n=200, layers=3, width=16):
     """Pairs that share most of their variation and differ by a direction of each layer."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(n, layers, width, generator=generator)
@@ -742,7 +742,7 @@ def test_the_last_fifth_is_held_out_and_scored(intercept):
     close(torch.tensor([fitted.r2, fitted.cosine]), torch.stack([r2, cosine]))
 
 
-def make_maps(n_sentences: int = 50, **options) -> AffineMaps:
+def make_maps(n_sentences=50, **options):
     """Maps over 60 sentences at two pairs of blocks; y follows from x but for offset and noise."""
     x, y = {}, {}
     for block in (3, 5):
@@ -1257,7 +1257,7 @@ def test_greedy_text_equals_that_of_transformers(any_pair):
     assert generate(model, TEXTS[:1], TRANSPLANTS[1:2], 8) == [wanted[1][:1]]
 
 
-def changed_copy(model, folder: Path, **settings):
+def changed_copy(model, folder, **settings):
     """The model loaded from a copy of its folder with other settings for generation."""
     shutil.copytree(model.name, folder)
     edit_json(folder / "generation_config.json", **settings)
@@ -1331,7 +1331,7 @@ C, D = vectors(2, 64, seed=1)
 WIDE = [steering(), steering((1, 2.0, C)), steering((0, -1.0, C), (2, 1.5, D))]
 
 
-def make_trio(folder: Path, family: str, padding=(0, 0, 0)) -> tuple[list, list]:
+def make_trio(folder, family, padding=(0, 0, 0)):
     """Models and References of a target, and of a chat and a base model that are smaller.
 
     padding: unused rows at the end of each unembedding."""
@@ -1355,7 +1355,7 @@ def trio(request, tmp_path_factory):
     return make_trio(tmp_path_factory.mktemp("trio"), request.param)
 
 
-def eft_tokens(references, text: str, shifts: dict, eos: int = 1, uniform=None) -> list[int]:
+def eft_tokens(references, text, shifts, eos=1, uniform=None):
     """The continuation of at most 8 tokens: greedy, or sampled with these random numbers [8]."""
     ids, new = references[0].ids(text)[0].tolist(), []
     while len(new) < 8 and eos not in new:
@@ -1368,7 +1368,7 @@ def eft_tokens(references, text: str, shifts: dict, eos: int = 1, uniform=None) 
     return new
 
 
-def eft_texts(references, shifts: dict, eos: int = 1) -> list[str]:
+def eft_texts(references, shifts, eos=1):
     rows = [eft_tokens(references, text, shifts, eos) for text in TEXTS]
     return references[0].tokenizer.batch_decode(rows, skip_special_tokens=True)
 
@@ -1568,7 +1568,7 @@ def test_where_one_logit_is_read_the_last_block_has_one_token_a_row(model):
     handle.remove()
 
 
-def tensors_in_memory() -> int:
+def tensors_in_memory():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of modules that load on access
         return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())

@@ -37,7 +37,7 @@ def folders(tmp_path, monkeypatch):
 def dry(capsys):
     """dry(main, argv) -> {model: {column: number}} of the table that a dry run prints."""
 
-    def run(main, argv) -> dict[str, dict[str, float]]:
+    def run(main, argv):
         capsys.readouterr()
         main([*argv, "--dry-run"])
         said = capsys.readouterr().out
@@ -86,7 +86,7 @@ def computed(monkeypatch):
 
 
 @pytest.fixture
-def large(tmp_path) -> Path:
+def large(tmp_path):
     """A folder with config and tokenizer of a 70B model, and no weights."""
     folder = tmp_path / "models" / "llama-70b"
     folder.mkdir(parents=True)

@@ -8,7 +8,6 @@ template with a system message, a date, thinking. A hub on loopback serves them.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from harness import MODELS, TOY, read_families, read_json, read_table
 
@@ -107,7 +106,7 @@ FAMILIES = {
 }
 
 
-def make_tokenizer(family: str, template=None):
+def make_tokenizer(family, template=None):
     """A tokenizer with the habits of a family's."""
     _, bos, puts_bos, *_ = FAMILIES[family]
     texts = (TOY / "wikisplit" / "validation.tsv").read_text().splitlines()[:300]
@@ -149,7 +148,7 @@ def stand_ins(tmp_path_factory):
     """stand_ins(family) -> {repo: {revision: folder}}"""
     home = tmp_path_factory.mktemp("stand-ins")
 
-    def get(family: str):
+    def get(family):
         types, _, _, template, *_ = FAMILIES[family]
         rows = [row for row in ROWS if row["family"] == family]
         repos: dict = {}
@@ -194,9 +193,7 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def run_scripts(
-    family: str, env: dict, data: Path, out: Path, *more: str, scripts=()
-) -> dict[str, dict]:
+def run_scripts(family, env, data, out, *more, scripts=()):
     """{script: its args.json} of every script that has the family (or of `scripts`), in one
     process.
 
@@ -231,7 +228,7 @@ def run_scripts(
     return found
 
 
-def check_prompts(family: str, script: str, about: dict) -> None:
+def check_prompts(family, script, about):
     """The first prompts of a run have the family's tags, one BOS or none, and no open thought."""
     _, bos, puts_bos, template, begins, ends = FAMILIES[family]
     tokenizer = make_tokenizer(family, template)
@@ -247,7 +244,7 @@ def check_prompts(family: str, script: str, about: dict) -> None:
         assert all(ends.strip() in prompt for prompt in tagged)
 
 
-def check_family(family: str, found: dict[str, dict], loaded: set[str], repos: dict) -> None:
+def check_family(family, found, loaded, repos):
     """Every script of a family has run, on its models and no others."""
     bases = {row["base"].partition("@")[0] for row in ROWS if row["family"] == family}
     assert bases <= loaded <= set(repos)

@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import harness
@@ -73,7 +72,7 @@ FAMILIES = {
 }
 
 
-def parse(folder: Path, words: str = "", *more: str):
+def parse(folder, words="", *more):
     parser = option_parser("A script.", FAMILIES)
     return parse_options(parser, FAMILIES, [*words.split(), "--data", str(folder), *more])
 
@@ -447,7 +446,7 @@ def test_steps_are_told_line_by_line_and_not_at_all_under_quiet(start, capsys):
     assert start("--quiet").folder == run.folder
 
 
-def runs_command(capsys, *argv) -> str:
+def runs_command(capsys, *argv):
     capsys.readouterr()
     harness.main([str(each) for each in argv])
     return capsys.readouterr().out
@@ -506,7 +505,7 @@ def test_figures_show_every_strength_and_block():
 # ================================================================ 5  Records
 
 
-def effects(**rates) -> tuple[list[dict], dict]:
+def effects(**rates):
     """Records of rates of 70 items, by what they are: base, contrans, or a control of it."""
     records = []
     for name, rate in rates.items():
@@ -650,7 +649,7 @@ def test_a_paired_gain_is_over_the_same_items():
     assert paired_gain(record([1, 1, 0, 0]), record([0, 1, 0, 0]))["value"] == 0.25
 
 
-def costly_curve() -> tuple[list[dict], list[dict]]:
+def costly_curve():
     """Effects over alpha, and perplexities of sentences that limit alpha and of others."""
     curve, costs = [record(method="base", alpha=0, value=0.05, metric="mc1")], []
     for part, base in (("limiting sentences", 10.0), ("plain sentences", 20.0)):
@@ -767,7 +766,7 @@ def test_mcnemar_counts_the_outcomes_that_are_no_likelier():
     assert mcnemar(before, before) == 1
 
 
-def make_records() -> list[dict]:
+def make_records():
     return [
         record(
             item="Figure 2a",

@@ -115,11 +115,11 @@ def inverse(x, y, **options):
     return (left @ right).numpy(), fitted
 
 
-def error(got, wanted) -> float:
+def error(got, wanted):
     return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-300))
 
 
-def condition(x: np.ndarray) -> float | None:
+def condition(x):
     """Condition number of what is not rounding; None if that cannot be told."""
     s = np.linalg.svd(x, compute_uv=False)
     s = s / s[0] if s[0] else s

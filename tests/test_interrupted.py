@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, surroundings
@@ -18,7 +17,7 @@ KILLS = 2
 FEWER = {"exp_truthfulqa": ["--table", "1"], "exp_toxigen": ["--map", "paper"]}  # to save time
 
 
-def start(name: str, folder: Path) -> subprocess.Popen:
+def start(name, folder):
     argv = [
         sys.executable,
         ROOT / f"{name}.py",
@@ -31,7 +30,7 @@ def start(name: str, folder: Path) -> subprocess.Popen:
         return subprocess.Popen(argv, env=environment, stdout=said, stderr=said)
 
 
-def finish(name: str, folder: Path) -> bytes:
+def finish(name, folder):
     """Run a script to its end; returns records.csv."""
     assert start(name, folder).wait() == 0, (folder / "said").read_text()
     [path] = folder.glob("out/*/*/records.csv")

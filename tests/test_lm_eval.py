@@ -24,7 +24,7 @@ QUESTIONS = read_json(TOY / "truthfulqa" / "unfiltered.json")[:40:2]
 TEXTS = ["Tom found a red ball in the park.", "Lily felt very", "Scenario: you see a spider."]
 
 
-def referee(pairs: list[tuple[str, str]], pretrained: str, steer_path: Path | None = None):
+def referee(pairs, pretrained, steer_path=None):
     """lm_eval's log-likelihoods of continuations, and whether each is greedy."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.hf_steered import SteeredModel
@@ -55,7 +55,7 @@ def test_continuations_have_lm_evals_log_likelihood_and_greedy_flag(any_pair):
     assert greedy[0].tolist() == flags
 
 
-def change(path: Path, name: str | None = None, factor: float = 1.0) -> Path:
+def change(path, name=None, factor=1.0):
     """The exported vector at another module, or at another strength."""
     [(module, entry)] = torch.load(path).items()
     entry["steering_coefficient"] *= factor
@@ -79,7 +79,7 @@ def test_lm_eval_steers_every_family_with_our_vector(any_pair, tmp_path):
     assert referee(pairs, model.name, change(path, factor=0))[0] == pytest.approx(base, abs=1e-4)
 
 
-def requests_of(kind: str) -> list[list[tuple[str, str]]]:
+def requests_of(kind):
     """(context, answer) of each question, as lm_eval's own task has them."""
     from lm_eval.api.task import TaskConfig
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -94,7 +94,7 @@ def requests_of(kind: str) -> list[list[tuple[str, str]]]:
     return requests
 
 
-def scores(*model) -> dict[str, float]:
+def scores(*model):
     """MC1 and MC2 as lm_eval computes them."""
     from lm_eval.tasks.truthfulqa.utils import process_results_mc2
 

@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import harness
@@ -91,14 +90,14 @@ def own(server):
     server.set(running=None, listed=None, deploys=[], needs_key=KEY, faults=[])
 
 
-def remote(server, name: str, folder: Path, batch_tokens: int = 60):
+def remote(server, name, folder, batch_tokens=60):
     """A model on the server. Six texts make several batches."""
     model = load_model(str(folder), remote=server.url, batch_tokens=batch_tokens)
     model.nn.repo_id = name
     return model
 
 
-def local(name: str):
+def local(name):
     return load_model(str(ZOO[name]), device="cpu", batch_tokens=60)
 
 
@@ -126,7 +125,7 @@ def fresh(tmp_path, monkeypatch):
     NDIF_STATS.update(dict.fromkeys(NDIF_STATS, 0))
 
 
-def same(one, other) -> None:
+def same(one, other):
     """Equal; numbers to 5e-5, since other batches add them in another order."""
     if isinstance(one, torch.Tensor):
         close(one, other, 5e-5) if one.is_floating_point() else close(one, other, 0)
@@ -151,7 +150,7 @@ SHOTS = "Scenario: this start is shared by all prompts, so it is read once and k
 LABELS = ["happiness", "sadness", "anger"]
 
 
-def transplants(width: int, first: int = 3, second: int = 5) -> list[Transplant]:
+def transplants(width, first=3, second=5):
     """None, one, a sum in two blocks, and a sum in one."""
     v, w = vectors(2, width)
     one = Transplant.of(v, second, 1)
@@ -159,7 +158,7 @@ def transplants(width: int, first: int = 3, second: int = 5) -> list[Transplant]
     return [BASE, one, one + two, one + Transplant.of(w, second, -2)]
 
 
-def pairs(texts: list[str]) -> list[tuple[str, str]]:
+def pairs(texts):
     """Three choices for each context, which are branches of one tree."""
     choices = (" happy", " very sad and tired", " a red ball")
     return [(text, choice) for text in texts for choice in choices]
@@ -193,7 +192,7 @@ QUICK = ["states, transplant", "states, prefix", "next token", "labels, prefix",
 QUICK += ["concept"]
 
 
-def call(name: str, model, small):
+def call(name, model, small):
     function, *args = CALLS[name]
     options = SAMPLED if name == "text, sampled" else {}
     if name.endswith("EFT"):
@@ -303,7 +302,7 @@ def test_an_answer_is_cached(there, small, own, monkeypatch):
 # ================================================================ faults
 
 
-def states(model) -> torch.Tensor:
+def states(model):
     """Two jobs: twelve batches of one text, if model.batch_tokens is 1."""
     return hidden_states(model, TEXTS * 2, [2, 5], STEERED[1])
 
@@ -480,7 +479,7 @@ def run_script(tmp_path_factory, server):
     """run_script(name, option, …) -> (records, names of the weights loaded here, all its files)."""
     made = {}
 
-    def run(name: str, *remote: str):
+    def run(name, *remote):
         if (name, remote) in made:
             return made[name, remote]
         home = tmp_path_factory.mktemp(name)

@@ -6,7 +6,6 @@ pytest tests/test_prepare.py
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import prepare as script
 import pytest
@@ -31,7 +30,7 @@ def prepare(monkeypatch):
 def run(prepare, capsys):
     """run(option, …) -> what main() prints."""
 
-    def call(*argv) -> str:
+    def call(*argv):
         capsys.readouterr()
         texts = [str(each) for each in argv]
         prepare.main(texts)
@@ -78,7 +77,7 @@ def server(prepare, monkeypatch):
     server.server_close()
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
+def files_in(folder):
     found = {}
     for path in folder.rglob("*.*"):
         if path.is_file():

@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 from importlib.metadata import requires
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, surroundings
@@ -49,7 +48,7 @@ PACKAGES = {  # whose module has another name
 }
 
 
-def commands(name: str) -> list[tuple[str, list[str]]]:
+def commands(name):
     """(script, its options) of every command in a text."""
     text = (ROOT / name).read_text(encoding="utf-8")
     found = []
@@ -59,7 +58,7 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
 
 
 @functools.cache
-def options_of(script: str) -> set[str]:
+def options_of(script):
     """What a script's --help knows."""
     path = ROOT / script
     said = io.StringIO()
@@ -74,7 +73,7 @@ def options_of(script: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]*", said.getvalue()))
 
 
-def python_files() -> list[Path]:
+def python_files():
     found = []
     for pattern in ("*.py", "data/**/*.py", "benchmarks/*.py", "tests/*.py"):
         found += ROOT.glob(pattern)
@@ -121,12 +120,12 @@ def test_readme_and_docs_name_every_family_and_count_the_architectures():
     assert f"{working.count('| `')} architectures" in README
 
 
-def reports(seed: int) -> str:
+def reports(seed):
     """What docs/verdicts.md has of the reports on one zoo."""
     return VERDICTS.split("\n## Seed ")[1 + seed]
 
 
-def verdict_on(seed: int, script: str, target: str, vector: str) -> tuple[str, bool, str]:
+def verdict_on(seed, script, target, vector):
     """(rate in %, whether it holds, p against its strongest control) of a vector."""
     [run] = [each for each in reports(seed).split(" results/") if each.startswith(f"{script}/")]
     [line] = re.findall(rf"^ *- {target}, (.*)", run, re.MULTILINE)
@@ -136,7 +135,7 @@ def verdict_on(seed: int, script: str, target: str, vector: str) -> tuple[str, b
     return rate, outcome == "holds", p
 
 
-def seed_rows() -> dict[str, list[str]]:
+def seed_rows():
     """{claim: cells} of the table of two seeds."""
     table = FINDINGS.split("## Two seeds")[1]
     rows = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)[2:]

@@ -9,7 +9,6 @@ The columns of real models need them (CONTRANS_MODELS) and data (CONTRANS_PAPER_
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 import exp_emotion
@@ -57,7 +56,7 @@ TRUTHFULQA_ROWS = {
 }
 
 
-def run_of(main, folder: Path, argv: Sequence[str] = ()) -> tuple[list[dict], Path]:
+def run_of(main, folder, argv=()):
     """(records, folder) of a command."""
     folder = Path(os.environ.get("CONTRANS_RESULTS", folder))
     main([*argv, "--out", str(folder), "--quiet"])
@@ -66,7 +65,7 @@ def run_of(main, folder: Path, argv: Sequence[str] = ()) -> tuple[list[dict], Pa
     return json_rows(newest.parent, newest.name), newest.parent
 
 
-def check_verdicts(folder: Path):
+def check_verdicts(folder):
     """docs/verdicts.md has what a report of seed 0 says of each target."""
     report = (folder / "report.md").read_text().replace("**", "")
     for target in TARGETS:
@@ -74,7 +73,7 @@ def check_verdicts(folder: Path):
         assert line in VERDICTS.split("\n## Seed 1")[0]
 
 
-def readme_row(name: str, after: str) -> list[str]:
+def readme_row(name, after):
     """The cells of a row of the first table after a text."""
     _, _, rest = README.partition(after)
     assert rest, after
@@ -82,7 +81,7 @@ def readme_row(name: str, after: str) -> list[str]:
     return [cell.strip() for cell in row.split("|")]
 
 
-def cell(records: list[dict], method: str, variant: str | None) -> str:
+def cell(records, method, variant):
     """A rate with its interval, or the mean of several with their range, in %."""
     own = select(records, method=method, variant=None)
     chosen = [e for e in select(records, method=method) if e["variant"] == "shuffled map 0"]
@@ -103,14 +102,14 @@ def cell(records: list[dict], method: str, variant: str | None) -> str:
     return f"{100 * np.mean(values):.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def at_chosen_alpha(records: list[dict], validation: list[dict], best_point) -> list[dict]:
+def at_chosen_alpha(records, validation, best_point):
     """Without the records of Self-Align at other alphas than validation chose."""
     [*_, alpha] = best_point(select(validation, method="self-align"))
     others = [each for each in records if each["method"] != "self-align" or each["variant"]]
     return others + select(records, method="self-align", variant=None, alpha=alpha)
 
 
-def check_emotions(records: list[dict], target: str, column: int):
+def check_emotions(records, target, column):
     records = [each for each in records if each["target"].endswith(target)]
     mean = select(records, concept="mean", metric="token_acc")
     mine = select(mean, part="test", item="Figure 2a")

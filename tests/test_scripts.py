@@ -78,12 +78,12 @@ HONESTY = ["--honesty", f"{harness.TOY}/concepts/v_honesty_llama-m.safetensors"]
 ONE = ["exp_template", *(slow(name) for name in SCRIPTS if name != "exp_template")]
 
 
-def command(name: str, *more) -> list[str]:
+def command(name, *more):
     """The arguments of a small run."""
     return [*f"{SMALL} {OPTIONS[name]}".split(), *map(str, more)]
 
 
-def load_copy(path: Path):
+def load_copy(path):
     """Import a copy of a script from another folder."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -91,7 +91,7 @@ def load_copy(path: Path):
     return module
 
 
-def changed_model(folder: Path, source: Path, change) -> Path:
+def changed_model(folder, source, change):
     """A copy of a model; change(tensors) is told its weights."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -117,7 +117,7 @@ def without_numbers(name, data, tmp_path):
 class Finished:
     """What a run has left behind."""
 
-    def __init__(self, main, argv: list[str], out: Path):
+    def __init__(self, main, argv, out):
         self.argv = argv
         with contextlib.redirect_stdout(io.StringIO()) as said:
             main([*argv, "--out", str(out)])
@@ -127,10 +127,10 @@ class Finished:
         self.records = json_rows(self.folder, "records.jsonl")
         self.examples = json_rows(self.folder, "examples.jsonl")
 
-    def find(self, **match) -> list[dict]:
+    def find(self, **match):
         return report.select(self.records, **match)
 
-    def bytes(self) -> dict[str, bytes]:
+    def bytes(self):
         """Its results; a PDF holds the time at which it was made."""
         results = {}
         for path in self.folder.glob("*.*"):
@@ -140,13 +140,13 @@ class Finished:
         return results
 
 
-def again(name: str, run: Finished, *more) -> Finished:
+def again(name, run, *more):
     """The same command in the same place."""
     argv = [*run.argv, *more]
     return Finished(SCRIPTS[name].main, argv, run.folder.parents[1])
 
 
-def is_rate(each: dict, hits: list) -> bool:
+def is_rate(each, hits):
     return each["n"] == len(hits) and each["value"] == pytest.approx(np.mean(hits))
 
 
@@ -333,7 +333,7 @@ def test_a_fresh_run_computes_everything_again(name, run):
 def test_what_changes_results_starts_a_folder_of_its_own(name, without_numbers, tmp_path):
     """Seen on a model that ends every run at its first states."""
 
-    def folders(main, *more) -> set[str]:
+    def folders(main, *more):
         with pytest.raises(FloatingPointError), contextlib.redirect_stdout(io.StringIO()):
             main([*without_numbers, *more])
         return {path.name for path in (tmp_path / "out" / name).iterdir()}
@@ -521,9 +521,7 @@ def test_without_a_network_the_cache_of_the_hub_is_enough(data, tmp_path):
 # ================================================================ the emotion task
 
 
-def labels_by_hand(
-    reference: Reference, prompts: list[str], labels: list[str], steer: dict = {}
-) -> tuple[list[int], list[int]]:
+def labels_by_hand(reference, prompts, labels, steer={}):
     """(labels that are the likeliest next token or -1, labels with the highest logit)."""
     start = len(reference.ids(prompts[0])[0])
     wholes = [reference.ids(f"{prompts[0]} {label}")[0] for label in labels]
@@ -535,7 +533,7 @@ def labels_by_hand(
     return said, preferred.tolist()
 
 
-def scenario_prompts(texts: list[str]) -> list[str]:
+def scenario_prompts(texts):
     return [f"Scenario: {text}\nThe emotion of the above scenario is" for text in texts]
 
 
@@ -708,7 +706,7 @@ def test_every_pair_of_sizes_has_an_effect_at_every_strength(tmp_path, data):
 # ================================================================ TruthfulQA
 
 
-def mc_by_hand(item: dict, logprob) -> tuple[bool, float, float]:
+def mc_by_hand(item, logprob):
     """MC1, MC2 and log-odds of a question of the file. logprob: of an answer."""
     first, second = item["mc1_targets"], item["mc2_targets"]
     [right] = [answer for answer in first if first[answer]]
@@ -1097,7 +1095,7 @@ def test_a_sample_of_text_is_not_shown_as_another(tmp_path, data):
 def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
     path = tmp_path / "pairs.jsonl"
 
-    def start(negatives: list[str]):
+    def start(negatives):
         pairs = [{"positive": "You won.", "negative": each} for each in negatives]
         path.write_text("\n".join(map(json.dumps, pairs)))
         words = "--limit -1 --labels happiness anger"

@@ -28,14 +28,14 @@ LARGE = [name for name in MODELS if name.startswith("llama")]  # these learn all
 
 
 @functools.cache
-def load(name: str):
+def load(name):
     folder = train.FOLDER / name
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @functools.cache
-def documents(kind: str) -> str:
+def documents(kind):
     """20,000 training documents."""
     rng = random.Random(7)
     texts = []
@@ -148,7 +148,7 @@ def test_data_toy_is_small_enough_for_git():
     assert total < 20e6
 
 
-def said(name: str, prompts: list[str], answers: list[str]) -> float:
+def said(name, prompts, answers):
     """Share of the prompts that the model continues greedily with their answer."""
     texts = train.replies(*load(name), prompts, 6)
     return train.share(texts, answers)
