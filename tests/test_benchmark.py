@@ -3,7 +3,6 @@
 import re
 
 import common
-import exp_emotion
 import harness
 from models import load_model
 from report import select
@@ -122,7 +121,7 @@ def test_maps_have_the_effects_that_the_experiment_has(data, tmp_path, capsys):
     argv = [*command("exp_emotion", "--maps", "1", "--data", data), "--alpha", "1", "4"]
     maps.main(argv)
     said = capsys.readouterr().out
-    run = Finished(exp_emotion.main, argv, tmp_path / "out")
+    run = Finished("exp_emotion", argv, tmp_path / "out")
     rates = []
     for method in ("base", "self-align", "contrans", "contrans-local"):
         mine = run.find(concept="mean", metric="token_acc", method=method, variant=None)

@@ -964,13 +964,13 @@ def test_the_response_to_a_vector_is_a_covariance():
 def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
     models = Models(device="cpu")
-    texts = plain_texts(TOY / "wikisplit" / "validation.tsv", models, names, 600)
+    plain = plain_texts(TOY / "wikisplit" / "validation.tsv", models, names, 600)
     template = "Scenario: {text}\nThe emotion of the above scenario is"
-    lists = []
+    lists, texts = [], []
     for emotion in ("fear", "happiness"):
         scenarios = read_json(TOY / "emotions" / f"{emotion}.json")[:60]
         lists.append([template.replace("{text}", text) for text in scenarios])
-    scenarios = [text[10:].split("\n")[0] for each in lists for text in each]
+        texts += scenarios
     vector, own = Vector("fear", names[0], names[0]), Vector("fear", names[1], names[1])
     found = Vectors(
         models,
@@ -978,8 +978,8 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
         targets=names[1:],
         pairs=lambda *_: lists,
         blocks=lambda name: [6],
-        context=lambda *_: Context((template,), tuple(scenarios)),
-        sentences=texts,
+        context=lambda *_: Context((template,), tuple(texts)),
+        sentences=plain,
         refine="mean",
         n_sentences=600,
     )

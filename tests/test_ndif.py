@@ -244,7 +244,6 @@ def test_a_long_prefix_makes_fewer_and_longer_jobs(there, own):
 def test_every_family_of_models(family, own, families):
     name = f"random/{family}"
     models = load_model(str(families[name]), device="cpu"), remote(own, name, families[name])
-    assert all(weights.is_meta for weights in models[1].nn._module.parameters())  # none is here
     steered = transplants(32, 1, 2)
     texts = ["Tom felt very happy.", "Lily lost her old cat.", "the dog"]
     choices = [(text, end) for text in texts for end in (" sad", " and sat down")]

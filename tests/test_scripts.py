@@ -117,13 +117,14 @@ def without_numbers(name, data, tmp_path):
 class Finished:
     """What a run has left behind."""
 
-    def __init__(self, main, argv, out):
+    def __init__(self, name, argv, out):
         self.argv = argv
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            main([*argv, "--out", str(out)])
+            SCRIPTS[name].main([*argv, "--out", str(out)])
         self.said = said.getvalue()
         folders = [line for line in self.said.splitlines() if line.startswith(str(out))]
         self.folder = Path(folders[-1])
+        self.report = (self.folder / "report.md").read_text()
         self.records = json_rows(self.folder, "records.jsonl")
         self.examples = json_rows(self.folder, "examples.jsonl")
 
@@ -143,7 +144,7 @@ class Finished:
 def again(name, run, *more):
     """The same command in the same place."""
     argv = [*run.argv, *more]
-    return Finished(SCRIPTS[name].main, argv, run.folder.parents[1])
+    return Finished(name, argv, run.folder.parents[1])
 
 
 def is_rate(each, hits):
@@ -166,7 +167,7 @@ def finished(data, tmp_path_factory):
     @functools.cache
     def run(name):
         argv = command(name, "--data", data)
-        return Finished(SCRIPTS[name].main, argv, out)
+        return Finished(name, argv, out)
 
     return run
 
@@ -187,16 +188,15 @@ def run(name, finished):
 def test_the_folder_holds_everything(name, run):
     figures = {path.stem for path in run.folder.glob("*.png")}
     assert figures
-    report = (run.folder / "report.md").read_text()
-    [verdict] = re.findall(r"^- \*\*.*without a vector:.*$", report, re.M)[:1]
+    [verdict] = re.findall(r"^- \*\*.*without a vector:.*$", run.report, re.M)[:1]
     assert verdict in run.said
-    assert report.index(verdict) < report.index("![") < report.index("| ")
+    assert run.report.index(verdict) < run.report.index("![") < run.report.index("| ")
     page = (run.folder / "report.html").read_text()
     for figure in figures:
-        assert f"![{figure}]({figure}.png)" in report
+        assert f"![{figure}]({figure}.png)" in run.report
     assert page.count('src="data:image/png;base64,') == len(figures)
     assert not re.search(r'(src|href)="(?!data:)|url\(', page)  # nothing is fetched
-    assert page.count("<table>") == len(re.findall(r"^\|-", report, re.M))
+    assert page.count("<table>") == len(re.findall(r"^\|-", run.report, re.M))
     paths = list(run.folder.glob("*.safetensors"))
     assert len(paths) == {**VECTORS, "exp_template": 1}.get(name, 0)
     for path in paths:
@@ -657,11 +657,11 @@ def test_checkpoints_of_a_hub_are_removed_after_use(finished, data, tmp_path):
 @pytest.mark.parametrize("name", ["exp_pretraining", "exp_pythia"])
 def test_a_run_by_the_protocol_of_the_paper_has_its_map_alone(name, data, tmp_path):
     argv = command(name, "--protocol", "paper", "--data", data)
-    run = Finished(SCRIPTS[name].main, argv, tmp_path)
+    run = Finished(name, argv, tmp_path)
     methods = {each["method"] for each in run.records}
     assert "contrans" in methods and "contrans-local" not in methods
     assert {each["protocol"] for each in run.records} == {"paper"}
-    assert "chosen on the test scenarios" in (run.folder / "report.md").read_text()
+    assert "chosen on the test scenarios" in run.report
 
 
 def test_improvements_are_with_minus_without(finished):
@@ -684,7 +684,7 @@ def test_improvements_are_with_minus_without(finished):
 @pytest.mark.slow
 def test_every_pair_of_sizes_has_an_effect_at_every_strength(tmp_path, data):
     argv = command("exp_pythia", "--data", data, "--alpha", "1", "2", "4")
-    run = Finished(exp_pythia.main, argv, tmp_path)
+    run = Finished("exp_pythia", argv, tmp_path)
     chosen = run.find(metric="absolute_improvement")
     assert len(chosen) == 6  # two of each map, and both diagonals
     for each in chosen:
@@ -718,15 +718,20 @@ def mc_by_hand(item, logprob):
     return mc1, true / sum(mass.values()), logprob(right) - against
 
 
+@pytest.fixture
+def items(data):
+    """The questions of the file."""
+    found = harness.read_json(data / "truthfulqa" / "mc_task.json")
+    return {item["question"]: item for item in found}
+
+
 @pytest.mark.parametrize("method", ["base", "eft"])
-def test_answers_are_scored_as_by_plain_transformers(method, finished, data):
+def test_answers_are_scored_as_by_plain_transformers(method, finished, items):
     run = finished("exp_truthfulqa")
     names = ["llama-m", "llama-s-chat", "llama-s"]
     models = [Reference(ZOO / name, *LLAMA) for name in names]
     by_eft = functools.partial(eft_logits, models, shifts={})
     logits_of = by_eft if method == "eft" else models[0].logits
-    items = harness.read_json(data / "truthfulqa" / "mc_task.json")
-    items = {item["question"]: item for item in items}
     answered = [row for row in run.examples if "right" in row]
     rows = report.select(answered, item="Table 1", method=method)
     for row in rows:
@@ -746,7 +751,7 @@ def test_answers_are_scored_as_by_plain_transformers(method, finished, data):
 
 
 @pytest.mark.slow
-def test_the_opposite_vector_stands_beside_v_hat(finished, data):
+def test_the_opposite_vector_stands_beside_v_hat(finished, items):
     run = finished("exp_truthfulqa")
     rows = run.find(item="Table 1", variant="reversed", metric="log_odds")
     assert [each["method"] for each in rows] == ["contrans", "contrans-local"]
@@ -755,8 +760,6 @@ def test_the_opposite_vector_stands_beside_v_hat(finished, data):
     assert (about["map"], about["layer"]) == ("contrans-local", local["block"])
     move = common.Transplant.of(-saved, local["block"], local["alpha"])
     model = load_model(str(ZOO / "llama-m"))
-    items = harness.read_json(data / "truthfulqa" / "mc_task.json")
-    items = {item["question"]: item for item in items}
     values = []
     answered = [row for row in run.examples if "right" in row]
     for row in report.select(answered, item="Table 1", method="base"):
@@ -822,16 +825,14 @@ def test_the_null_of_permuted_labels_stands_beside_the_last_map(name, finished):
     own = [each for each in null if each["variant"].startswith("own-α")]
     assert (len(null) - len(own), len(own)) == (count, own_count)
     if name in ("exp_emotion", "exp_truthfulqa"):
-        report = (finished(name).folder / "report.md").read_text()
-        assert f"p of ConTrans, local map among these {count}" in report
+        assert f"p of ConTrans, local map among these {count}" in finished(name).report
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_permuted_labels_may_be_left_out_and_one_random_direction_is_enough(name, tmp_path):
-    run = Finished(
-        SCRIPTS[name].main, command(name, "--permutations", "0", "--random", "1"), tmp_path
-    )
+    argv = command(name, "--permutations", "0", "--random", "1")
+    run = Finished(name, argv, tmp_path)
     assert not any("permuted" in (each["variant"] or "") for each in run.records)
     assert "permuted labels" not in run.said
 
@@ -840,7 +841,7 @@ def test_permuted_labels_may_be_left_out_and_one_random_direction_is_enough(name
 def test_permuted_labels_choose_alpha_as_the_vector_does(tmp_path, data):
     """Emotions: by the highest rate on the validation scenarios, the smaller alpha if two are."""
     argv = command("exp_emotion", "--data", data, "--alpha", "1", "4")
-    run = Finished(exp_emotion.main, argv, tmp_path)
+    run = Finished("exp_emotion", argv, tmp_path)
     tested = run.find(part="test", concept="mean", metric="token_acc", method="contrans-local")
     own = [each for each in tested if (each["variant"] or "").startswith("own-α permuted")]
     assert len(own) == 9
@@ -849,13 +850,11 @@ def test_permuted_labels_choose_alpha_as_the_vector_does(tmp_path, data):
         best = max(grid, key=lambda point: (point["value"], -point["alpha"]))
         assert {point["alpha"] for point in grid} == {1, 4}
         assert each["alpha"] == best["alpha"]
-    report = (run.folder / "report.md").read_text()
-    assert "permuted labels, own α [range]" in report
+    assert "permuted labels, own α [range]" in run.report
 
 
 def test_log_odds_are_compared_with_those_of_the_targets_own_vector(finished):
-    report = (finished("exp_truthfulqa").folder / "report.md").read_text()
-    [_, table] = report.split("minus those of")
+    [_, table] = finished("exp_truthfulqa").report.split("minus those of")
     for method in ("Base Model", "Align-Training", "EFT/proxy-tuning", "Self-Align"):
         assert re.search(rf"^\| ConTrans, local map +\| {method} ", table, re.M), method
 
@@ -872,8 +871,7 @@ def test_answers_of_the_base_and_of_the_chat_model_are_shown(finished):
 
 
 def test_the_report_of_truthfulqa_has_the_tokens_that_honesty_changes(finished):
-    report = (finished("exp_truthfulqa").folder / "report.md").read_text()
-    _, _, table = report.partition("Table 8")
+    _, _, table = finished("exp_truthfulqa").report.partition("Table 8")
     [cells] = re.findall(r"^\| honesty \|(.*)\|(.*)\|$", table, re.M)
     assert all(re.search(r"'.*' \d", cell) for cell in cells)
 
@@ -887,8 +885,7 @@ def test_the_report_counts_the_instruct_models_that_a_vector_raises(finished):
         match = {"target": each["target"], "method": "align-training", "metric": "mc1"}
         [plain] = run.find(item="Table 6", **match)
         raised += each["value"] > plain["value"]
-    report = (run.folder / "report.md").read_text()
-    [cells] = re.findall(r"^\| Self-Align, v of itself +\|(.*)$", report, re.M)
+    [cells] = re.findall(r"^\| Self-Align, v of itself +\|(.*)$", run.report, re.M)
     assert cells.split("|")[0].strip() == f"{raised} of {len(own)}"
     assert cells.split("|")[2].strip() == "2 of 8"
 
@@ -927,7 +924,7 @@ def flat(data, tmp_path_factory):
     words = f"--src {ZOO}/qwen-s-chat --src-base {ZOO}/qwen-s --tgt {target} --layer 0.75"
     words += f" --prompt paper --limit -1 --data {folder}/data"
     argv = f"{SMALL} {words}".split()
-    return Finished(exp_truthfulqa.main, argv, folder / "out")
+    return Finished("exp_truthfulqa", argv, folder / "out")
 
 
 def test_each_source_of_table_3_is_asked_in_its_own_tags():
@@ -960,9 +957,7 @@ def test_a_tie_is_wrong(flat):
 
 def test_the_report_says_why_a_row_is_missing(flat):
     assert not flat.find(method="eft")
-    report = (flat.folder / "report.md").read_text()
-    assert "vocabular" in report
-    assert "--tgt-chat" in report
+    assert "vocabular" in flat.report and "--tgt-chat" in flat.report
 
 
 def test_a_question_is_learnt_from_or_tested(flat):
@@ -1023,7 +1018,7 @@ def test_the_filter_of_toxigen_is_on_record(finished):
     run = finished("exp_toxigen")
     about = harness.read_json(run.folder / "args.json")
     assert about["args"]["min_toxicity"] == 0.5
-    assert "left out" in (run.folder / "report.md").read_text()
+    assert "left out" in run.report
 
 
 def test_perplexity_does_not_stand_beside_that_of_other_text(finished):
@@ -1086,7 +1081,7 @@ def test_table_7_knows_the_rates_of_table_2(finished):
 @pytest.mark.slow
 def test_a_sample_of_text_is_not_shown_as_another(tmp_path, data):
     argv = command("exp_template", "--data", data, "--sentences", "250", "--maps", "2")
-    run = Finished(exp_template.main, argv, tmp_path)  # of 400 plain texts
+    run = Finished("exp_template", argv, tmp_path)  # of 400 plain texts
     assert "1 instead of 2 maps" in run.said
     assert run.find(variant="shuffled map 0") and not run.find(variant="map 1")
 
@@ -1100,7 +1095,7 @@ def test_no_text_is_tested_that_made_the_vector(tmp_path, one_line, data):
         path.write_text("\n".join(map(json.dumps, pairs)))
         words = "--limit -1 --labels happiness anger"
         argv = command("exp_template", "--data", data, "--pairs", path, *words.split())
-        return Finished(exp_template.main, argv, tmp_path / "out")
+        return Finished("exp_template", argv, tmp_path / "out")
 
     scenarios = harness.read_json(data / "emotions" / "sadness.json")
     negatives = scenarios[:20] * 2
