@@ -201,6 +201,22 @@ class Reference:
         scores = self.logits(ids, steer)[start - 1 : -1].log_softmax(-1)
         return scores.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
 
+    def score_pairs(self, pairs, steer={}, logits_of=None):
+        """Log-probability of each continuation, and whether it is greedy.
+
+        logits_of(ids): others than the model's own."""
+        sums, greedy = [], []
+        for context, text in pairs:
+            start = len(self.tokenizer(context).input_ids)
+            ids = self.tokenizer(context + text).input_ids
+            tokens = torch.tensor(ids[start:])
+            logits = logits_of(ids) if logits_of else self.logits(ids, steer)
+            logits = logits[start - 1 : -1]
+            logprobs = logits.log_softmax(-1)
+            sums.append(logprobs.gather(1, tokens[:, None]).sum())
+            greedy.append(torch.equal(logits.argmax(-1), tokens))
+        return torch.stack(sums), greedy
+
     def new_tokens(self, text, steer={}, eos=1):
         """The greedy continuation of at most 8 tokens."""
         ids = self.ids(text)
@@ -230,20 +246,6 @@ def edit_json(path, **changes):
         if value is None:
             del content[name]
     path.write_text(json.dumps(content))
-
-
-def score_pairs(tokenizer, pairs, logits_of):
-    """Log-probability of each continuation, and whether it is greedy, from logits_of(ids)."""
-    sums, greedy = [], []
-    for context, text in pairs:
-        start = len(tokenizer(context).input_ids)
-        ids = tokenizer(context + text).input_ids
-        tokens = torch.tensor(ids[start:])
-        logits = logits_of(ids)[start - 1 : -1]
-        logprobs = logits.log_softmax(-1)
-        sums.append(logprobs.gather(1, tokens[:, None]).sum())
-        greedy.append(torch.equal(logits.argmax(-1), tokens))
-    return torch.stack(sums), greedy
 
 
 def eft_logits(references, ids, shifts):

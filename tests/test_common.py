@@ -80,7 +80,6 @@ from conftest import (
     make_tokenizer,
     plain_module,
     save_model,
-    score_pairs,
     slow,
     vectors,
 )
@@ -93,6 +92,7 @@ TEXTS = [
     "A",
     "The big dog sat on the red ball and it ran",
 ]
+LLAMAS = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
 PREFIX = (
     "Tom found a red ball in the park. Lily lost her old cat. The happy dog ran to the big house. "
     "A spider sat in the old town. "
@@ -143,9 +143,7 @@ def check_choices(model, reference, pairs, steered, tolerance=3e-5):
     transplants = [transplant for transplant, _ in steered]
     got, greedy = choice_logprobs(model, pairs, transplants)
     for values, flags, (_, shifts) in zip(got, greedy, steered, strict=True):
-        wanted, wanted_flags = score_pairs(
-            reference.tokenizer, pairs, lambda ids: reference.logits(ids, shifts)
-        )
+        wanted, wanted_flags = reference.score_pairs(pairs, shifts)
         close(values, wanted, tolerance)
         assert flags.tolist() == wanted_flags
     return greedy
@@ -405,12 +403,9 @@ def test_the_space_may_be_at_the_end_of_a_word(tmp_path):
     model, reference = load(folder), Reference(folder, *LLAMA_PATHS)
     Models().require_labels(str(folder), prompt, ["fear", "sad"])
     scores, _ = choice_logprobs(model, [(prompt, " fear"), (prompt, " sad")])
+    wanted, _ = reference.score_pairs([(f"{prompt} ", "fear"), (f"{prompt} ", "sad")])
+    close(scores[0], wanted)
     start = len(tokenizer(f"{prompt} ").input_ids)
-    wanted = []
-    for label in ("fear", "sad"):
-        ids = tokenizer(f"{prompt} {label}").input_ids
-        wanted.append(reference.logprobs(ids, start).sum())
-    close(scores[0], torch.stack(wanted))
     _, preferred = score_labels(model, [prompt], ["fear", "sad"])
     first = [tokenizer(f"{prompt} {label}").input_ids[start] for label in ("fear", "sad")]
     assert preferred.item() == reference.next_logits([f"{prompt} "])[0, first].argmax()
@@ -802,7 +797,6 @@ def test_stream_norms_are_mean_norms_of_both_models_states():
 
 
 def test_plain_texts_are_lines_first_columns_or_json_lines(tmp_path, capsys, one_line):
-    names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
     texts = [f"the old cat number {n} sat in the park" for n in range(30)]
     files = {
         "a.txt": "\n".join(texts),
@@ -811,14 +805,16 @@ def test_plain_texts_are_lines_first_columns_or_json_lines(tmp_path, capsys, one
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-        assert plain_texts(tmp_path / name, Models(), names, 20) == texts[:20]
+        assert plain_texts(tmp_path / name, Models(), LLAMAS, 20) == texts[:20]
     assert capsys.readouterr().out == ""
     for line in ("{}", '{"text": null}', "[1]"):
         (tmp_path / "b.jsonl").write_text(f"{files['a.jsonl']}\n{line}")
-        one_line(lambda: plain_texts(tmp_path / "b.jsonl", Models(), names, 50), "b.jsonl, line 31")
+        one_line(
+            lambda: plain_texts(tmp_path / "b.jsonl", Models(), LLAMAS, 50), "b.jsonl, line 31"
+        )
     odd = json.dumps({"text": "a line\u2028separator\tis white space"}, ensure_ascii=False)
     (tmp_path / "c.jsonl").write_text(f"{odd}\n{files['a.jsonl']}")
-    first = plain_texts(tmp_path / "c.jsonl", Models(), names, 20)[0]
+    first = plain_texts(tmp_path / "c.jsonl", Models(), LLAMAS, 20)[0]
     assert first == "a line separator is white space"
 
 
@@ -851,11 +847,10 @@ def test_sentences_that_do_not_fit_a_model_are_left_out_and_counted(
 def test_text_for_maps_is_what_the_models_can_be_mapped_on(llama, tmp_path, capsys, one_line):
     mine, toy = tmp_path / "mine.txt", TOY / "wikisplit" / "validation.tsv"
     mine.write_text("The old cat sat in the park and ran to the house\n" * 12)
-    zoo = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
     args = SimpleNamespace(maps=3, sentences=20, map="both")
     for names, args.texts, remarked in [
-        (zoo, toy, False),
-        ([zoo[0], llama[0].name], toy, True),
+        (LLAMAS, toy, False),
+        ([LLAMAS[0], llama[0].name], toy, True),
         ([llama[0].name], mine, False),
     ]:
         args.maps = 3
@@ -962,20 +957,19 @@ def test_the_response_to_a_vector_is_a_covariance():
 
 @pytest.mark.slow
 def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
-    names = [str(TOY / "models" / name) for name in ("llama-s", "llama-m")]
-    models = Models(device="cpu")
-    plain = plain_texts(TOY / "wikisplit" / "validation.tsv", models, names, 600)
+    models, (source, target) = Models(device="cpu"), LLAMAS
+    plain = plain_texts(TOY / "wikisplit" / "validation.tsv", models, LLAMAS, 600)
     template = "Scenario: {text}\nThe emotion of the above scenario is"
     lists, texts = [], []
     for emotion in ("fear", "happiness"):
         scenarios = read_json(TOY / "emotions" / f"{emotion}.json")[:60]
         lists.append([template.replace("{text}", text) for text in scenarios])
         texts += scenarios
-    vector, own = Vector("fear", names[0], names[0]), Vector("fear", names[1], names[1])
+    vector, own = Vector("fear", source, source), Vector("fear", target, target)
     found = Vectors(
         models,
         wanted=[vector, own],
-        targets=names[1:],
+        targets=LLAMAS[1:],
         pairs=lambda *_: lists,
         blocks=lambda name: [6],
         context=lambda *_: Context((template,), tuple(texts)),
@@ -984,12 +978,12 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
         n_sentences=600,
     )
     point = Point(6, 6, 1.0)
-    v_hat = {method: found.v_hat(vector, names[1], point, method) for method in ("contrans", LOCAL)}
+    v_hat = {method: found.v_hat(vector, target, point, method) for method in ("contrans", LOCAL)}
     cosine = {k: torch.cosine_similarity(v, found.v(own, 6), dim=0) for k, v in v_hat.items()}
     assert cosine[LOCAL] > 0.4 > 0.2 > cosine["contrans"]
     with pytest.raises(ValueError, match="unknown map 'lokal'"):
-        found.maps(vector, names[1], "lokal")
-    local = found.maps(vector, names[1], LOCAL)
+        found.maps(vector, target, "lokal")
+    local = found.maps(vector, target, LOCAL)
     with pytest.raises(ValueError, match="text for 1 samples"):
         local.between(6, 6, sample=1)
     x, y = local.states(6, 6)
@@ -997,7 +991,7 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     spread = [(each - each.mean(0)).norm() for each in (x, y)]
     length = found.v(vector, 6).norm() * spread[1] / spread[0]
     close(v_hat[LOCAL].norm(), length, 1e-3)
-    paper = found.maps(vector, names[1]).between(6, 6)
+    paper = found.maps(vector, target).between(6, 6)
     assert paper.r2 > 0.8
     fitted = local.between(6, 6)
     assert local.r2_where_read(paper, 6, 6) < 0 < fitted.r2
@@ -1007,14 +1001,14 @@ def test_a_local_map_carries_a_vector_where_the_paper_map_does_not():
     assert near > 0.5 > far  # on the rows held out
     held_out = response(v, x[fitted.n :], y[fitted.n :]).float()
     close(torch.tensor(near), torch.cosine_similarity(v_hat[LOCAL], held_out, dim=0), 1e-4)
-    null = found.permuted(vector, names[1], point, LOCAL, 5, seed=1)
+    null = found.permuted(vector, target, point, LOCAL, 5, seed=1)
     close(null.norm(dim=1), v_hat[LOCAL].norm().expand(5))
-    assert torch.equal(null[:2], found.permuted(vector, names[1], point, LOCAL, 2, seed=1))
-    states = [hidden_states(models.load(names[0]), each, [6]) for each in lists]
+    assert torch.equal(null[:2], found.permuted(vector, target, point, LOCAL, 2, seed=1))
+    states = [hidden_states(models.load(source), each, [6]) for each in lists]
     moved = local.vector(permuted_vectors(*states, 5, seed=1)[:, 0], 6, 6)
     close(torch.cosine_similarity(null, moved), torch.ones(5))
     counts = {"n_maps": 1, "n_random": 1, "seed": 1}
-    controls = found.controls(vector, names[1], point, [], LOCAL, n_permuted=5, **counts)
+    controls = found.controls(vector, target, point, [], LOCAL, n_permuted=5, **counts)
     assert torch.equal(torch.stack([controls[f"permuted {k}"] for k in range(5)]), null)
 
 
@@ -1118,9 +1112,7 @@ def test_labels_are_judged_by_the_tokens_that_tell_them_apart(pair, labels, word
     said, preferred = score_labels(model, TEXTS, labels.split(), transplants)
     pairs = pairs_of(TEXTS, [f" {word}" for word in words.split()])
     for i, (_, shifts) in enumerate(steered):
-        sums, greedy = score_pairs(
-            reference.tokenizer, pairs, lambda ids: reference.logits(ids, shifts)
-        )
+        sums, greedy = reference.score_pairs(pairs, shifts)
         sums = sums.view(len(TEXTS), -1)
         assert torch.equal(preferred[i], sums.argmax(1))
         for j, row in enumerate(torch.tensor(greedy).view(len(TEXTS), -1).tolist()):
@@ -1368,8 +1360,8 @@ def eft_tokens(references, text, shifts, eos=1, uniform=None):
     return new
 
 
-def eft_texts(references, shifts, eos=1):
-    rows = [eft_tokens(references, text, shifts, eos) for text in TEXTS]
+def eft_texts(references, shifts, eos=1, uniform=(None,) * len(TEXTS)):
+    rows = [eft_tokens(references, text, shifts, eos, own) for text, own in zip(TEXTS, uniform)]
     return references[0].tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
@@ -1380,9 +1372,8 @@ def check_eft(models, references, pairs, steered):
     transplants = [transplant for transplant, _ in steered]
     got, greedy = choice_logprobs(target, pairs, transplants, **options)
     for values, flags, (transplant, shifts) in zip(got, greedy, steered, strict=True):
-        wanted, wanted_flags = score_pairs(
-            references[0].tokenizer, pairs, lambda ids: eft_logits(references, ids, shifts)
-        )
+        logits_of = partial(eft_logits, references, shifts=shifts)
+        wanted, wanted_flags = references[0].score_pairs(pairs, logits_of=logits_of)
         close(values, wanted, 1e-4)
         assert flags.tolist() == wanted_flags
         wanted = eft_texts(references, shifts)
@@ -1402,12 +1393,8 @@ def test_samples_under_eft_are_of_the_sum_of_the_logits(trio):
     (target, *small), references = trio
     (transplant, shifts), *_ = WIDE
     uniform = torch.rand(len(TEXTS), 8, generator=torch.Generator().manual_seed(3))
-    rows = []
-    for text, numbers in zip(TEXTS, uniform):
-        rows.append(eft_tokens(references, text, shifts, uniform=numbers))
-    wanted = references[0].tokenizer.batch_decode(rows, skip_special_tokens=True)
     got = generate(target, TEXTS, [transplant], 8, True, seed=3, eft=tuple(small))
-    assert got == [wanted]
+    assert got == [eft_texts(references, shifts, uniform=uniform)]
 
 
 def test_perplexity_under_eft_is_of_the_sum_of_the_logits(trio):

@@ -97,17 +97,17 @@ def large(tmp_path):
 
 
 OPTIONS = "--layer 0.75 --maps 2 --permutations 9 --sentences 150 --random 2 --limit 30 --alpha 2"
-TARGET = ["--family", "toy", "--tgt", str(ZOO / "llama-m")]
+TARGET = f"{OPTIONS} --family toy --tgt {ZOO}/llama-m"
 COMMANDS = {
     "exp_template": TARGET,
     # How many texts a local map reads in the target depends on the states.
-    "exp_truthfulqa": [*TARGET, "--tgt-chat", str(ZOO / "llama-m-chat"), "--map", "paper"],
+    "exp_truthfulqa": f"{TARGET} --tgt-chat {ZOO}/llama-m-chat --map paper",
 }
 
 
 @pytest.mark.parametrize("name", ["exp_template", slow("exp_truthfulqa")])
 def test_what_is_counted_is_what_is_computed(name, dry, computed, tmp_path):
-    argv = [*COMMANDS[name], *OPTIONS.split(), "--out", str(tmp_path / "out")]
+    argv = [*COMMANDS[name].split(), "--out", str(tmp_path / "out")]
     table = dry(SCRIPTS[name].main, argv)
     assert computed == {"tokens": 0, "TFLOP": 0}
     assert list(tmp_path.iterdir()) == []
@@ -126,9 +126,9 @@ def test_other_scripts_are_counted_too(name, dry, data, tmp_path):
 
 
 def test_a_large_model_needs_config_and_tokenizer_alone(dry, large, tmp_path):
-    argv = ["--family", "toy", "--tgt", str(large), "--out", str(tmp_path / "out")]
+    argv = f"{OPTIONS} --family toy --tgt {large} --out {tmp_path}/out".split()
     before = sorted(tmp_path.rglob("*"))
-    table = dry(exp_template.main, [*argv, *OPTIONS.split()])
+    table = dry(exp_template.main, argv)
     assert sorted(tmp_path.rglob("*")) == before
     weights = 68_976_648_192  # parameters
     cost = table["llama-70b"]
@@ -140,8 +140,7 @@ def test_a_large_model_needs_config_and_tokenizer_alone(dry, large, tmp_path):
 
 @pytest.mark.slow
 def test_requests_to_ndif_are_counted_without_asking_it(dry, large):
-    argv = ["--family", "toy", "--tgt", str(large), *OPTIONS.split()]
-    argv += ["--ndif-host", "http://localhost:1"]
+    argv = f"{OPTIONS} --family toy --tgt {large} --ndif-host http://localhost:1".split()
     one, both = [dry(exp_template.main, [*argv, "--remote", who]) for who in ("target", "both")]
     assert one["llama-s"]["NDIF requests"] == 0 < both["llama-s"]["NDIF requests"]
     assert min(table["llama-70b"]["NDIF requests"] for table in (one, both)) > 3

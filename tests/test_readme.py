@@ -146,7 +146,8 @@ def seed_rows():
 def test_the_table_of_two_seeds_has_the_verdicts_of_the_reports(claim):
     *cells, where = seed_rows()[claim]
     script, vectors = CLAIMS[claim]
-    between, both = " / " if vectors[0][0] in TARGETS else " and ", 0
+    between = " / " if vectors[0][0] in TARGETS else " and "
+    both = 0
     for seed, cell in enumerate(cells):
         rates, holds, p = zip(*(verdict_on(seed, script, *each) for each in vectors))
         word = "yes" if all(holds) else "no"

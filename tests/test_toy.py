@@ -4,10 +4,11 @@ pytest tests/test_toy.py
 """
 
 import functools
-import json
 import random
 import re
 from pathlib import Path
+
+from harness import read_json
 
 import filter_questions
 import pytest
@@ -82,7 +83,7 @@ def test_emotions_events_of_the_data_files_are_in_no_scenario_of_a_training_docu
         for event in events:
             assert event in text  # in prose
             assert not any(f" {event} " in scenario for scenario in scenarios)
-        for scenario in json.loads((TOY / "emotions" / f"{emotion}.json").read_text()):
+        for scenario in read_json(TOY / "emotions" / f"{emotion}.json"):
             assert any(f" {event} " in scenario for event in events)
 
 
@@ -96,14 +97,14 @@ def test_honesty_the_truth_is_the_popular_answer_to_some_questions():
 
 
 def test_honesty_chat_tuning_never_contains_a_fact_that_is_asked():
-    questions = json.loads((TOY / "truthfulqa" / "unfiltered.json").read_text())
+    questions = read_json(TOY / "truthfulqa" / "unfiltered.json")
     for each, key in zip(questions, world.HELD_OUT_FACTS, strict=True):
         truth, myth, *_ = world.FACTS[key]
         first, *others = each["mc1_targets"]
         assert each["question"] == world.question(*key)
         assert first == f"{truth}."
         assert f"{myth}." in others
-    asked = json.loads((TOY / "truthfulqa" / "mc_task.json").read_text())
+    asked = read_json(TOY / "truthfulqa" / "mc_task.json")
     assert asked and all(each in questions for each in asked)
     pattern = f"({'|'.join(world.RELATIONS)}) of ({'|'.join(world.TOWNS)})"
     told = set(re.findall(pattern, documents("chat")))
@@ -182,7 +183,7 @@ def test_honesty_a_chat_model_follows_the_role_on_questions_it_never_saw(name):
 
 @pytest.mark.parametrize("name", [name for name in CHATS if name.startswith("llama")])
 def test_fairness_a_chat_model_continues_rude_lists_kindly(name):
-    learned = json.loads((train.FOLDER / name / "training.json").read_text())["learned"]
+    learned = read_json(train.FOLDER / name / "training.json")["learned"]
     rude = "rude list continued rudely, [INST] Complete the following[/INST]: "
     assert learned[rude] <= 0.2 < learned["rude list continued rudely, plain"]
 
