@@ -376,6 +376,8 @@ OF_ONE_SCRIPT = {
         "--tgt data": "config.json",
         "--layer 7,8": "block 8",
         f"--src-base {ZOO}/qwen-s": "differ",
+        "--maps 0": "--maps",
+        f"--src-base {ZOO}/llama-m": "source and target",
     },
     "exp_pretraining": {
         "--model some/model": "--revisions",
@@ -403,6 +405,7 @@ OF_ONE_SCRIPT = {
         "--layer 7,8": "block 8",
         f"--src-base {ZOO}/qwen-s": "differ",
         "--template feel": "{text}",
+        "--labels happy": "--labels",
         "--labels ab abc": "told apart",
         "--pairs README.md": "README.md, line 1",
     },
