@@ -2,13 +2,13 @@
 
 import re
 
+import benchmark
 import common
 import harness
+import maps
 from models import load_model
 from report import select
 
-import benchmark
-import maps
 import pytest
 import torch
 from test_scripts import Finished, command

@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import prepare as script
+
 import pytest
 
 FILES = {  # a small stand-in for the real files, one without a public address

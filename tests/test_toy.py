@@ -8,14 +8,14 @@ import random
 import re
 from pathlib import Path
 
+import filter_questions
+import train
+import world
 from harness import read_json
 
-import filter_questions
 import pytest
 import torch
-import train
 import transformers
-import world
 from safetensors import safe_open
 
 TOY = Path(world.__file__).parent

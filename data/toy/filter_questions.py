@@ -15,6 +15,7 @@ from pathlib import Path
 
 import train
 import world
+
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FILTER = train.FOLDER / "qwen-s"
