@@ -114,8 +114,8 @@ def complete(args) -> None:
         args.tgt = [f"{args.model}@{revision}" for revision in args.revisions]
     if not args.tgt:
         fail("name the checkpoints with --tgt, or with --model and --revisions")
-    if len(set(args.tgt)) < len(args.tgt):
-        fail("a checkpoint is named twice")
+    if len(set(map(short, args.tgt))) < len(args.tgt):
+        fail("a checkpoint is named twice, or two have one name")
     args.src = args.src or args.tgt[-1]
 
 
@@ -502,7 +502,7 @@ def accuracy_table(args, records: list[dict]) -> str:
         strengths.append([f"{METHODS[method]}: α", *of_method])
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
     return (
-        f"v_emotion of {short(args.src)} in earlier checkpoints. Token Acc in % [95 % interval], "
+        f"v_emotion of {short(args.src)} in each checkpoint. Token Acc in % [95 % interval], "
         "mean of all emotions, on scenarios of the others "
         f"(n = {shown[0]['n']}); block {args.layer}; α chosen on {chosen_on}\n\n"
         + pivot(shown, label, column)
@@ -545,7 +545,7 @@ def draw_accuracy(args, records: list[dict]):
     figure, axes = new_figure(ncols=2, figsize=(PAGE, 2.8), sharey=True)
     curves = {("base", None): "without: false positives"}
     for method in map_methods(args):
-        curves[method, None] = f"{METHODS[method]}: v̂ of the last checkpoint"
+        curves[method, None] = f"{METHODS[method]}: v̂ of {short(args.src)}"
     curves[map_methods(args)[-1], "random"] = f"{args.random} random directions, range"
     for axis, metric in zip(axes, ("token_acc", "logit_acc")):
         found = [each for name in args.tgt for each in chosen(records, name, metric)]
@@ -558,8 +558,8 @@ def draw_accuracy(args, records: list[dict]):
     axes[0].set_ylabel("accuracy on negative scenarios")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3)
-    names = f"v_emotion of {short(args.src)} in the checkpoints of its own pre-training"
-    figure.suptitle(f"{names} (mean of all emotions, 95 % interval)")
+    title = f"v_emotion of {short(args.src)} in each checkpoint"
+    figure.suptitle(f"{title} (mean of all emotions, 95 % interval)")
     return figure
 
 

@@ -498,10 +498,13 @@ def tables(args, records: list[dict], method: str) -> list[str]:
     ratios = by_method(select(records, metric="improvement_ratio"), method)
     costs = by_method(select(records, metric="perplexity_ratio"), method)
     chosen_on = "the test scenarios" if args.protocol == "paper" else "validation"
-    return [
+    worth = [
         f"What the maps of {METHODS[method]} are worth, known without any steering: with a "
         "negative R², a cosine below 0.3 or an AUC below 0.7 they rarely work (docs/map.md)",
         pair_table(args, quality, lambda each: f"{short(each)}: {MAP_METRICS[each['metric']]}"),
+    ]
+    return [
+        *(worth if quality else []),
         f"{METHODS[method]}: Token Acc in % [95 % interval], mean of all emotions, on scenarios of "
         f"the others (n = {shown[0]['n']}); rows are targets, columns sources, on the diagonal "
         f"Self-Align; block {args.layer}, α chosen on {chosen_on} for each pair. The {args.random} "
@@ -581,7 +584,7 @@ def draw_tsne(points: dict[str, list]):
         axis.set(xticks=[], yticks=[], title=Path(name).name)
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6)
-    figure.suptitle("t-SNE of last-token states, 20 scenarios of each emotion")
+    figure.suptitle(f"t-SNE of last-token states, {len(part)} scenarios of each emotion")
     return figure
 
 

@@ -938,7 +938,9 @@ their toxicity by the classifier is not above {MIN_TOXICITY:g}.
 Continuations are {decoding}, at most {args.max_new_tokens} tokens, judged by {args.classifier}.
 Rates in % [95 % interval] (paper); of several maps or directions: mean [lowest, highest].
 Perplexity is of {len(data.texts)} short OpenWebText sentences; the paper's is of other text.
-p: McNemar's against the base model, corrected for their number (Holm).
+p: against the base model, the larger of McNemar's and of resampling groups, corrected (Holm).
+α is the least toxic one with at most {args.max_ppl_ratio:g} times the perplexity of the base model
+on other sentences; if there is none, the one with the lowest perplexity.
 
 {markdown(header, split.counts)}"""
 

@@ -289,7 +289,9 @@ def load_data(args, models, rows) -> Data:
     """All data. The questions are those that fit the contexts of all models."""
     questions = load_questions(args.data / "truthfulqa" / "mc_task.json")
     learn, test = split(args, fitting(args, models, rows, questions))
-    facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")
+    facts = []
+    if any(row.concept == "honesty-fact" for row in rows):
+        facts = load_facts(args.data / "world_facts" / "facts_true_false.csv")
     scenarios = read_scenarios(args.data)
     bases = [name for row in rows if row.vector for name in (row.base, row.start)]
     sentences = map_texts(args, models, list(dict.fromkeys(bases)))
@@ -552,6 +554,10 @@ def why_missing(args, models, row, from_base: bool) -> str:
         return "no --src-base given"
     if row.method == "eft" and not models.same_vocabulary(row.host, row.source, row.start):
         return "needs models that share one vocabulary"
+    if row.vector:
+        for one, base in ((row.host, row.base), (row.source, row.start)):
+            if not models.same_shape(one, base):
+                return f"{Path(one).name} and {Path(base).name} differ in width or depth"
     return ""
 
 
@@ -1094,13 +1100,14 @@ def instruct_targets(args, records) -> str:
                 name = "the small base model"
             gain = each["value"] - before["value"]
             p = mcnemar(before["hits"], each["hits"])
-            gains.setdefault((label(each), name), []).append((gain, p))
+            gains.setdefault((each["method"], name), []).append((gain, p))
     rows = []
     for (method, name), found in gains.items():
         raised = [p for gain, p in found if gain > 0]
         certain = sum(p < 0.05 for p in raised)
-        counts = [f"{len(raised)} of {len(found)}", certain, f"{PAPER_TABLE_6[name]} of 8"]
-        rows.append([f"{method}, v of {name}", *counts])
+        paper = f"{PAPER_TABLE_6[name]} of 8" if method != "contrans-local" else ""
+        counts = [f"{len(raised)} of {len(found)}", certain, paper]
+        rows.append([f"{METHODS[method]}, v of {name}", *counts])
     header = ["", "instruct models with a higher MC1", "at p < 0.05, uncorrected", "in the paper"]
     return markdown(header, rows)
 

@@ -212,7 +212,7 @@ def option_parser(
         help="vectors of permuted labels, as controls",
     )
     add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
-    add("--limit", type=int, help="at most so many test items, after a fixed shuffle; -1: all")
+    add("--limit", type=int, help="at most so many test items (of TruthfulQA also others); -1: all")
     add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")
     _add_machine_options(add)
     return parser
@@ -235,7 +235,7 @@ def _add_map_options(add) -> None:
     add("--refine", choices=["mean", "pca", "probe"], default="mean", help="paper: mean (Eq. 1)")
     add(
         "--sentences",
-        type=at_least(1),
+        type=at_least(10),
         metavar="N",
         help="plain sentences of one affine map; 80 %% fit it, 20 %% test it (paper: 2000)",
     )
@@ -318,6 +318,9 @@ def parse_options(
         fail("--intercept and --ridge change the paper's map, not --map local")
     if is_mapped and args.src_base in args.tgt:
         fail(f"{args.src_base} is source and target; its own vector is the row Self-Align")
+    if args.refine != "mean" and args.permutations:
+        print(f"note: no vectors of permuted labels with --refine {args.refine}: they are means")
+        args.permutations = 0
     args.alpha = list(dict.fromkeys(args.alpha))
     if args.limit == 0 or args.limit < -1:
         fail("--limit must be at least 1, or -1 for all")
@@ -737,9 +740,10 @@ class Run:
         image = run.figure(figure, "figure_2a")                     a line of the report
         run.save(records, examples, [verdict(…), image, table], [more, …])
 
-    The hash covers arguments, models, data and the source of the script and of the five files that
-    it imports: the same command continues where it stopped, and an edited script starts a run of
-    its own. ignore: options that change no step's result. steps: their approximate number."""
+    The hash covers arguments, models, data, GPUs, versions of libraries, and the source of the
+    script and of the five files that it imports: the same command continues where it stopped, and
+    an edited script starts a run of its own. ignore: options that change no step's result. steps:
+    their approximate number."""
 
     def __init__(self, script, args, models, data=None, first_prompts=(), ignore=(), steps=0):
         names = [args.src, args.src_base, *args.tgt, *args.tgt_chat]
@@ -756,7 +760,9 @@ class Run:
         parts = ("harness.py", "common.py", "models.py", "report.py", "vectors.py")
         sources = [Path(script), *(Path(__file__).with_name(name) for name in parts)]
         code = {path.name: _digest(path.read_text()) for path in sources}
-        self.id = _digest([settings, inputs, list(code.values())])[:8]
+        environment = _environment()
+        machine = [environment[name] for name in ("gpus", "torch", "transformers", "nnsight")]
+        self.id = _digest([settings, inputs, list(code.values()), machine])[:8]
         self.args, self.models = args, models
         short = [re.sub(r"[^\w.-]", "-", Path(name).name) for name in [args.src, *args.tgt]]
         self.title = f"{Path(script).stem}: {short[0]} → {', '.join(short[1:])}"
@@ -770,9 +776,8 @@ class Run:
         about = {"command": args.command, "args": settings, "inputs": inputs, "code": code}
         _write_file(self.folder / "args.json", json.dumps(about, indent=1) + "\n")
         if not self.steps.exists() or args.fresh:
-            _write_file(
-                self.folder / "environment.json", json.dumps(_environment(), indent=1) + "\n"
-            )
+            text = json.dumps(environment, indent=1) + "\n"
+            _write_file(self.folder / "environment.json", text)
         self.steps.mkdir(exist_ok=True)
         form = "{n_fmt}/{total_fmt} steps |{bar}| {elapsed}, {remaining} left{postfix}"
         self.bar = progress_bar(steps, "", bar_format=form, leave=False)
@@ -842,6 +847,7 @@ class Run:
         """Save a matplotlib figure as PNG and PDF, close it, and return its line in the report."""
         import matplotlib.pyplot as plt
 
+        name = re.sub(r"\s", "-", name)  # Markdown ends a link at a blank
         for suffix in () if DRY_RUN["folder"] else ("png", "pdf"):
             path = self.folder / f"{name}.{suffix}"
             # Some legends are wider than their figure.
@@ -1005,8 +1011,9 @@ def list_runs(folder: Path) -> str:
 def compare_runs(one: Path, other: Path) -> str:
     """The settings in which two runs differ, and the rates of both with their difference.
 
-    Targets are matched by their order, rates by all fields of a record except the blocks. The 95 %
-    interval of a difference is Newcombe's for independent samples."""
+    Targets are matched by their order, rates by all fields of a record except the blocks, and the
+    alpha where each run has one only. The 95 % interval of a difference is Newcombe's for
+    independent samples."""
     for folder in (one, other):
         if not (folder / "report.md").exists():
             fail(f"{folder} is not the folder of a finished run")
@@ -1020,22 +1027,35 @@ def compare_runs(one: Path, other: Path) -> str:
                 differing.append([name, *both])
     first, second = [_comparable(*each) for each in zip((one, other), abouts)]
     rows = []
-    for key in [key for key in first if key in second]:
-        a, b = first[key], second[key]
+    for a, b in _same_rates(first, second):
         gain = b["value"] - a["value"]
         below = math.hypot(b["value"] - b["low"], a["high"] - a["value"])
         above = math.hypot(b["high"] - b["value"], a["value"] - a["low"])
         change = a | {"value": gain, "low": gain - below, "high": gain + above, "paper": None}
         cells = [cell(each | {"paper": None}) for each in (a, b)]
-        names = [Path(a["target"]).name, label(a), f"{a['alpha'] or 0:g}", a["metric"]]
+        source, target = [Path(a[name] or "").name for name in ("source", "target")]
+        alphas = ", ".join(dict.fromkeys(f"{each['alpha'] or 0:g}" for each in (a, b)))
+        names = [a["item"] or "", source, target, label(a), alphas, a["metric"]]
         rows.append([*names, *cells, cell(change)])
-    header = ["target", "", "α", "metric", "A", "B", "B − A"]
+    header = ["", "source", "target", "", "α", "metric", "A", "B", "B − A"]
     parts = [f"A: {one}\nB: {other}", markdown(["", "A", "B"], differing)]
     return "\n\n".join([*parts, markdown(header, rows)])
 
 
-def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
-    """Test rates of a run, without single controls, maps, groups and emotions, by their fields."""
+def _same_rates(first: dict, second: dict):
+    """Yield the pairs of records of two runs that are about the same."""
+    for key in [key for key in first if key in second]:
+        ours, theirs = first[key], second[key]
+        if len(ours) == len(theirs) == 1:
+            [a], [b] = ours.values(), theirs.values()
+            yield a, b
+        else:
+            yield from [(ours[alpha], theirs[alpha]) for alpha in ours if alpha in theirs]
+
+
+def _comparable(folder: Path, about: dict) -> dict[tuple, dict[float, dict]]:
+    """Test rates of a run, without single controls, maps, groups and emotions, by their fields and
+    alpha."""
     names = [about["args"]["src"], *about["args"]["tgt"]]
     roles = {name: number for number, name in enumerate(names)}
     records = [json.loads(line) for line in read_text(folder / "records.jsonl").splitlines()]
@@ -1043,13 +1063,13 @@ def _comparable(folder: Path, about: dict) -> dict[tuple, dict]:
     records = select(records, group=None) or records  # each checkpoint has one
     records = [each for each in records if each["low"] is not None]
     records = select(records, concept="mean") or records
-    fields = ("item", "concept", "method", "variant", "alpha", "metric")
-    found = {}
+    fields = ("item", "concept", "method", "variant", "metric")
+    found: dict[tuple, dict[float, dict]] = {}
     for each in records:
-        if not re.search(r"\d", each["variant"] or ""):
+        if not re.search(r" \d+$", each["variant"] or ""):
             models = [roles.get(each[name], each[name]) for name in ("source", "target")]
             key = [each[name] for name in fields]
-            found[*models, *key] = each
+            found.setdefault((*models, *key), {})[each["alpha"]] = each
     return found
 
 

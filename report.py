@@ -15,6 +15,7 @@ import itertools
 import math
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from tabulate import tabulate
@@ -240,8 +241,9 @@ def fluent(curve: list[dict], costs: list[dict]) -> list[dict]:
         mine = select(curve, method=method, variant=None)
         mine = [each for each in mine if each["alpha"] is not None]  # of EFT it is
         within = [each for each in mine if allowed.get((method, each["alpha"]), math.inf) <= 1.1]
-        strongest = max((abs(each["alpha"]) for each in within), default=0)
-        shown = [each for each in within if abs(each["alpha"]) == strongest]
+        alphas = [each["alpha"] for each in within]
+        strongest = max(alphas, key=lambda alpha: (abs(alpha), alpha), default=0)
+        shown = select(within, alpha=strongest)
         if method != "base" and mine:
             for each in shown or select(curve, method="base", variant=None):
                 found.append(each | {"method": method, "variant": FLUENT, "paper": None})
@@ -424,7 +426,7 @@ def effect_notes(
     records: list[dict], alphas: dict[str, float], lower: bool = False
 ) -> dict[str, str]:
     """Notes for pivot, from records of one metric and target: p of every method against Base
-    (McNemar, Holm-corrected), and the rank p of each ConTrans among its random directions and
+    (paired_p, Holm-corrected), and the rank p of each ConTrans among its random directions and
     permuted labels. lower: lower values are better."""
     [base] = select(records, method="base", variant=None)
     notes, p_values, sign = {}, {}, -1 if lower else 1
@@ -755,7 +757,8 @@ def html(title: str, report: str, folder: Path) -> str:
     from markdown_it import MarkdownIt
 
     def inside(match) -> str:
-        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        path = folder / unquote(match[1])
+        data = base64.b64encode(path.read_bytes()).decode()
         return f'src="data:image/png;base64,{data}"'
 
     body = MarkdownIt("js-default").render(report)

@@ -112,7 +112,7 @@ stray
 --alpha 1 0
 --alpha
 --refine median
---sentences 0
+--sentences 9
 --sentences many
 --random 0
 --limit 0
@@ -164,9 +164,9 @@ def test_own_models_do_not_take_partners_from_the_family(words, wanted, tmp_path
 
 
 def test_an_option_goes_before_the_family(tmp_path):
-    args = parse(tmp_path, "--alpha 0.5 -3 0.5 --limit -1 --sentences 7")
+    args = parse(tmp_path, "--alpha 0.5 -3 0.5 --limit -1 --sentences 17")
     assert args.alpha == [0.5, -3.0]
-    assert (args.limit, args.sentences, args.family) == (-1, 7, "toy")
+    assert (args.limit, args.sentences, args.family) == (-1, 17, "toy")
     assert parse(tmp_path).alpha == [1.0, 2.0]
     options = model_options(parse(tmp_path, "--batch-tokens 9 --allow-pickle --dtype float16"))
     assert options["remote"] == []
@@ -179,7 +179,7 @@ def test_an_option_goes_before_the_family(tmp_path):
     "line",
     """--ridge 0
 --ridge 0.01
---sentences 1
+--sentences 10
 --random 1
 --limit 1
 --batch-tokens 1
@@ -203,6 +203,12 @@ def test_no_cache_is_an_option(tmp_path, cache_folder):
     assert harness.CACHE["folder"] is None
     parse(tmp_path)
     assert harness.CACHE["folder"] == str(cache_folder)
+
+
+def test_permuted_labels_are_a_null_of_mean_differences_only(tmp_path, capsys):
+    assert parse(tmp_path, "--permutations 9").permutations == 9
+    assert parse(tmp_path, "--permutations 9 --refine probe").permutations == 0
+    assert "no vectors of permuted labels with --refine probe" in capsys.readouterr().out
 
 
 def test_few_sentences_for_a_map_are_remarked(tmp_path, capsys):
@@ -405,7 +411,7 @@ def test_saved_records_read_back(start, capsys):
         record(metric="token_acc", value=math.pi),
     ]
     examples = [{"prompt": "a\nb — ü", "said": None}]
-    image = run.figure(new_figure()[0], "one")
+    image = run.figure(new_figure()[0], "one ä")
     run.save(records, examples, ["- **b** α", image], ["| a |\n|---|\n| α |"])
     assert json_rows(run.folder, "examples.jsonl") == examples
     rows = json_rows(run.folder, "records.jsonl")
@@ -418,7 +424,8 @@ def test_saved_records_read_back(start, capsys):
     for cells, row in zip(table, rows, strict=True):
         assert cells == {name: "" if value is None else str(value) for name, value in row.items()}
     report = (run.folder / "report.md").read_text()
-    assert "- **b** α\n\n![one](one.png)\n\n| a |\n|---|\n| α |\n" in report
+    assert "- **b** α\n\n![one-ä](one-ä.png)\n\n| a |\n|---|\n| α |\n" in report
+    assert '<img src="data:image/png;base64,' in (run.folder / "report.html").read_text()
     said = capsys.readouterr().out
     assert str(run.folder) in said and "- **b** α" in said and "![" not in said
 
@@ -455,11 +462,13 @@ def runs_command(capsys, *argv):
 @pytest.mark.parametrize("group", [None, "1e6 tokens"])  # all records of checkpoints have one
 def test_runs_are_listed_and_compared(group, start, tmp_path, capsys, one_line):
     one, other, third = start(), start("--seed 1"), start("--seed 2")
-    for run, hits in ((one, 10), (other, 15)):
+    for run, hits, alpha in ((one, 10, 1), (other, 15, 2)):
         hits = [1] * hits + [0] * (20 - hits)
         about = {"target": "toy/b", "metric": "mc1", "part": "test", "group": group}
         records = [record(hits, method="base", alpha=0, **about)]
-        records += [record(hits, method="contrans", variant="random 1", alpha=2, **about)]
+        for variant in (None, report.FLUENT, "random 1"):
+            what = {"method": "contrans", "variant": variant, "source": "toy/a", "alpha": alpha}
+            records.append(record(hits, **what, **about))
         run.save(records, [], ["- **b**, 1.0 % without a vector: nothing."])
     third.step("a", int, 1)
     said = runs_command(capsys, "runs", tmp_path)
@@ -468,7 +477,11 @@ def test_runs_are_listed_and_compared(group, start, tmp_path, capsys, one_line):
     said = runs_command(capsys, "compare", one.folder, other.folder)
     assert "| seed" in said and "random 1" not in said
     # Newcombe 1998, method 10
-    assert "| 50.0 [30, 70] | 75.0 [53, 89] | 25.0 [-5, 49] |" in said
+    change = "| 50.0 [30, 70] | 75.0 [53, 89] | 25.0 [-5, 49] |"
+    rows = [" ".join(line.split()) for line in said.splitlines()]
+    assert f"| | a | b | ConTrans | 1, 2 | mc1 {change}" in rows  # each with the alpha it chose
+    assert f"| | | b | Base Model | 0 | mc1 {change}" in rows
+    assert sum(report.FLUENT in row for row in rows) == 1
     one_line(lambda: harness.main(["compare", str(one.folder), str(third.folder)]), "finished")
 
 
@@ -665,7 +678,9 @@ def costly_curve():
 
 def test_the_fluent_record_is_at_the_strongest_alpha_within_a_tenth():
     curve, costs = costly_curve()
-    [found] = fluent(curve, costs)
+    mirrored = [each | {"alpha": -each["alpha"], "value": 0.9} for each in curve]
+    more = [each | {"alpha": -each["alpha"]} for each in select(costs, method="contrans")]
+    [found] = fluent(mirrored + curve, more + costs)  # of two as strong the positive one
     assert (found["alpha"], found["value"]) == (2, 0.2)
     assert found["variant"] == report.FLUENT
     [note] = report.fluency_notes([found], costs).values()

@@ -953,6 +953,15 @@ def test_the_report_says_why_a_row_is_missing(flat):
     assert "vocabular" in flat.report and "--tgt-chat" in flat.report
 
 
+def test_a_chat_model_of_another_shape_takes_no_vector():
+    words = f"{ONE_TARGET} --tgt-chat {ZOO}/llama-l-chat --table"
+    for table, method in (("1", "self-align"), ("6", "contrans")):
+        args = exp_truthfulqa.options([*words.split(), table])
+        part = exp_truthfulqa.plan(args, Models())[-1]
+        assert "llama-l-chat and llama-m differ in width or depth" in part.missing.values()
+        assert not [row for row in part.rows if row.method == method and "l-chat" in row.source]
+
+
 def test_a_question_is_learnt_from_or_tested(flat):
     [path] = flat.folder.glob("v_honesty_*.safetensors")
     _, about = harness.load_concept(path)
