@@ -176,8 +176,11 @@ def run(name, finished):
 
 
 def test_the_folder_holds_everything(name, run):
+    files = {path.name for path in run.folder.iterdir()}
+    assert {"args.json", "environment.json", "records.csv", "records.jsonl"} <= files
+    assert {"examples.jsonl", "report.md", "report.html", "steps"} <= files
     figures = {path.stem for path in run.folder.glob("*.png")}
-    assert figures
+    assert figures and figures == {path.stem for path in run.folder.glob("*.pdf")}
     [verdict] = re.findall(r"^- \*\*.*without a vector:.*$", run.report, re.M)[:1]
     assert verdict in run.said
     assert run.report.index(verdict) < run.report.index("![") < run.report.index("| ")
