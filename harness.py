@@ -205,14 +205,9 @@ def option_parser(
     _add_map_options(add)
     add("--maps", type=at_least(1), default=5, help="maps on disjoint samples of the text")
     add("--random", type=at_least(1), default=20, help="random directions, as controls")
-    add(
-        "--permutations",
-        type=at_least(0),
-        default=199,
-        help="vectors of permuted labels, as controls",
-    )
+    add("--permutations", type=at_least(0), default=199, help="vectors of permuted labels")
     add("--data", type=Path, metavar="FOLDER", default=TOY, help="e.g. data/paper")
-    add("--limit", type=int, help="at most so many test items (of TruthfulQA also others); -1: all")
+    add("--limit", type=int, help="at most so many test items (TruthfulQA: in both parts); -1: all")
     add("--seed", type=at_least(0), default=0, help="of shuffles, random directions, sampling")
     _add_machine_options(add)
     return parser
