@@ -440,14 +440,14 @@ def choice_logprobs(
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError("pairs must be a list of (context, continuation)")
     _require_strings("texts", [text for pair in pairs for text in pair])
-    heads, rows = zip(*encode_pairs(model.tokenizer, pairs))
+    heads, tails = zip(*encode_pairs(model.tokenizer, pairs))
     _require_room(model, heads)
+    for tail, pair in zip(tails, pairs):
+        if not tail:
+            raise ValueError(f"tokens do not split between context and continuation: {pair!r}")
+    rows = [head + tail for head, tail in zip(heads, tails)]
     _require_room(model, rows)
     _require_eft_fits(model, eft, rows)
-    tails = [row[len(head) :] for head, row in zip(heads, rows)]
-    for head, tail, row, pair in zip(heads, tails, rows, pairs):
-        if head + tail != row or not tail:
-            raise ValueError(f"tokens do not split between context and continuation: {pair!r}")
     return _logprobs(model, heads, tails, transplants, eft, share_heads=True)
 
 

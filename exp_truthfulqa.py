@@ -387,11 +387,11 @@ def longest(args, models, name: str, questions: list[Question]) -> list[int]:
         numbers += [number] * len(mine)
     encoded = encode_pairs(models.tokenizer(name), pairs)
     lengths = [0] * len(questions)
-    for number, (prompt, _), (head, whole) in zip(numbers, pairs, encoded):
-        if whole[: len(head)] != head or len(whole) == len(head):
+    for number, (prompt, _), (head, tail) in zip(numbers, pairs, encoded):
+        if not tail:
             end = f"{prompt[-40:]!r}; try another --prompt"
             fail(f"{name}: the tokens of prompt and answer do not split after the prompt {end}")
-        lengths[number] = max(lengths[number], len(whole))
+        lengths[number] = max(lengths[number], len(head + tail))
     return lengths
 
 

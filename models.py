@@ -624,11 +624,11 @@ def spaced(text: str, after: str) -> str:
 
 
 def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """For each (prompt, continuation) the token ids of the prompt, and of both together.
+    """Token ids of each prompt and of its continuation, tokenized together; no ids for a
+    continuation that changes the tokens of its prompt.
 
-    The second begin with the first, unless the continuation changes the tokens of its prompt. Most
-    tokenizers put the space between them before a word. Where it ends the previous word ("Tom▁"),
-    it ends the prompt, too."""
+    Most tokenizers put the space between them before a word. Where it ends the previous word
+    ("Tom▁"), it ends the prompt, too."""
     texts: dict[str, None] = {}  # each once
     for prompt, text in pairs:
         texts |= dict.fromkeys([prompt, prompt + text])
@@ -640,7 +640,8 @@ def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int
             with_space = tokenizer(f"{prompt} ", verbose=False).input_ids
             if whole[: len(with_space)] == with_space:
                 head = with_space
-        encoded.append((head, whole))
+        tail = whole[len(head) :] if whole[: len(head)] == head else []
+        encoded.append((head, tail))
     return encoded
 
 
@@ -648,9 +649,9 @@ def label_tokens(tokenizer, prompt: str, labels: list[str]) -> list[list[int]]:
     """The first tokens of each label after the prompt: as many as tell them apart, usually one."""
     encoded = encode_pairs(tokenizer, [(prompt, spaced(label, prompt)) for label in labels])
     start, _ = encoded[0]
-    if any(whole[: len(start)] != start for _, whole in encoded):
+    if any(head != start or not word for head, word in encoded):
         raise ValueError("a label changes the tokens of the prompt before it")
-    words = [whole[len(start) :] for _, whole in encoded]
+    words = [word for _, word in encoded]
     for size in range(1, max(map(len, words)) + 1):
         firsts = [tuple(word[:size]) for word in words]
         starts_another = any(
