@@ -128,9 +128,8 @@ def _state_reader(nn, prefix, layers: list[int], shifts: dict, sharing, stop: bo
                     if layer in shifts:
                         add_shift(h, shifts[layer])
                     if layer in layers:
-                        found.append(
-                            h[read_rows, read_columns].cpu()
-                        )  # blocks may be on several GPUs
+                        states = h[read_rows, read_columns]
+                        found.append(states.cpu())  # blocks may be on several GPUs
                 if lens:
                     logits = nn.unembed(nn.final_norm(h[read_rows, read_columns]))
                     found = [logits.float().softmax(-1).cpu()]

@@ -655,15 +655,8 @@ class Lab:
         counts = {"n_maps": args.maps, "n_random": args.random, "seed": args.seed}
         if row.method == map_methods(args)[-1]:
             counts["n_permuted"] = args.permutations
-        others = [happiness(args)]
-        directions = self.vectors.controls(
-            row.vector,
-            row.base,
-            point,
-            others,
-            row.method,
-            **counts,
-        )
+        inputs = row.vector, row.base, point, [happiness(args)], row.method
+        directions = self.vectors.controls(*inputs, **counts)
         directions["reversed"] = -self.v_hat(row, point)
         arms = []
         for variant, direction in directions.items():
